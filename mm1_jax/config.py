@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen configuration: every default, every cross-field rule, and nothing else.
+
+`configs/*.py` write an `ml_collections.ConfigDict`; `RunConfig.from_dict` turns its plain dict into
+the dataclasses below. No code past this point looks a key up by name or supplies a default.
+
+  RunConfig > ModelConfig > VisionConfig, ConnectorConfig, DecoderConfig > MoEConfig
+            > DataConfig > SourceConfig
+            > OptimizerConfig, TrainConfig, CheckpointConfig, MeshConfig
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+PARTS = ("vit", "connector", "decoder")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+
+
+class ConfigError(ValueError):
+  """A user's mistake in a config; the message names the key, its value and what would fit."""
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """ViT image encoder, CLIP-compatible (MM1 section 3.1: ViT-H/14 at 378 pixels)."""
+
+  image_size: tuple[int, int] = (378, 378)  # height, width in pixels
+  patch_size: int = 14
+  width: int = 1280
+  depth: int = 32
+  num_heads: int = 16
+  mlp_dim: int = 5120
+  activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+  class_token: bool = True
+  pre_norm: bool = True  # CLIP's ln_pre, in front of the first block
+  norm_eps: float = 1e-5
+  # Grid the learned positions are stored at; bicubically resized to the image's own grid.
+  position_grid: tuple[int, int] = (27, 27)
+  # Block whose output is the feature: -1 the last block, -2 the one before it, ...
+  feature_layer: int = -1
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Patches down and across an image."""
+    return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+  @property
+  def num_patches(self) -> int:
+    return self.grid[0] * self.grid[1]
+
+  @property
+  def num_blocks(self) -> int:
+    """Blocks that are built and run: none past the feature layer."""
+    return self.depth + 1 + self.feature_layer
+
+  def __post_init__(self):
+    for side in self.image_size:
+      _require(
+        side > 0 and side % self.patch_size == 0,
+        f"model.vision.image_size {self.image_size} must be a multiple of patch_size "
+        f"{self.patch_size} on both sides: {max(1, side // self.patch_size) * self.patch_size} "
+        f"or {(side // self.patch_size + 1) * self.patch_size} would fit.",
+      )
+    _require(
+      self.width % self.num_heads == 0,
+      f"model.vision.width {self.width} must be a multiple of num_heads {self.num_heads}.",
+    )
+    _require(
+      -self.depth <= self.feature_layer <= -1,
+      f"model.vision.feature_layer {self.feature_layer} must lie in [-{self.depth}, -1].",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorConfig:
+  """Vision-language connector (MM1 section 3.2; C-Abstractor of Honeybee, arXiv 2312.06742)."""
+
+  kind: Literal["c_abstractor", "average_pool", "attention_pool", "linear", "mlp"] = "c_abstractor"
+  token_grid: tuple[int, int] = (12, 12)  # tokens down and across; 8x8, 12x12, 16x16 in the papers
+  hidden: int = 1024  # C-Abstractor's convolution width, attention pool's query width
+  depth: int = 3  # RegNet blocks in each of the C-Abstractor's two stages
+  mlp_depth: int = 2  # layers of the read-out
+  num_heads: int = 16  # attention pool only
+
+  @property
+  def num_tokens(self) -> int:
+    """Decoder positions an image takes (T), without its delimiters."""
+    return self.token_grid[0] * self.token_grid[1]
+
+  def __post_init__(self):
+    _require(
+      min(self.token_grid) > 0,
+      f"model.connector.token_grid {self.token_grid} must have positive sides, such as (12, 12).",
+    )
+    _require(
+      self.kind != "attention_pool" or self.hidden % self.num_heads == 0,
+      f"model.connector.hidden {self.hidden} must be a multiple of num_heads {self.num_heads}.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Sparse feed-forward layers (MM1 section 3.4: top-2 gating, GShard and ST-MoE losses)."""
+
+  num_experts: int = 64
+  every: int = 2  # the last layer of every group of this many is sparse
+  top_k: int = 2
+  # Slots per expert and row = capacity_factor * top_k * S / num_experts; None never drops a token.
+  capacity_factor: float | None = 2.0
+  balance_loss: float = 0.01
+  router_z_loss: float = 0.001
+
+  def __post_init__(self):
+    _require(
+      1 <= self.top_k <= self.num_experts,
+      f"model.decoder.moe.top_k {self.top_k} must lie in [1, num_experts = {self.num_experts}].",
+    )
+    _require(
+      self.capacity_factor is None or self.capacity_factor > 0,
+      f"model.decoder.moe.capacity_factor {self.capacity_factor} must be positive, or None.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Decoder-only LLM: pre-RMSNorm, RoPE, GQA, SwiGLU, no biases."""
+
+  vocab_size: int = 49152
+  width: int = 3072
+  depth: int = 26
+  num_heads: int = 24
+  num_kv_heads: int = 8
+  head_dim: int = 128
+  mlp_dim: int = 8064
+  rope_theta: float = 1e4
+  norm_eps: float = 1e-5
+  qk_norm: bool = False
+  tie_embeddings: bool = True
+  moe: MoEConfig | None = None
+
+  @property
+  def layers_per_unit(self) -> int:
+    """Layers in the repeating unit that the decoder scans over."""
+    return self.moe.every if self.moe else 1
+
+  def __post_init__(self):
+    _require(
+      self.num_heads % self.num_kv_heads == 0,
+      f"model.decoder.num_heads {self.num_heads} must be a multiple of num_kv_heads "
+      f"{self.num_kv_heads}.",
+    )
+    _require(self.head_dim % 2 == 0, f"model.decoder.head_dim {self.head_dim} must be even (RoPE).")
+    _require(
+      self.depth % self.layers_per_unit == 0,
+      f"model.decoder.depth {self.depth} must be a multiple of moe.every {self.layers_per_unit}: "
+      f"{self.depth - self.depth % self.layers_per_unit} or "
+      f"{self.depth + -self.depth % self.layers_per_unit} would fit.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The three parts, and how they are computed."""
+
+  vision: VisionConfig = VisionConfig()
+  connector: ConnectorConfig = ConnectorConfig()
+  decoder: DecoderConfig = DecoderConfig()
+  image_token_id: int = 4  # the tokenizer's `<image>` id; checked when the tokenizer is loaded
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; params are float32
+  # What the backward pass keeps: everything, matmul outputs, or only each block's input.
+  remat: Literal["none", "dots", "full"] = "full"
+  scan: bool = True  # False unrolls the blocks: slower to compile, easier to debug
+
+  def __post_init__(self):
+    patches, tokens = self.vision.grid, self.connector.token_grid
+    pooled = self.connector.kind not in ("linear", "mlp")
+    _require(
+      pooled or patches == tokens,
+      f"model.connector.kind '{self.connector.kind}' keeps one token per patch, so token_grid "
+      f"{tokens} must equal the patch grid {patches}.",
+    )
+    _require(
+      all(t <= p for t, p in zip(tokens, patches, strict=True)),
+      f"model.connector.token_grid {tokens} is finer than the encoder's patch grid {patches}; "
+      f"use at most {patches}, or a larger model.vision.image_size.",
+    )
+    _require(
+      0 <= self.image_token_id < self.decoder.vocab_size,
+      f"model.image_token_id {self.image_token_id} must lie in [0, vocab_size = "
+      f"{self.decoder.vocab_size}).",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+  """One stream of records."""
+
+  name: str
+  path: str  # glob of ArrayRecord shards
+  weight: float = 1.0  # share of the mixture's positions, relative to the other sources
+
+  def __post_init__(self):
+    _require(self.weight > 0, f"data source '{self.name}' has weight {self.weight}; it must be > 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is trained on, and how rows are filled."""
+
+  sources: tuple[SourceConfig, ...] = ()
+  eval_sources: tuple[SourceConfig, ...] = ()  # held out; each is evaluated whole, on its own
+  tokenizer: str = ""  # SentencePiece model file
+  seq_len: int = 4096  # positions in a row (S)
+  batch_size: int = 512  # rows in a global batch (B)
+  images_per_row: int = 16  # image slots of a row (N)
+  image_delimiters: bool = True  # <image_start>, <image_end> around an image's run
+  window_rows: int = 128  # rows that are packed together; more fill better and shuffle further
+  num_workers: int = 0  # processes that decode images; 0 decodes in the training process
+  max_drop_fraction: float = 0.05  # of examples lost to unreadable images before the run stops
+  seed: int = 0
+
+  def __post_init__(self):
+    for kind in ("sources", "eval_sources"):
+      names = [s.name for s in getattr(self, kind)]
+      twice = sorted({n for n in names if names.count(n) > 1})
+      _require(not twice, f"data.{kind} names {twice} more than once; names must differ.")
+    for field in ("seq_len", "batch_size", "window_rows"):
+      _require(getattr(self, field) > 0, f"data.{field} {getattr(self, field)} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW for pre-training, Adafactor for SFT; warm-up, then cosine to `final_fraction`."""
+
+  name: Literal["adamw", "adafactor"] = "adamw"
+  learning_rate: float | None = None  # peak; None takes MM1's law, see `train.optimizer`
+  connector_learning_rate: float | None = None  # peak of the connector; None is the same as above
+  warmup_steps: int = 2000
+  final_fraction: float = 0.1
+  weight_decay: float = 0.1  # times the current learning rate; never on norms and biases
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  clip_norm: float = 1.0
+  frozen: tuple[str, ...] = ()  # parts with no gradient, no optimizer state and no decay
+
+  def __post_init__(self):
+    for part in self.frozen:
+      _require(part in PARTS, f"optimizer.frozen names '{part}'; the parts are {PARTS}.")
+    _require(len(set(self.frozen)) < len(PARTS), "optimizer.frozen leaves nothing to train.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """One run of the loop; a stage is a config, not a trainer."""
+
+  num_steps: int = 200_000
+  accumulation_steps: int = 1  # micro-batches per step
+  z_loss: float = 1e-4  # on the softmax normaliser
+  init_from: str | None = None  # workdir (or checkpoint) whose params start this run
+  seed: int = 0
+  log_every: int = 10
+  eval_every: int = 1000
+  eval_batches: int | None = None  # per source; None evaluates all of it
+  # A step is skipped when its gradient norm is not finite or exceeds spike_factor times the
+  # running norm; `max_skipped` such steps in a row stop the run.
+  spike_factor: float = 20.0
+  max_skipped: int = 10
+
+  def __post_init__(self):
+    for field in ("num_steps", "accumulation_steps", "log_every", "eval_every", "max_skipped"):
+      _require(getattr(self, field) > 0, f"train.{field} {getattr(self, field)} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save, and what to keep."""
+
+  every: int = 1000  # steps
+  keep: int = 3  # newest checkpoints kept
+  keep_period: int | None = None  # steps that are kept for good
+
+  def __post_init__(self):
+    for field in ("every", "keep"):
+      _require(
+        getattr(self, field) > 0, f"checkpoint.{field} {getattr(self, field)} must be positive."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis; at most one axis is -1 and takes what is left."""
+
+  data: int = 1
+  fsdp: int = -1
+  expert: int = 1
+  tensor: int = 1
+
+  def resolve(self, num_devices: int) -> tuple[int, int, int, int]:
+    """Returns the axis lengths for `num_devices`, in the order of `MESH_AXES`."""
+    sizes = [getattr(self, axis) for axis in MESH_AXES]
+    asked = "x".join(map(str, sizes))
+    _require(sizes.count(-1) <= 1, f"mesh {asked} has more than one -1; name the other lengths.")
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes:
+      _require(
+        num_devices % known == 0,
+        f"mesh {asked} ({' x '.join(MESH_AXES)}): its lengths multiply to {known}, which does not "
+        f"divide the {num_devices} devices here.",
+      )
+      sizes[sizes.index(-1)] = num_devices // known
+    _require(
+      math.prod(sizes) == num_devices,
+      f"mesh {asked} ({' x '.join(MESH_AXES)}) needs {math.prod(sizes)} devices; "
+      f"there are {num_devices}. Set one axis to -1 to take what is left.",
+    )
+    return tuple(sizes)
+
+  def __post_init__(self):
+    for axis in MESH_AXES:
+      size = getattr(self, axis)
+      _require(size == -1 or size >= 1, f"mesh.{axis} {size} must be at least 1, or -1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """Everything that defines a run, apart from where it writes."""
+
+  name: str = "mm1"
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  mesh: MeshConfig = MeshConfig()
+
+  @property
+  def image_positions(self) -> int:
+    """Positions of a row that one image takes, delimiters included."""
+    return self.model.connector.num_tokens + 2 * self.data.image_delimiters
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+    """Builds a run from nested plain values.
+
+    Raises:
+      ConfigError: an unknown key, a value of the wrong type, or fields that do not fit together.
+    """
+    return _build(cls, values, "")
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns plain JSON-compatible values; `from_dict` reads them back."""
+    return dataclasses.asdict(self)
+
+  def check_mesh(self, num_devices: int) -> tuple[int, int, int, int]:
+    """Returns the mesh's axis lengths after checking that the run divides over them.
+
+    Raises:
+      ConfigError: naming the number that does not divide, and by what it must.
+    """
+    sizes = dict(zip(MESH_AXES, self.mesh.resolve(num_devices), strict=True))
+    rows = self.data.batch_size // self.train.accumulation_steps
+    batch = math.prod(sizes[a] for a in BATCH_AXES)
+    weights = sizes["fsdp"] * sizes["expert"]
+    decoder, vision = self.model.decoder, self.model.vision
+    rules = [
+      ("data.batch_size / train.accumulation_steps", rows, "data x fsdp x expert", batch),
+      ("model.decoder.width", decoder.width, "fsdp x expert", weights),
+      ("model.vision.width", vision.width, "fsdp x expert", weights),
+      ("model.decoder.num_heads", decoder.num_heads, "tensor", sizes["tensor"]),
+      ("model.decoder.num_kv_heads", decoder.num_kv_heads, "tensor", sizes["tensor"]),
+      ("model.decoder.mlp_dim", decoder.mlp_dim, "tensor", sizes["tensor"]),
+      ("model.decoder.vocab_size", decoder.vocab_size, "tensor", sizes["tensor"]),
+      ("model.vision.num_heads", vision.num_heads, "tensor", sizes["tensor"]),
+      ("model.vision.mlp_dim", vision.mlp_dim, "tensor", sizes["tensor"]),
+    ]
+    if decoder.moe:
+      experts = decoder.moe.num_experts
+      rules.append(("model.decoder.moe.num_experts", experts, "expert", sizes["expert"]))
+    for key, value, axes, size in rules:
+      below = value - value % size
+      fits = f"{below} or {below + size}" if below else f"{size}"
+      _require(
+        value % size == 0,
+        f"{key} {value} does not divide over mesh axes {axes} = {size}; {fits} would fit.",
+      )
+    return tuple(sizes[a] for a in MESH_AXES)
+
+  def __post_init__(self):
+    data, train = self.data, self.train
+    _require(
+      self.image_positions <= data.seq_len,
+      f"data.seq_len {data.seq_len} cannot hold one image of {self.image_positions} positions "
+      f"(connector tokens and delimiters).",
+    )
+    fit = data.seq_len // self.image_positions
+    _require(
+      0 <= data.images_per_row <= fit,
+      f"data.images_per_row {data.images_per_row}: a row of {data.seq_len} positions holds at "
+      f"most {fit} images of {self.image_positions} positions.",
+    )
+    _require(
+      data.batch_size % train.accumulation_steps == 0,
+      f"data.batch_size {data.batch_size} must be a multiple of train.accumulation_steps "
+      f"{train.accumulation_steps}.",
+    )
+
+
+def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
+  """Builds dataclass `cls`, refusing keys it does not have."""
+  if not isinstance(values, Mapping):
+    raise ConfigError(f"{path or 'config'} is {values!r}; it must be a group of settings.")
+  hints = typing.get_type_hints(cls)
+  fields = {f.name for f in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f"did you mean '{near[0]}'?" if near else f"the keys here are {sorted(fields)}."
+      raise ConfigError(f"unknown key '{path}{key}' = {values[key]!r}; {hint}")
+  return cls(**{k: _convert(hints[k], v, f"{path}{k}") for k, v in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+  """Returns `value` as the type `hint` asks for, or raises a ConfigError that says so."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):
+    if value is None:
+      return None
+    return _convert(next(a for a in args if a is not type(None)), value, path)
+  if dataclasses.is_dataclass(hint):
+    return _build(hint, value, f"{path}.")
+  if origin is tuple:
+    if not isinstance(value, list | tuple):
+      raise ConfigError(f"{path} is {value!r}; it must be a list.")
+    if args[-1] is Ellipsis:
+      args = (args[0],) * len(value)
+    if len(args) != len(value):
+      raise ConfigError(f"{path} is {value!r}; it must have {len(args)} entries.")
+    return tuple(
+      _convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+    )
+  if origin is Literal:
+    if value not in args:
+      raise ConfigError(f"{path} is {value!r}; it must be one of {list(args)}.")
+    return value
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    raise ConfigError(f"{path} is {value!r}; it must be of type {hint.__name__}.")
+  return value
