@@ -1,0 +1,42 @@
+# Every target makes its own .venv when there is none, or when setup.py or constraints.txt changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-slow lint clean
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(STAMP)  ## Train a tiny MM1 on the sample data, ask it about pictures, write runs/demo.
+	$(BIN)/python -m mm1_jax.demo --workdir=runs/demo
+
+test: $(STAMP)  ## Run the fast tests.
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(STAMP)  ## Run the slow tests: whole runs, crashes, full-size configs.
+	$(BIN)/python -m pytest -m slow -n 2
+
+lint: $(STAMP)  ## Check style, formatting and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:  ## Remove .venv, caches and builds; runs/ stays.
+	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { \
+	  echo "mm1_jax needs Python 3.11 or 3.12; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	    "Name another: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "Setting up .venv with $$($(PYTHON) --version): one to three minutes, this time only."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	  -c constraints.txt -e '.[dev]' 2>&1 | \
+	  sed -u -n 's/^Collecting /  /p; s/^Installing collected.*/  installing them/p; /^ *ERROR/,$$p'
+	@touch $@
+	@echo "Set up."

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Package metadata: dependencies, extras and the files that ship with the code."""
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+  "absl-py",
+  "clu",
+  "etils[epath]",
+  "flax>=0.12",
+  "grain>=0.2.18",
+  "jax>=0.10",
+  "jaxtyping",
+  "matplotlib",
+  "ml-collections",
+  "msgpack",
+  "numpy",
+  "optax",
+  "orbax-checkpoint>=0.12",
+  "pillow",
+  "sentencepiece",
+  "tensorboardX",
+  "tensorflow-datasets",
+]
+
+EXTRAS = {
+  "tpu": ["jax[tpu]"],  # brings the libtpu that matches the installed jax
+  "cuda": ["jax[cuda13]"],  # drivers older than 580: jax[cuda12] by hand
+  # Beam pins an older protobuf than training uses: give it an environment of its own.
+  "data": ["apache-beam"],
+  "convert": ["safetensors", "torch", "transformers"],
+  "serve": ["gradio"],
+  "dev": ["pre-commit", "psutil", "pyright[nodejs]", "pytest", "pytest-xdist", "ruff"],
+}
+
+setup(
+  name="mm1_jax",
+  version="0.1.0",
+  description="Trains MM1-style multimodal LLMs with JAX on TPU pods.",
+  license="Apache-2.0",
+  python_requires=">=3.11,<3.13",
+  packages=find_packages(include=["mm1_jax", "mm1_jax.*"]),
+  package_data={"mm1_jax": ["data/sample/**", "**/*.html"]},
+  install_requires=REQUIRES,
+  extras_require=EXTRAS,
+  classifiers=[
+    "Intended Audience :: Science/Research",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
+)
