@@ -37,6 +37,6 @@ $(STAMP): setup.py constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
 	  -c constraints.txt -e '.[dev]' 2>&1 | \
-	  sed -u -n 's/^Collecting /  /p; s/^Installing collected.*/  installing them/p; /^ *ERROR/,$$p'
+	  sed -u -n 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  installing them/p; /^ *ERROR/,$$p'
 	@touch $@
 	@echo "Set up."
