@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run reports about itself: scalars on disk, speed, model FLOPs, memory.
+
+Names of scalars, one legend for the package: `loss`, `loss/{source}`, `eval/loss/{source}`, `lr`,
+`grad_norm`, `grad_norm/{part}`, `skipped`, `moe/load/{unit}/{expert}`, `speed/...`.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+from etils import epath
+
+from mm1_jax.config import ConnectorConfig, RunConfig
+
+# Peak dense bf16 FLOP/s of one JAX device, by `device_kind` (makers' data sheets). From TPU v4 on a
+# chip is one device, except that TPU7x's, of 2307 TFLOP/s, is two.
+PEAK_FLOPS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,  # v5e
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,  # v5p
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,  # v6e, Trillium
+  "TPU v6e": 918e12,
+  "TPU7x": 1153.5e12,
+  "NVIDIA A100-PCIE-40GB": 312e12,
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA A100 80GB PCIe": 312e12,
+  "NVIDIA L4": 121e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA B200": 2250e12,
+}
+
+
+class MetricWriter:
+  """Writes TensorBoard events and `metrics.jsonl` under a workdir; method names are clu's.
+
+  A line of `metrics.jsonl` is `{"step", "time", "values"}` or `{"step", "time", "texts"}`; numbers
+  that JSON has no word for are the strings "nan", "inf", "-inf". Each writer begins with a line
+  `{"step", "time", "resumed": true}`: what earlier attempts wrote past that step no longer counts.
+  Only process 0 writes. A local file grows with every call, an object store's with every `flush`.
+  """
+
+  def __init__(self, workdir: epath.PathLike, *, start_step: int = 0):
+    """Opens the files of `workdir`, which is made if missing, to go on from `start_step`."""
+    self._board = None
+    self._pending = ""
+    if jax.process_index() != 0:
+      return
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._path = workdir / "metrics.jsonl"
+    self._appends = "://" not in str(workdir)
+    if self._path.exists() and not self._path.read_text().endswith("\n"):
+      self._pending = "\n"  # an earlier attempt was cut off in the middle of a line
+    # TensorBoard hides what it has seen past `purge_step`: the first step still to come.
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+    )
+    self._write_line(start_step, {"resumed": True})
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Writes numbers: Python's, numpy's or JAX arrays of one element."""
+    if self._board is None:
+      return
+    values = {name: float(np.asarray(value).item()) for name, value in scalars.items()}
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+    self._write_line(step, {"values": {name: _to_json(v) for name, v in values.items()}})
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Writes pictures, each `uint8[H, W, 3]`, to TensorBoard."""
+    if self._board is None:
+      return
+    for name, image in images.items():
+      self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    """Writes texts to TensorBoard (as Markdown) and to `metrics.jsonl`."""
+    if self._board is None:
+      return
+    for name, text in texts.items():
+      self._board.add_text(name, text, step)
+    self._write_line(step, {"texts": dict(texts)})
+
+  def flush(self) -> None:
+    """Puts everything written so far where other processes can read it."""
+    if self._board is None:
+      return
+    self._board.flush()
+    if self._pending:
+      old = self._path.read_text() if self._path.exists() else ""
+      self._path.write_text(old + self._pending)
+      self._pending = ""
+
+  def close(self) -> None:
+    """Flushes and lets go of the files; the writer must not be used again."""
+    if self._board is None:
+      return
+    self.flush()
+    self._board.close()
+    self._board = None
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _write_line(self, step: int, content: dict[str, Any]) -> None:
+    line = {"step": int(step), "time": round(time.time(), 3), **content}
+    self._pending += json.dumps(line, allow_nan=False) + "\n"
+    if self._appends:
+      with self._path.open("a") as f:
+        f.write(self._pending)
+      self._pending = ""
+
+
+def read_metrics(workdir: epath.PathLike) -> dict[str, dict[int, float]]:
+  """Returns `{name: {step: value}}` of a workdir, steps in order; {} where nothing was written.
+
+  The last value written for a step counts. Values past the step that a later attempt resumed from
+  are left out, and so are lines cut off by a crash (with a warning).
+  """
+  path = epath.Path(workdir) / "metrics.jsonl"
+  series: dict[str, dict[int, float]] = collections.defaultdict(dict)
+  for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    if not text:
+      continue
+    try:
+      line = json.loads(text)
+    except json.JSONDecodeError:
+      logging.warning("%s:%d is not a whole line of JSON; left out.", path, number)
+      continue
+    if line.get("resumed"):
+      for values in series.values():
+        for step in [s for s in values if s > line["step"]]:
+          del values[step]
+    for name, value in line.get("values", {}).items():
+      series[name][line["step"]] = float(value)
+  return {name: dict(sorted(values.items())) for name, values in series.items() if values}
+
+
+def _to_json(value: float) -> float | str:
+  return value if math.isfinite(value) else str(value)
+
+
+def model_flops(run: RunConfig) -> dict[str, int]:
+  """Returns the FLOPs of one training step on the global batch, by part, and their `total`.
+
+  Counted is what the model asks for, not what a program happens to execute: matrix products and
+  convolutions at 2*M*N*K; causal attention at half its square; of the experts, the `top_k` that a
+  position is sent to; no recomputation, norms, softmax or optimizer. Every position of a row and
+  every image slot counts, filled or not.
+
+  With P patches (and the class token), D width, F mlp_dim, H heads of h, K key-value heads, E
+  experts, k of them active, V vocabulary, forward, per image slot or row:
+    vit                2*P*3*p*p*D + num_blocks * (8*P*D*D + 4*P*P*D + 4*P*D*F)
+    connector          see `_connector_flops`
+    decoder/dense      S * (depth * 4*D*h*(H + K) + dense layers * 6*D*F)
+    decoder/attention  depth * 2*S*S*H*h           (4*S*S*H*h, halved)
+    decoder/experts    S * MoE layers * (2*D*E + k * 6*D*F)
+    head               S * 2*D*V
+
+  Training takes 3x the forward pass: activations' and weights' gradients cost one more each. A
+  frozen part (`optimizer.frozen`) has no weights' gradients, and no activations' gradients either
+  unless a trained part lies before it in the order vit, connector, decoder.
+  """
+  vision, decoder, data = run.model.vision, run.model.decoder, run.data
+  slots, rows, seq = data.batch_size * data.images_per_row, data.batch_size, data.seq_len
+  patches = vision.num_patches + vision.class_token
+  vit = 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.width
+  vit += vision.num_blocks * (
+    8 * patches * vision.width**2
+    + 4 * patches**2 * vision.width
+    + 4 * patches * vision.width * vision.mlp_dim
+  )
+  sparse = decoder.depth // decoder.moe.every if decoder.moe else 0
+  heads = decoder.num_heads + decoder.num_kv_heads
+  mlp = 6 * decoder.width * decoder.mlp_dim
+  dense = decoder.depth * 4 * decoder.width * decoder.head_dim * heads
+  dense += (decoder.depth - sparse) * mlp
+  attention = decoder.depth * 2 * seq * decoder.num_heads * decoder.head_dim
+  experts = 0
+  if decoder.moe:
+    experts = sparse * (2 * decoder.width * decoder.moe.num_experts + decoder.moe.top_k * mlp)
+  forward = {
+    "vit": slots * vit,
+    "connector": slots * _connector_flops(run),
+    "decoder/dense": rows * seq * dense,
+    "decoder/attention": rows * seq * attention,
+    "decoder/experts": rows * seq * experts,
+    "head": rows * seq * 2 * decoder.width * decoder.vocab_size,
+  }
+  factor, trained_before = {}, False
+  for part in ("vit", "connector", "decoder"):
+    trained = part not in run.optimizer.frozen
+    factor[part] = 1 + trained + (trained or trained_before)
+    trained_before |= trained
+  factor["head"] = factor["decoder"]
+  flops = {name: count * factor[name.split("/")[0]] for name, count in forward.items()}
+  return {**flops, "total": sum(flops.values())}
+
+
+def _connector_flops(run: RunConfig) -> int:
+  """Returns the connector's forward FLOPs for one image.
+
+  With P patches of width E, T tokens, hidden width C, decoder width D:
+    c_abstractor    `depth` RegNet blocks on P positions, as many on T, and the read-out:
+                    T * 2*(C*D + (mlp_depth - 1)*D*D). A block from c to C channels on n positions:
+                    n * 2*(c*C + 9*C + C*C) + 4*C*round(c/4), and n * 2*c*C more where c != C
+    average_pool    T * 2*E*D
+    attention_pool  P * 4*E*C + T * (4*P*C + 2*C*C + 2*C*D)
+    linear, mlp     P * 2*E*D, P * 2*(E*D + (mlp_depth - 1)*D*D)
+  """
+  connector: ConnectorConfig = run.model.connector
+  patches, tokens = run.model.vision.num_patches, connector.num_tokens
+  enc, hidden, dec = run.model.vision.width, connector.hidden, run.model.decoder.width
+
+  def block(channels: int, positions: int) -> int:
+    count = positions * 2 * (channels * hidden + 9 * hidden + hidden**2)
+    count += 4 * hidden * round(channels / 4)
+    return count + (positions * 2 * channels * hidden if channels != hidden else 0)
+
+  more_layers = (connector.mlp_depth - 1) * dec**2
+  match connector.kind:
+    case "c_abstractor":
+      first = block(enc, patches) + (connector.depth - 1) * block(hidden, patches)
+      return (
+        first + connector.depth * block(hidden, tokens) + tokens * 2 * (hidden * dec + more_layers)
+      )
+    case "average_pool":
+      return tokens * 2 * enc * dec
+    case "attention_pool":
+      attend = tokens * (4 * patches * hidden + 2 * hidden**2 + 2 * hidden * dec)
+      return patches * 4 * enc * hidden + attend
+    case "linear":
+      return patches * 2 * enc * dec
+    case "mlp":
+      return patches * 2 * (enc * dec + more_layers)
+
+
+def mfu(flops: float, seconds: float, devices: Sequence[Any] | None = None) -> float | None:
+  """Returns model FLOPs utilisation in [0, 1]: `flops` done in `seconds` over the devices' peak.
+
+  `devices` are all that share the work, `jax.devices()` if not given. None where the peak of a
+  device's kind is not in `PEAK_FLOPS`, as for a CPU.
+  """
+  kinds = [d.device_kind for d in (jax.devices() if devices is None else devices)]
+  if any(kind not in PEAK_FLOPS for kind in kinds):
+    return None
+  return flops / seconds / sum(PEAK_FLOPS[kind] for kind in kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """Speed over the timer's window."""
+
+  step_seconds: float
+  tokens_per_second: float
+  images_per_second: float
+  data_wait: float  # share of the time that the step waited for its batch
+  mfu: float | None
+
+  def scalars(self) -> dict[str, float]:
+    """Returns the rates under their metric names, `speed/...`, without what is unknown."""
+    values = {f"speed/{name}": value for name, value in dataclasses.asdict(self).items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+class StepTimer:
+  """Measures steps over a moving window.
+
+  Call `tick` when a step's results are there. The first tick only starts the clock, so the first
+  step, which compiles, is in no rate; wrap evaluation and saving in `excluded`.
+  """
+
+  def __init__(
+    self,
+    *,
+    flops: float = 0,
+    devices: Sequence[Any] | None = None,
+    window: int = 50,
+    clock: Callable[[], float] = time.perf_counter,
+  ):
+    """Measures over the last `window` steps; `flops` of a step (`model_flops`) give the MFU."""
+    self._flops, self._devices, self._clock = flops, devices, clock
+    self._steps: collections.deque[np.ndarray] = collections.deque(maxlen=window)
+    self._last: float | None = None
+
+  def tick(self, *, tokens: int = 0, images: int = 0, data_wait: float = 0.0) -> None:
+    """Ends a step that had so many real tokens and images and waited `data_wait` s for data."""
+    now = self._clock()
+    if self._last is not None:
+      self._steps.append(np.array([now - self._last, tokens, images, data_wait]))
+    self._last = now
+
+  @contextlib.contextmanager
+  def excluded(self) -> Iterator[None]:
+    """Stops the clock inside the block."""
+    begin = self._clock()
+    try:
+      yield
+    finally:
+      if self._last is not None:
+        self._last += self._clock() - begin
+
+  @property
+  def rates(self) -> Rates | None:
+    """The speed over the window, or None before two ticks."""
+    if not self._steps:
+      return None
+    seconds, tokens, images, waited = np.sum(self._steps, axis=0)
+    seconds = max(float(seconds), 1e-9)
+    step_seconds = seconds / len(self._steps)
+    return Rates(
+      step_seconds=step_seconds,
+      tokens_per_second=float(tokens) / seconds,
+      images_per_second=float(images) / seconds,
+      data_wait=min(1.0, float(waited) / seconds),
+      mfu=mfu(self._flops, step_seconds, self._devices) if self._flops else None,
+    )
+
+
+def progress_line(
+  step: int, num_steps: int, scalars: Mapping[str, float], rates: Rates | None
+) -> str:
+  """Returns one line on where a run stands.
+
+  Of `scalars` it shows `loss`, `lr`, `grad_norm` and `skipped`, those that are there:
+  `step    40/300 (13%) | loss 5.123 | lr 2.1e-04 | grad 0.91 | 0.52 s/step | 15.7k tok/s |
+  61 img/s | MFU - | data wait 3% | skipped 0 | ETA 2m14s`
+  """
+  width = len(str(num_steps)) + 2
+  parts = [f"step {step:>{width}}/{num_steps} ({100 * step // num_steps}%)"]
+  for name, text in (("loss", "loss {:.3f}"), ("lr", "lr {:.1e}"), ("grad_norm", "grad {:.2f}")):
+    if name in scalars:
+      parts.append(text.format(float(scalars[name])))
+  if rates is None:
+    parts.append("compiling")
+  else:
+    share = "-" if rates.mfu is None else f"{rates.mfu:.1%}"
+    parts += [
+      f"{rates.step_seconds:.2f} s/step",
+      f"{_short(rates.tokens_per_second)} tok/s",
+      f"{_short(rates.images_per_second)} img/s",
+      f"MFU {share}",
+      f"data wait {rates.data_wait:.0%}",
+    ]
+  if "skipped" in scalars:
+    parts.append(f"skipped {int(scalars['skipped'])}")
+  if rates is not None:
+    parts.append(f"ETA {format_seconds((num_steps - step) * rates.step_seconds)}")
+  return " | ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+  """Returns a duration as its two largest units: 9s, 2m14s, 3h05m, 12d04h."""
+  total = round(seconds)
+  if total < 60:
+    return f"{total}s"
+  if total < 3600:
+    return f"{total // 60}m{total % 60:02d}s"
+  if total < 86400:
+    return f"{total // 3600}h{total % 3600 // 60:02d}m"
+  return f"{total // 86400}d{total % 86400 // 3600:02d}h"
+
+
+def _short(value: float) -> str:
+  """Returns a count with at most three digits and a k, M or G."""
+  for unit in ("", "k", "M"):
+    if value < 999.5:
+      return f"{value:.3g}{unit}"
+    value /= 1000
+  return f"{value:.3g}G"
+
+
+def peak_memory_gib() -> float:
+  """Returns the peak of memory so far in GiB: the fullest local device's, else this process's."""
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+  if peaks:
+    return max(peaks) / 2**30
+  rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return rss * (1 if sys.platform == "darwin" else 1024) / 2**30
