@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A record becomes an `Example`: ids, what to predict, and the bytes of its pictures.
+
+A record is first one sequence of ids t_0 ... t_n:
+
+  document      <s> item item ... </s>
+  conversation  <s> USER: item ...\\n ASSISTANT: item ... </s> USER: ...
+  item          the ids of a text, or <image_start> <image> x T <image_end>
+
+The example predicts each id from those before it: tokens t_0 ... t_{n-1}, targets t_1 ... t_n. The
+loss is on text and `</s>`; in a conversation, on the assistant's alone. Nothing of a picture is ever
+predicted. Each item is tokenised on its own, so a prompt has the ids that training gave it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mm1_jax.data.sources import Record
+from mm1_jax.data.tokenizer import Tokenizer
+
+# A turn is tokenised as PREFIX, " ", content, SUFFIX; the space joins a text it stands before.
+# The end of the assistant's turn is `</s>`, which is not text.
+ROLE_PREFIX = {"user": "USER:", "assistant": "ASSISTANT:"}
+USER_SUFFIX = "\n"
+
+Items = Sequence[Mapping[str, Any]]
+
+
+class Span(NamedTuple):
+  """Positions `start` to `stop` of one picture, its delimiters included."""
+
+  start: int
+  stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """What is packed as one segment; L positions."""
+
+  tokens: np.ndarray  # int32[L]
+  targets: np.ndarray  # int32[L]
+  loss_mask: np.ndarray  # float32[L]
+  images: tuple[bytes, ...]  # encoded pictures in order
+  spans: tuple[Span, ...]  # where each of them stands in `tokens`
+
+  def __len__(self) -> int:
+    return len(self.tokens)
+
+
+class Prompt(NamedTuple):
+  """What a model is given to go on from."""
+
+  ids: list[int]
+  images: list[bytes]  # one for each run of `<image>` ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """How text and pictures become ids, in training and in inference alike.
+
+  Args:
+    tokenizer: text to ids.
+    tokens_per_image: positions that the connector's output takes (T).
+    image_delimiters: puts `<image_start>` and `<image_end>` around a picture.
+  """
+
+  tokenizer: Tokenizer
+  tokens_per_image: int
+  image_delimiters: bool = True
+
+  @property
+  def image_ids(self) -> list[int]:
+    """Ids of one picture: T placeholders, and the delimiters."""
+    run = [self.tokenizer.image_id] * self.tokens_per_image
+    if not self.image_delimiters:
+      return run
+    return [self.tokenizer.image_start_id, *run, self.tokenizer.image_end_id]
+
+  def encode_content(self, items: Items) -> list[int]:
+    """Returns the ids of texts and pictures in order."""
+    ids: list[int] = []
+    for item in items:
+      ids += self.tokenizer.encode(item["text"]) if "text" in item else self.image_ids
+    return ids
+
+  def encode_prefix(self, items: Items) -> Prompt:
+    """Returns the beginning of a document, for a pre-trained model to go on with."""
+    return Prompt([self.tokenizer.bos_id, *self.encode_content(items)], _images(items))
+
+  def encode_prompt(self, turns: Sequence[Mapping[str, Any]]) -> Prompt:
+    """Returns a conversation that ends in the user's turn, up to and with `ASSISTANT:`.
+
+    The answer's ids follow exactly as in training: `encode_answer` gives them.
+    """
+    ids, _, images = self._encode_turns(turns)
+    return Prompt(ids + self.tokenizer.encode(ROLE_PREFIX["assistant"]), images)
+
+  def encode_answer(self, items: Items) -> list[int]:
+    """Returns the ids of an assistant's turn behind `ASSISTANT:`, its `</s>` included."""
+    return [*self.encode_content(_after_prefix(items)), self.tokenizer.eos_id]
+
+  def encode_record(self, record: Record) -> Example:
+    """Returns a checked record as one example, of whatever length."""
+    if "turns" in record:
+      ids, predict, images = self._encode_turns(record["turns"])
+    else:
+      ids, images = self.encode_prefix(record["content"])
+      ids.append(self.tokenizer.eos_id)
+      predict = [True] * len(ids)
+    return self._example(ids, predict, images)
+
+  def _encode_turns(
+    self, turns: Sequence[Mapping[str, Any]]
+  ) -> tuple[list[int], list[bool], list[bytes]]:
+    """Returns ids, whether each is to be predicted, and the pictures."""
+    ids, predict, images = [self.tokenizer.bos_id], [False], []
+    for turn in turns:
+      assistant = turn["role"] == "assistant"
+      prefix = self.tokenizer.encode(ROLE_PREFIX[turn["role"]])
+      if assistant:
+        content = self.encode_answer(turn["content"])
+      else:
+        content = self.encode_content(_after_prefix(turn["content"]))
+        content += self.tokenizer.encode(USER_SUFFIX)
+      ids += prefix + content
+      predict += [False] * len(prefix) + [assistant] * len(content)
+      images += _images(turn["content"])
+    return ids, predict, images
+
+  def _example(self, ids: list[int], predict: list[bool], images: list[bytes]) -> Example:
+    sequence = np.array(ids, np.int32)
+    tokens, targets = sequence[:-1], sequence[1:]
+    specials = (
+      self.tokenizer.image_id,
+      self.tokenizer.image_start_id,
+      self.tokenizer.image_end_id,
+    )
+    loss_mask = np.array(predict[1:], bool) & ~np.isin(targets, specials)
+    spans = self._spans(tokens)
+    assert len(spans) == len(images), (len(spans), len(images))
+    return Example(tokens, targets, loss_mask.astype(np.float32), tuple(images), spans)
+
+  def _spans(self, tokens: np.ndarray) -> tuple[Span, ...]:
+    """Finds each picture: every T-th placeholder is the first of one."""
+    firsts = np.flatnonzero(tokens == self.tokenizer.image_id)[:: self.tokens_per_image]
+    starts = firsts - 1 if self.image_delimiters else firsts
+    length = len(self.image_ids)
+    return tuple(Span(int(s), int(s) + length) for s in starts)
+
+
+def split(example: Example, seq_len: int, max_images: int) -> list[Example]:
+  """Cuts an example into pieces that fit a row, in order and with nothing lost.
+
+  Text is cut anywhere, a picture never: each (token, target) pair is in exactly one piece. Pieces
+  after the first begin in mid-document, without `<s>`.
+
+  Args:
+    example: of any length.
+    seq_len: positions in a row (S), at least those of one picture.
+    max_images: image slots in a row (N), at least 1 if there are pictures.
+  """
+  pieces, start, first = [], 0, 0  # of the piece: its first position and its first picture
+  while start < len(example):
+    stop = min(start + seq_len, len(example))
+    last = first
+    while last < len(example.spans) and example.spans[last].start < stop:
+      if last - first == max_images or example.spans[last].stop > stop:
+        stop = example.spans[last].start
+        break
+      last += 1
+    assert stop > start, f"no picture of {example.spans[first]} fits {seq_len}, {max_images}"
+    pieces.append(_cut(example, start, stop, first, last))
+    start, first = stop, last
+  return pieces
+
+
+def _cut(example: Example, start: int, stop: int, first: int, last: int) -> Example:
+  return Example(
+    tokens=example.tokens[start:stop],
+    targets=example.targets[start:stop],
+    loss_mask=example.loss_mask[start:stop],
+    images=example.images[first:last],
+    spans=tuple(Span(s.start - start, s.stop - start) for s in example.spans[first:last]),
+  )
+
+
+def _after_prefix(items: Items) -> Items:
+  """Puts a space in front of a turn's first text, where it follows the role directly."""
+  if items and "text" in items[0]:
+    return [{"text": " " + items[0]["text"]}, *items[1:]]
+  return items
+
+
+def _images(items: Items) -> list[bytes]:
+  return [item["image"] for item in items if "image" in item]

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline: an iterator of host-local batches that can be stopped and resumed exactly.
+
+`make_pipeline` is for training: endless, mixed, shuffled. `make_eval_batches` is for evaluation: one
+held-out source, each of its examples once.
+"""
+
+import collections
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+from absl import flags, logging
+
+from mm1_jax.batch import Batch
+from mm1_jax.config import ConfigError, DataConfig, SourceConfig
+from mm1_jax.data.examples import Encoder, Example
+from mm1_jax.data.image import ImageError, decode_image
+from mm1_jax.data.index import UNREADABLE, Index, Unfit, load_index, make_pieces
+from mm1_jax.data.packing import Segment, assemble
+from mm1_jax.data.plan import (
+  Piece,
+  Plan,
+  Row,
+  WindowState,
+  check_fingerprint,
+  fingerprint,
+  plan_once,
+)
+from mm1_jax.data.sources import DataError, RecordError, Source
+from mm1_jax.data.tokenizer import Tokenizer
+
+MIN_EXAMPLES_TO_JUDGE = 100  # a share of dropped examples means little below this many
+ENDLESS = 1 << 40  # batches
+# Batches made ahead, and threads that make them, in each process. Reading and decoding let go of
+# Python's lock, so two threads help; more only hold more batches in memory.
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+
+
+class BatchStats(NamedTuple):
+  """How full a host's rows are, and what they lost."""
+
+  padded_fraction: float  # of positions
+  empty_slot_fraction: float  # of image slots; 0 where rows have none
+  num_positions: int  # that are not padding
+  num_images: int
+  num_examples: int
+  drops: dict[str, int]  # examples left out of their rows, by reason
+
+
+class _Loaded(NamedTuple):
+  """What comes back from a worker."""
+
+  batch: Batch
+  stats: str  # JSON of a BatchStats: one leaf, whatever its keys
+  next_window: str  # JSON of the WindowState that the next batch is planned from
+
+
+class Pipeline:
+  """Yields `(Batch, BatchStats)` of this process's rows, without end.
+
+  Attributes:
+    tokenizer: the one that the data is tokenised with.
+    drops: examples lost so far, by reason; `index` has those that never had a row.
+    indexes: by source name, the lengths of all its pieces.
+  """
+
+  def __init__(
+    self,
+    loaded: Iterator[_Loaded],
+    *,
+    tokenizer: Tokenizer,
+    indexes: dict[str, Index],
+    state: dict[str, Any],
+    max_drop_fraction: float,
+  ):
+    self.tokenizer = tokenizer
+    self.indexes = indexes
+    self.drops: collections.Counter = collections.Counter()
+    self._loaded = loaded
+    self._state = state
+    self._max_drop_fraction = max_drop_fraction
+    self._num_examples = 0
+    self._error: Exception | None = None
+
+  def __iter__(self) -> "Pipeline":
+    return self
+
+  def __next__(self) -> tuple[Batch, BatchStats]:
+    """Returns the next batch.
+
+    Raises:
+      DataError: too many examples were dropped, or a worker failed; again on every later call.
+    """
+    if self._error:
+      raise self._error
+    try:
+      loaded = next(self._loaded)
+      stats = BatchStats(**json.loads(str(loaded.stats)))
+      self._count(stats)
+    except DataError as e:
+      self._error = e
+      raise
+    except Exception as e:
+      # After its first error Grain's worker pool only says that the data has ended.
+      batch = self._state["batch"]
+      self._error = DataError(f"making batch {batch} failed: {type(e).__name__}: {e}")
+      raise self._error from e
+    self._state = {
+      **self._state,
+      "batch": self._state["batch"] + 1,
+      "plan": json.loads(str(loaded.next_window)),
+    }
+    return loaded.batch, stats
+
+  def state(self) -> dict[str, Any]:
+    """Returns what `make_pipeline` needs to go on with the batch that comes next, as plain JSON.
+
+    It is the same on every process, and for any number of processes and workers.
+    """
+    return self._state
+
+  def _count(self, stats: BatchStats) -> None:
+    self._num_examples += stats.num_examples + sum(stats.drops.values())
+    self.drops.update(stats.drops)
+    dropped = self.drops.total()
+    judged = self._num_examples >= MIN_EXAMPLES_TO_JUDGE
+    if judged and dropped > self._max_drop_fraction * self._num_examples:
+      raise DataError(
+        f"{dropped} of {self._num_examples} examples were dropped ({dict(self.drops)}), more than "
+        f"data.max_drop_fraction {self._max_drop_fraction} allows. Repair the source, or raise it."
+      )
+
+
+def make_pipeline(
+  data: DataConfig,
+  *,
+  image_size: tuple[int, int],
+  tokens_per_image: int,
+  image_token_id: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  state: dict[str, Any] | None = None,
+) -> Pipeline:
+  """Returns the training batches, from the first or from where `state` was taken.
+
+  Global batch n is a function of `data` and n. Each process gets its contiguous slice of the rows.
+
+  Args:
+    data: sources and row shape.
+    image_size: height and width that pictures are resized to, in pixels.
+    tokens_per_image: positions of a picture, without its delimiters (T).
+    image_token_id: the model's `<image>` id, checked against the tokenizer's.
+    process_index: of this process.
+    process_count: processes that share the global batch.
+    state: what `Pipeline.state()` returned, on any number of processes.
+
+  Raises:
+    ConfigError: settings that do not fit each other, the tokenizer or `state`.
+    DataError: files that are missing, damaged or empty.
+  """
+  if not data.sources:
+    raise ConfigError("data.sources is empty; name at least one source to train on.")
+  rows = _local_rows(data, process_index, process_count)
+  encoder = _encoder(data, tokens_per_image, image_token_id)
+  sources = [Source(config) for config in data.sources]
+  indexes = [_index(source, encoder, data) for source in sources]
+  plan = Plan(data, indexes)
+  now = fingerprint(data, len(encoder.image_ids), indexes)
+  if state is None:
+    state = {"batch": 0, "plan": plan.first_state.to_dict(), "fingerprint": now}
+  check_fingerprint(state["fingerprint"], now)
+  planned = PlannedBatches(plan, WindowState.from_dict(state["plan"]), state["batch"], rows)
+  load = BatchLoader(data, sources, indexes, encoder, image_size)
+  batches = grain.MapDataset.source(planned).map(load).to_iter_dataset(READ_OPTIONS)
+  if data.num_workers:
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # Grain's worker pool reads flags, also outside of app.run
+    options = grain.MultiprocessingOptions(num_workers=data.num_workers)
+    batches = batches.mp_prefetch(options)
+  return Pipeline(
+    iter(batches),
+    tokenizer=encoder.tokenizer,
+    indexes={config.name: index for config, index in zip(data.sources, indexes, strict=True)},
+    state=state,
+    max_drop_fraction=data.max_drop_fraction,
+  )
+
+
+def make_eval_batches(
+  source: SourceConfig,
+  data: DataConfig,
+  *,
+  image_size: tuple[int, int],
+  tokens_per_image: int,
+  image_token_id: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  limit: int | None = None,
+) -> Iterator[Batch]:
+  """Yields each example of a held-out source once, in `data`'s row shape and batch size.
+
+  The last batch is filled up with empty rows. The rows are the same for any number of processes,
+  and `source_ids` are all 0.
+
+  Args:
+    source: what to evaluate on.
+    data: row shape, batch size and tokenizer; its own sources are not looked at.
+    image_size: as in `make_pipeline`, like the arguments below.
+    tokens_per_image: see above.
+    image_token_id: see above.
+    process_index: see above.
+    process_count: see above.
+    limit: batches to stop after.
+
+  Raises:
+    ConfigError: settings that do not fit each other or the tokenizer.
+    DataError: files that are missing, damaged or empty.
+  """
+  local = _local_rows(data, process_index, process_count)
+  encoder = _encoder(data, tokens_per_image, image_token_id)
+  opened = Source(source)
+  index = _index(opened, encoder, data)
+  rows = plan_once(index, data)
+  rows += [[]] * (-len(rows) % data.batch_size)
+  starts = range(0, len(rows), data.batch_size)[:limit]
+  planned = [([rows[start + r] for r in local], None) for start in starts]
+  load = BatchLoader(data, [opened], [index], encoder, image_size)
+  return _eval_batches(grain.MapDataset.source(planned).map(load), source.name)
+
+
+def _eval_batches(batches: grain.MapDataset, name: str) -> Iterator[Batch]:
+  drops: collections.Counter = collections.Counter()
+  for loaded in batches.to_iter_dataset(READ_OPTIONS):
+    drops.update(json.loads(loaded.stats)["drops"])
+    yield loaded.batch
+  if drops:
+    logging.warning("evaluation source '%s' lost examples: %s", name, dict(drops))
+
+
+class PlannedBatches:
+  """Random access to the pieces of batches `first`, `first + 1`, ...; rows of one process.
+
+  Windows follow from each other, so going on is cheap, and going back before the two latest windows
+  plans again from the beginning. Pickles without what it has planned.
+  """
+
+  def __init__(self, plan: Plan, state: WindowState, first: int, rows: range):
+    self._plan = plan
+    self._first = first
+    self._rows = rows
+    self._base = state
+    self._reset()
+
+  def _reset(self) -> None:
+    self._lock = threading.Lock()
+    self._windows: dict[int, tuple[list[Row], WindowState, WindowState]] = {}
+    self._next = self._base
+
+  def __len__(self) -> int:
+    return ENDLESS
+
+  def __getitem__(self, index: int) -> tuple[list[Row], WindowState]:
+    """Returns this process's rows of batch `first + index`, and the state for the one after it."""
+    window, offset = divmod(self._first + index, self._plan.batches_per_window)
+    rows, state, after = self._window(window)
+    start = offset * (self._plan.num_rows // self._plan.batches_per_window)
+    last = offset == self._plan.batches_per_window - 1
+    return [rows[start + r] for r in self._rows], after if last else state
+
+  def _window(self, window: int) -> tuple[list[Row], WindowState, WindowState]:
+    """Returns the rows of a window, the state at its start, and the state at its end."""
+    with self._lock:
+      if window not in self._windows and window < self._next.window:
+        self._windows.clear()
+        self._next = self._base
+      while window not in self._windows:
+        state = self._next
+        rows, self._next = self._plan.window(state)
+        self._windows[state.window] = rows, state, self._next
+        self._windows.pop(state.window - 2, None)
+      return self._windows[window]
+
+  def __getstate__(self):
+    return self._plan, self._base, self._first, self._rows
+
+  def __setstate__(self, state):
+    self._plan, self._base, self._first, self._rows = state
+    self._reset()
+
+
+class BatchLoader:
+  """Reads, encodes, decodes and assembles the pieces of a batch; runs in the workers."""
+
+  def __init__(
+    self,
+    data: DataConfig,
+    sources: Sequence[Source],
+    indexes: Sequence[Index],
+    encoder: Encoder,
+    image_size: tuple[int, int],
+  ):
+    self._data = data
+    self._sources = sources
+    self._indexes = indexes
+    self._encoder = encoder
+    self._image_size = image_size
+
+  def __call__(self, planned: tuple[list[Row], WindowState | None]) -> _Loaded:
+    rows, next_window = planned
+    drops: collections.Counter = collections.Counter()
+    segments = [[s for piece in row if (s := self._segment(piece, drops))] for row in rows]
+    batch = assemble(
+      segments,
+      seq_len=self._data.seq_len,
+      images_per_row=self._data.images_per_row,
+      image_size=self._image_size,
+      pad_id=self._encoder.tokenizer.pad_id,
+    )
+    num_positions, num_images = int((batch.segment_ids > 0).sum()), int(batch.image_mask.sum())
+    stats = BatchStats(
+      padded_fraction=1 - num_positions / batch.tokens.size,
+      empty_slot_fraction=1 - num_images / batch.image_mask.size if batch.image_mask.size else 0.0,
+      num_positions=num_positions,
+      num_images=num_images,
+      num_examples=sum(map(len, segments)),
+      drops=dict(drops),
+    )
+    state = next_window.to_dict() if next_window else None
+    return _Loaded(batch, json.dumps(stats._asdict()), json.dumps(state))
+
+  def _segment(self, piece: Piece, drops: collections.Counter) -> Segment | None:
+    """Returns a piece with its pixels; None, and the reason in `drops`, if it cannot be used."""
+    try:
+      example = self._example(piece)
+      pixels = [decode_image(image, self._image_size) for image in example.images]
+    except ImageError as e:
+      drops[e.reason] += 1
+    except (RecordError, Unfit) as e:
+      logging.warning("%s", e)
+      drops[UNREADABLE] += 1
+    else:
+      return Segment(piece.source, example, pixels)
+    return None
+
+  def _example(self, piece: Piece) -> Example:
+    index = self._indexes[piece.source]
+    record = int(index.records[piece.piece])
+    data = self._data
+    pieces = make_pieces(
+      self._sources[piece.source][record], self._encoder, data.seq_len, data.images_per_row
+    )
+    example = pieces[index.pieces[piece.piece]]
+    assert len(example) == index.num_positions[piece.piece], "the index is of other data"
+    return example
+
+
+def _encoder(data: DataConfig, tokens_per_image: int, image_token_id: int) -> Encoder:
+  tokenizer = Tokenizer(data.tokenizer)
+  if tokenizer.image_id != image_token_id:
+    raise ConfigError(
+      f"model.image_token_id is {image_token_id}, but data.tokenizer '{data.tokenizer}' has "
+      f"<image> at {tokenizer.image_id}; set it to that."
+    )
+  encoder = Encoder(tokenizer, tokens_per_image, data.image_delimiters)
+  if data.images_per_row and len(encoder.image_ids) > data.seq_len:
+    raise ConfigError(
+      f"data.seq_len {data.seq_len} cannot hold one image of {len(encoder.image_ids)} positions."
+    )
+  return encoder
+
+
+def _index(source: Source, encoder: Encoder, data: DataConfig) -> Index:
+  return load_index(
+    source,
+    encoder,
+    seq_len=data.seq_len,
+    max_images=data.images_per_row,
+    max_drop_fraction=data.max_drop_fraction,
+  )
+
+
+def _local_rows(data: DataConfig, process_index: int, process_count: int) -> range:
+  """Returns the rows of a global batch that are this process's."""
+  if data.batch_size % process_count:
+    raise ConfigError(
+      f"data.batch_size {data.batch_size} does not divide over {process_count} processes; use a "
+      f"multiple of {process_count}."
+    )
+  size = data.batch_size // process_count
+  return range(process_index * size, (process_index + 1) * size)
