@@ -24,7 +24,8 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-  "tpu": ["jax[tpu]"],  # brings the libtpu that matches the installed jax
+  # The libtpu that matches the installed jax, and workdirs on gs://.
+  "tpu": ["gcsfs", "google-cloud-storage", "jax[tpu]"],
   "cuda": ["jax[cuda13]"],  # drivers older than 580: jax[cuda12] by hand
   # Beam pins an older protobuf than training uses: give it an environment of its own.
   "data": ["apache-beam"],

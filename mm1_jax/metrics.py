@@ -24,6 +24,9 @@ from etils import epath
 
 from mm1_jax.config import ConnectorConfig, RunConfig
 
+# It warns at every NaN, which TensorBoard shows well: a source that a batch has nothing of has one.
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+
 # Peak dense bf16 FLOP/s of one JAX device, by `device_kind` (makers' data sheets). From TPU v4 on a
 # chip is one device, except that TPU7x's, of 2307 TFLOP/s, is two.
 PEAK_FLOPS = {

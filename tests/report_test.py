@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports: everything asked for is drawn, text from the model stays text."""
+
+import html.parser
+import math
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mm1_jax import metrics, report
+from mm1_jax.batch import Batch
+
+IMAGE_ID = 4
+
+
+class Page(html.parser.HTMLParser):
+  """Collects a page's tags, the addresses it refers to, and its text."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.tags, self.addresses, self.text = [], [], ""
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.addresses += [value for name, value in attrs if name in ("src", "href")]
+
+  def handle_data(self, data):
+    self.text += data
+
+
+def picture(color=(200, 30, 30)) -> np.ndarray:
+  return np.full((24, 32, 3), color, np.uint8)
+
+
+def write_stage(workdir, *, sources=("captions", "text"), experts=4, steps=range(1, 40)):
+  with metrics.MetricWriter(workdir) as writer:
+    for step in steps:
+      scalars = {"loss": 5 - step / 20, "lr": 1e-4, "grad_norm/vit": 1 / step}
+      scalars |= {f"loss/{source}": math.nan if step == 3 else 5 - step / 20 for source in sources}
+      scalars |= {f"moe/load/{u}/{e}": 1 / experts for u in range(2) for e in range(experts)}
+      writer.write_scalars(step, scalars)
+    writer.write_scalars(20, {f"eval/loss/{source}": 4.5 for source in sources})
+
+
+def batch(num_rows=3, num_positions=40, num_slots=3) -> Batch:
+  """Rows of a 20-position captioned image and a 12-position text; one slot and the rest empty."""
+  shape = (num_rows, num_positions)
+  tokens = np.full(shape, 7, np.int32)
+  tokens[:, 2:10] = IMAGE_ID
+  segment_ids = np.zeros(shape, np.int32)
+  segment_ids[:, :20], segment_ids[:, 20:32] = 1, 2
+  images = np.zeros((num_rows, num_slots, 24, 32, 3), np.uint8)
+  images[:, :1] = picture((255, 0, 255))
+  image_mask = np.zeros((num_rows, num_slots), bool)
+  image_mask[:, :1] = True
+  return Batch(
+    tokens=tokens,
+    targets=tokens,
+    loss_mask=(segment_ids > 0).astype(np.float32),
+    positions=np.zeros(shape, np.int32),
+    segment_ids=segment_ids,
+    source_ids=segment_ids // 2,
+    images=images,
+    image_mask=image_mask,
+  )
+
+
+class TestWriteReport:
+  def test_two_stages_and_their_answers(self, tmp_path):
+    write_stage(tmp_path / "a")
+    write_stage(tmp_path / "b", sources=("instructions",), experts=2)
+    answers = [report.Answer(picture(), "What is it?", f"thing {i}", "a red box") for i in range(9)]
+    stages = {"pretrain": tmp_path / "a", "sft": tmp_path / "b"}
+    png, page = report.write_report(tmp_path / "out", stages, answers)
+    with Image.open(png) as image:
+      assert image.size[0] > 1000
+      assert np.std(np.asarray(image.convert("L"))) > 5
+    parsed = Page(page.read_text())
+    for text in ("pretrain", "sft", "captions", "instructions", "thing 8", "a red box", "4.500"):
+      assert text in parsed.text
+    assert parsed.tags.count("img") == 2 * 3 + 9
+
+  def test_the_page_is_self_contained(self, tmp_path):
+    write_stage(tmp_path / "a")
+    answer = report.Answer(picture(), "?", "a", "b")
+    _, page = report.write_report(tmp_path, {"pretrain": tmp_path / "a"}, [answer])
+    parsed = Page(page.read_text())
+    assert "script" not in parsed.tags
+    assert all(address.startswith("data:image/png;base64,") for address in parsed.addresses)
+
+  def test_what_the_model_says_is_only_text(self, tmp_path):
+    write_stage(tmp_path / "a")
+    said = "<script>alert(1)</script><img src=http://x> & $\\frac{$ \x00\x1b[31m"
+    answer = report.Answer(picture(), "<b>", said, '"><i>')
+    _, page = report.write_report(tmp_path, {"<u>": tmp_path / "a"}, [answer])
+    text = page.read_text()
+    parsed = Page(text)
+    assert not {"script", "b", "i", "u"} & set(parsed.tags)
+    assert parsed.tags.count("img") == 4
+    assert "<script>alert(1)</script>" in parsed.text
+    assert "\x00" not in text
+    assert "\x1b" not in text
+
+  @pytest.mark.parametrize("steps", [range(1, 2), range(0)], ids=["one step", "nothing"])
+  def test_a_short_run_still_gives_a_report(self, tmp_path, steps):
+    write_stage(tmp_path / "a", steps=steps)
+    png, page = report.write_report(tmp_path, {"pretrain": tmp_path / "a"})
+    assert png.exists()
+    assert "pretrain" in page.read_text()
+
+  def test_a_stage_that_never_ran(self, tmp_path):
+    write_stage(tmp_path / "a")
+    stages = {"pretrain": tmp_path / "a", "sft": tmp_path / "none"}
+    png, _ = report.write_report(tmp_path, stages)
+    assert png.exists()
+
+  def test_dense_models_have_no_expert_panel(self, tmp_path):
+    with metrics.MetricWriter(tmp_path / "a") as writer:
+      writer.write_scalars(1, {"loss": 3.0})
+      writer.write_scalars(2, {"loss": 2.0})
+    _, page = report.write_report(tmp_path, {"pretrain": tmp_path / "a"})
+    assert re.findall(r'alt="([^"]*)"', page.read_text()) == ["pretrain: loss"]
+
+
+class TestDrawBatch:
+  def draw(self, drawn: Batch, **kwargs) -> np.ndarray:
+    return report.draw_batch(drawn, lambda ids: f"<{len(ids)} tokens $x^", **kwargs)
+
+  def test_rows_make_it_taller(self):
+    one, three = self.draw(batch(1)), self.draw(batch(3))
+    assert one.dtype == np.uint8
+    assert one.shape[1:] == three.shape[1:]
+    assert three.shape[0] > 2 * one.shape[0]
+    assert self.draw(batch(3), num_rows=1).shape == one.shape
+
+  def test_pictures_are_in_it(self):
+    drawn = self.draw(batch(1), image_token_id=IMAGE_ID)
+    assert np.sum(np.all(drawn == (255, 0, 255), axis=-1)) > 1000
+
+  def test_more_examples_than_fit_and_no_image_slots(self):
+    many = batch(1, num_slots=0)
+    many = many._replace(segment_ids=np.arange(1, 41, dtype=np.int32)[None])
+    assert self.draw(many).shape[2] == 3
+
+  def test_a_row_of_padding(self):
+    drawn = batch(1)
+    empty = drawn._replace(
+      segment_ids=np.zeros_like(drawn.segment_ids), image_mask=np.zeros_like(drawn.image_mask)
+    )
+    assert self.draw(empty, image_token_id=IMAGE_ID).shape[2] == 3
+
+  def test_images_find_their_example(self):
+    segments = np.array([1, 1, 1, 2, 2, 2, 2, 0])
+    is_image = np.array([0, 1, 1, 0, 1, 1, 0, 0], bool)
+    assert report._owners(segments, is_image, 2) == [1, 2]
+    assert report._owners(segments, is_image, 0) == []
+
+  def test_beginning_marks_a_run_of_image_tokens_once(self):
+    ids = np.array([7, 4, 4, 4, 8, 9])
+    text = report._beginning(ids, lambda run: "+".join(map(str, run)), IMAGE_ID)
+    assert text == "7 [image, 3 tokens] 8+9"
