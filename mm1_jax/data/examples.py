@@ -7,9 +7,9 @@ A record is first one sequence of ids t_0 ... t_n:
   conversation  <s> USER: item ...\\n ASSISTANT: item ... </s> USER: ...
   item          the ids of a text, or <image_start> <image> x T <image_end>
 
-The example predicts each id from those before it: tokens t_0 ... t_{n-1}, targets t_1 ... t_n. The
-loss is on text and `</s>`; in a conversation, on the assistant's alone. Nothing of a picture is ever
-predicted. Each item is tokenised on its own, so a prompt has the ids that training gave it.
+The example predicts each id from those before it: tokens t_0 ... t_{n-1}, targets t_1 ... t_n.
+The loss is on text and `</s>`; in a conversation, on the assistant's alone. Nothing of a picture is
+ever predicted. Each item is tokenised on its own, so a prompt has the ids that training gave it.
 """
 
 import dataclasses
@@ -151,39 +151,25 @@ class Encoder:
     return tuple(Span(int(s), int(s) + length) for s in starts)
 
 
-def split(example: Example, seq_len: int, max_images: int) -> list[Example]:
-  """Cuts an example into pieces that fit a row, in order and with nothing lost.
+def cut(example: Example, start: int, stop: int) -> Example:
+  """Returns positions `start` to `stop` as an example of their own.
 
-  Text is cut anywhere, a picture never: each (token, target) pair is in exactly one piece. Pieces
+  Each (token, target) pair is in exactly one of an example's parts, so cutting loses nothing. Parts
   after the first begin in mid-document, without `<s>`.
 
-  Args:
-    example: of any length.
-    seq_len: positions in a row (S), at least those of one picture.
-    max_images: image slots in a row (N), at least 1 if there are pictures.
+  Raises:
+    ValueError: the cut goes through a picture.
   """
-  pieces, start, first = [], 0, 0  # of the piece: its first position and its first picture
-  while start < len(example):
-    stop = min(start + seq_len, len(example))
-    last = first
-    while last < len(example.spans) and example.spans[last].start < stop:
-      if last - first == max_images or example.spans[last].stop > stop:
-        stop = example.spans[last].start
-        break
-      last += 1
-    assert stop > start, f"no picture of {example.spans[first]} fits {seq_len}, {max_images}"
-    pieces.append(_cut(example, start, stop, first, last))
-    start, first = stop, last
-  return pieces
-
-
-def _cut(example: Example, start: int, stop: int, first: int, last: int) -> Example:
+  inside = [i for i, s in enumerate(example.spans) if s.start < stop and start < s.stop]
+  spans = [example.spans[i] for i in inside]
+  if any(s.start < start or stop < s.stop for s in spans):
+    raise ValueError(f"positions {start} to {stop} cut through a picture of {example.spans}")
   return Example(
     tokens=example.tokens[start:stop],
     targets=example.targets[start:stop],
     loss_mask=example.loss_mask[start:stop],
-    images=example.images[first:last],
-    spans=tuple(Span(s.start - start, s.stop - start) for s in example.spans[first:last]),
+    images=tuple(example.images[i] for i in inside),
+    spans=tuple(Span(s.start - start, s.stop - start) for s in spans),
   )
 
 

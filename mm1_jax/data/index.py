@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The length index: how many positions and images each piece of a source takes.
+"""The length index: how long each example of a source is, and where its pictures stand.
 
-It is made by running the text side of `examples.py` over the source once, and kept on disk. With it,
-rows are planned without reading a record.
+It is made by running the text side of `examples.py` over the source once, and kept on disk. With
+it, rows are planned without reading a record.
 """
 
 import collections
@@ -20,11 +20,11 @@ from absl import logging
 from etils import epath
 
 from mm1_jax.config import ConfigError
-from mm1_jax.data.examples import Encoder, Example, split
-from mm1_jax.data.sources import DataError, Record, RecordError, Source
+from mm1_jax.data.examples import Encoder
+from mm1_jax.data.sources import DataError, RecordError, Source
 
-# Raise it when `examples.py` cuts or tokenises otherwise: indexes made before are then not used.
-VERSION = 1
+# Raise it when `examples.py` makes other ids or lengths: indexes made before are then not used.
+VERSION = 2
 MIN_RECORDS_TO_JUDGE = 100  # a share of unreadable records means little below this many
 
 TOO_LONG = "conversation longer than the row"
@@ -34,41 +34,27 @@ UNREADABLE = "unreadable record"
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """All pieces of one source, in order of record and piece; P of them."""
+  """All usable examples of one source, in order; E of them, with I pictures."""
 
-  records: np.ndarray  # int64[P], number of the record in its source
-  pieces: np.ndarray  # int32[P], number of the piece in its record
-  num_positions: np.ndarray  # int32[P]
-  num_images: np.ndarray  # int32[P]
+  records: np.ndarray  # int64[E], number of the record in its source
+  num_positions: np.ndarray  # int32[E]
+  splittable: np.ndarray  # bool[E]: documents; an answer needs its question in the same row
+  image_starts: np.ndarray  # int32[I], first position of each picture, delimiter included
+  image_offsets: np.ndarray  # int64[E + 1]: example e has pictures [e] to [e + 1]
   drops: collections.Counter  # records left out, by reason
 
   def __len__(self) -> int:
     return len(self.records)
 
-
-class Unfit(ValueError):
-  """A record that has no place in rows of this shape; the message is the reason."""
-
-
-def make_pieces(record: Record, encoder: Encoder, seq_len: int, max_images: int) -> list[Example]:
-  """Returns the pieces of a record. A conversation is never cut: its answers need its questions.
-
-  Raises:
-    Unfit: it is a conversation that does not fit a row.
-  """
-  example = encoder.encode_record(record)
-  if "turns" in record:
-    if len(example) > seq_len:
-      raise Unfit(TOO_LONG)
-    if len(example.images) > max_images:
-      raise Unfit(TOO_MANY_IMAGES)
-  return split(example, seq_len, max_images)
+  def images(self, example: int) -> np.ndarray:
+    """Returns int32[n], where the pictures of an example start."""
+    return self.image_starts[self.image_offsets[example] : self.image_offsets[example + 1]]
 
 
 def load_index(
   source: Source, encoder: Encoder, *, seq_len: int, max_images: int, max_drop_fraction: float
 ) -> Index:
-  """Returns the index of a source, from the cache where it has been made before.
+  """Returns a source's index, from the cache where it has been made before.
 
   The cache is `$MM1_JAX_CACHE/index`, or `~/.cache/mm1_jax/index`.
 
@@ -83,9 +69,9 @@ def load_index(
     start = time.time()
     index = _build(source, encoder, seq_len, max_images)
     logging.info(
-      "indexed source '%s' in %.1f s: %d records, %d pieces, %d positions, %d images, left out %s",
-      *(source.name, time.time() - start, len(source), len(index)),
-      *(index.num_positions.sum(), index.num_images.sum(), dict(index.drops)),
+      "indexed source '%s' in %.1f s: %d examples, %d positions, %d images, left out %s",
+      *(source.name, time.time() - start, len(index)),
+      *(index.num_positions.sum(), len(index.image_starts), dict(index.drops)),
     )
     _write(path, index)
   _check(index, source, max_drop_fraction)
@@ -93,7 +79,8 @@ def load_index(
 
 
 def _build(source: Source, encoder: Encoder, seq_len: int, max_images: int) -> Index:
-  rows: list[tuple[int, int, int, int]] = []
+  rows: list[tuple[int, int, bool]] = []
+  starts: list[list[int]] = []
   drops: collections.Counter = collections.Counter()
   for i in range(len(source)):
     try:
@@ -102,24 +89,29 @@ def _build(source: Source, encoder: Encoder, seq_len: int, max_images: int) -> I
       logging.warning("%s", e)
       drops[UNREADABLE] += 1
       continue
-    if not max_images and _has_images(record):
+    example = encoder.encode_record(record)
+    if example.images and not max_images:
       raise ConfigError(
         f"data.images_per_row is 0, but record '{record['id']}' of source '{source.name}' has "
         f"images. Give rows image slots, or leave that source out."
       )
-    try:
-      pieces = make_pieces(record, encoder, seq_len, max_images)
-    except Unfit as e:
-      drops[str(e)] += 1
-      continue
-    rows += [(i, j, len(piece), len(piece.images)) for j, piece in enumerate(pieces)]
-  columns = np.array(rows, np.int64).reshape(-1, 4).T
-  return Index(columns[0], *columns[1:].astype(np.int32), drops)
-
-
-def _has_images(record: Record) -> bool:
-  contents = [t["content"] for t in record["turns"]] if "turns" in record else [record["content"]]
-  return any("image" in item for content in contents for item in content)
+    splittable = "turns" not in record
+    if not splittable and len(example) > seq_len:
+      drops[TOO_LONG] += 1
+    elif not splittable and len(example.images) > max_images:
+      drops[TOO_MANY_IMAGES] += 1
+    else:
+      rows.append((i, len(example), splittable))
+      starts.append([span.start for span in example.spans])
+  records, num_positions, splittable = zip(*rows, strict=True) if rows else ((), (), ())
+  return Index(
+    records=np.array(records, np.int64),
+    num_positions=np.array(num_positions, np.int32),
+    splittable=np.array(splittable, bool),
+    image_starts=np.array([s for image in starts for s in image], np.int32),
+    image_offsets=np.cumsum([0, *map(len, starts)]),
+    drops=drops,
+  )
 
 
 def _check(index: Index, source: Source, max_drop_fraction: float) -> None:
@@ -161,8 +153,8 @@ def _key(source: Source, encoder: Encoder, seq_len: int, max_images: int) -> str
 
 def _read(path: pathlib.Path) -> Index:
   with np.load(path) as file:
-    fields = [file[name] for name in ("records", "pieces", "num_positions", "num_images")]
-    return Index(*fields, collections.Counter(json.loads(str(file["drops"]))))
+    arrays = {name: file[name] for name in file.files}
+  return Index(**{**arrays, "drops": collections.Counter(json.loads(str(arrays["drops"])))})
 
 
 def _write(path: pathlib.Path, index: Index) -> None:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows out of pieces: which go together, and what a row then holds.
+"""Rows out of examples: what goes together, and what a row then holds.
 
-A row has room for S positions and N images, and a piece needs some of both. Rows are chosen by
-these lengths alone; the pieces themselves are read when a batch is made.
+A row has room for S positions and N images, and an example needs some of both. A row of captions
+runs out of image slots, a row of text leaves them empty. So captions and other short examples are
+spread over all rows, and long documents are poured into what room is left, cut where it ends.
+All of this looks at lengths alone; examples are read when a batch is made.
 """
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,57 +16,162 @@ import numpy as np
 from mm1_jax.batch import Batch
 from mm1_jax.data.examples import Example
 
+# Documents longer than this share of a row are cut to fit; shorter ones stay whole.
+LONG = 0.25
+# No part of a document but its last is shorter than this share of a row.
+SHORTEST_CUT = 0.125
+# How many documents are looked at for one that can go on in a row.
+LOOK_AHEAD = 8
+
+
+class Item(NamedTuple):
+  """What there is to know of an example, or of the rest of one, to pack it."""
+
+  num_positions: int
+  image_starts: Sequence[int]  # first positions of its pictures, ascending
+  splittable: bool
+
+
+class Part(NamedTuple):
+  """Positions `start` to `stop` of item number `item`."""
+
+  item: int
+  start: int
+  stop: int
+
 
 class Packing(NamedTuple):
-  """Pieces by number: those in each row, and those that found no room."""
+  """The parts in each row, and from where on the items without room are left over."""
 
-  rows: list[list[int]]
-  left: list[int]
+  rows: list[list[Part]]
+  left: list[tuple[int, int]]  # item, first position that is in no row
 
 
 def pack(
-  num_positions: np.ndarray,
-  num_images: np.ndarray,
+  items: Sequence[Item],
   *,
   num_rows: int,
   seq_len: int,
   images_per_row: int,
+  image_positions: int,
   num_first: int = 0,
 ) -> Packing:
-  """Packs pieces into rows, so that positions and image slots both fill up.
-
-  Best fit decreasing on two resources: the piece that takes most of a row comes first, and goes to
-  the row that it leaves least room in.
+  """Packs items into rows, so that positions and image slots both fill up.
 
   Args:
-    num_positions: int[P], of each piece; at most `seq_len`.
-    num_images: int[P], of each piece; at most `images_per_row`.
+    items: those that cannot be split fit a row.
     num_rows: rows to fill.
     seq_len: positions of a row.
     images_per_row: image slots of a row.
-    num_first: the first so many pieces go before all others, whatever their size: they were left
+    image_positions: positions of a picture, delimiters included; never cut through.
+    num_first: the first so many items go before the others, whatever their size: they were left
       over before, and would starve.
   """
-  slots = max(images_per_row, 1)
-  share = np.maximum(num_positions / seq_len, num_images / slots)
-  later = np.arange(len(share)) >= num_first
-  order = np.lexsort((-share, later))  # stable: equal pieces keep their order
-  free_positions = np.full(num_rows, seq_len)
-  free_images = np.full(num_rows, images_per_row)
-  room = np.full(num_rows, 1.0 + (images_per_row > 0))  # of both resources, as shares of a row
-  rows: list[list[int]] = [[] for _ in range(num_rows)]
-  left: list[int] = []
-  for i in order.tolist():
-    fits = (free_positions >= num_positions[i]) & (free_images >= num_images[i])
-    row = int(np.argmin(np.where(fits, room, np.inf)))
-    if not fits[row]:
-      left.append(i)
-      continue
-    rows[row].append(i)
-    free_positions[row] -= num_positions[i]
-    free_images[row] -= num_images[i]
-    room[row] -= num_positions[i] / seq_len + num_images[i] / slots
-  return Packing(rows, sorted(left))
+  rows = _Rows(num_rows, seq_len, images_per_row)
+  positions = np.array([item.num_positions for item in items], np.int64)
+  images = np.array([len(item.image_starts) for item in items], np.int64)
+  splittable = np.array([item.splittable for item in items], bool)
+  long = splittable & ((positions > LONG * seq_len) | (images > images_per_row))
+  # Whole items first, the hardest to place ahead; as many as leave long ones their share of room.
+  share = np.maximum(positions / seq_len, images / max(images_per_row, 1))
+  order = np.lexsort((-share, np.arange(len(items)) >= num_first))
+  whole = [i for i in order.tolist() if not long[i]]
+  if long.any():
+    room = num_rows * seq_len * positions[~long].sum() / positions.sum()
+    slots = num_rows * images_per_row * images[~long].sum() / max(images.sum(), 1)
+    whole = rows.spread(whole, positions, images, max_positions=room, max_images=slots)
+  left = rows.pour(np.flatnonzero(long).tolist(), items, image_positions)
+  left += [(i, 0) for i in rows.best_fit(whole, positions, images)]
+  return Packing(rows.parts, sorted(left))
+
+
+class _Rows:
+  """Rows that are being filled."""
+
+  def __init__(self, num_rows: int, seq_len: int, images_per_row: int):
+    self.parts: list[list[Part]] = [[] for _ in range(num_rows)]
+    self._seq_len = seq_len
+    self._slots = max(images_per_row, 1)
+    self._free_positions = np.full(num_rows, seq_len)
+    self._free_images = np.full(num_rows, images_per_row)
+
+  def spread(
+    self,
+    whole: list[int],
+    positions: np.ndarray,
+    images: np.ndarray,
+    *,
+    max_positions: float,
+    max_images: float,
+  ) -> list[int]:
+    """Puts each item into the emptiest row until the limits are met; returns those left."""
+    for at, i in enumerate(whole):
+      max_positions -= positions[i]
+      max_images -= images[i]
+      row = int(np.argmax(self._room(positions[i], images[i], nowhere=-np.inf)))
+      fits = positions[i] <= self._free_positions[row] and images[i] <= self._free_images[row]
+      if max_positions < 0 or (images[i] and max_images < 0) or not fits:
+        return whole[at:]
+      self._put(row, Part(i, 0, int(positions[i])), int(images[i]))
+    return []
+
+  def best_fit(self, whole: list[int], positions: np.ndarray, images: np.ndarray) -> list[int]:
+    """Puts each item into the fullest row that has room for it; returns those left."""
+    left = []
+    for i in whole:
+      room = self._room(positions[i], images[i], nowhere=np.inf)
+      row = int(np.argmin(room))
+      if np.isinf(room[row]):
+        left.append(i)
+      else:
+        self._put(row, Part(i, 0, int(positions[i])), int(images[i]))
+    return left
+
+  def pour(
+    self, long: list[int], items: Sequence[Item], image_positions: int
+  ) -> list[tuple[int, int]]:
+    """Fills rows one after another with documents, cut to fit; returns what is left of them."""
+    queue = [(i, 0) for i in long]
+    for row in range(len(self.parts)):
+      while queue:
+        for at, (i, start) in enumerate(queue[:LOOK_AHEAD]):
+          room = int(self._free_positions[row]), int(self._free_images[row])
+          stop = furthest_cut(items[i], start, *room, image_positions)
+          end = items[i].num_positions
+          if stop == end or stop - start >= SHORTEST_CUT * self._seq_len:
+            starts = items[i].image_starts
+            num_images = bisect.bisect_left(starts, stop) - bisect.bisect_left(starts, start)
+            self._put(row, Part(i, start, stop), num_images)
+            queue[at : at + 1] = [(i, stop)] if stop < end else []
+            break
+        else:
+          break  # none can go on in this row
+    return queue
+
+  def _room(self, positions: int, images: int, nowhere: float) -> np.ndarray:
+    """Returns how much of both resources each row has; `nowhere` for rows it does not fit in."""
+    fits = (self._free_positions >= positions) & (self._free_images >= images)
+    room = self._free_positions / self._seq_len + self._free_images / self._slots
+    return np.where(fits, room, nowhere)
+
+  def _put(self, row: int, part: Part, num_images: int) -> None:
+    self.parts[row].append(part)
+    self._free_positions[row] -= part.stop - part.start
+    self._free_images[row] -= num_images
+
+
+def furthest_cut(
+  item: Item, start: int, max_positions: int, max_images: int, image_positions: int
+) -> int:
+  """Returns where a part from `start` on must end to keep within both limits and cut no picture."""
+  stop = min(start + max_positions, item.num_positions)
+  first = bisect.bisect_left(item.image_starts, start)
+  if first + max_images < len(item.image_starts):
+    stop = min(stop, item.image_starts[first + max_images])
+  last = bisect.bisect_left(item.image_starts, stop) - 1
+  if last >= first and item.image_starts[last] + image_positions > stop:
+    stop = item.image_starts[last]
+  return int(stop)
 
 
 class Segment(NamedTuple):

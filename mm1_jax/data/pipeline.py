@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline: an iterator of host-local batches that can be stopped and resumed exactly.
 
-`make_pipeline` is for training: endless, mixed, shuffled. `make_eval_batches` is for evaluation: one
-held-out source, each of its examples once.
+`make_pipeline` is for training: endless, mixed, shuffled. `make_eval_batches` is for evaluation:
+one held-out source, each of its examples once.
 """
 
 import collections
@@ -16,9 +16,9 @@ from absl import flags, logging
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, SourceConfig
-from mm1_jax.data.examples import Encoder, Example
+from mm1_jax.data.examples import Encoder, cut
 from mm1_jax.data.image import ImageError, decode_image
-from mm1_jax.data.index import UNREADABLE, Index, Unfit, load_index, make_pieces
+from mm1_jax.data.index import UNREADABLE, Index, load_index
 from mm1_jax.data.packing import Segment, assemble
 from mm1_jax.data.plan import (
   Piece,
@@ -167,7 +167,7 @@ def make_pipeline(
   encoder = _encoder(data, tokens_per_image, image_token_id)
   sources = [Source(config) for config in data.sources]
   indexes = [_index(source, encoder, data) for source in sources]
-  plan = Plan(data, indexes)
+  plan = Plan(data, indexes, len(encoder.image_ids))
   now = fingerprint(data, len(encoder.image_ids), indexes)
   if state is None:
     state = {"batch": 0, "plan": plan.first_state.to_dict(), "fingerprint": now}
@@ -223,7 +223,7 @@ def make_eval_batches(
   encoder = _encoder(data, tokens_per_image, image_token_id)
   opened = Source(source)
   index = _index(opened, encoder, data)
-  rows = plan_once(index, data)
+  rows = plan_once(index, data, len(encoder.image_ids))
   rows += [[]] * (-len(rows) % data.batch_size)
   starts = range(0, len(rows), data.batch_size)[:limit]
   planned = [([rows[start + r] for r in local], None) for start in starts]
@@ -266,7 +266,7 @@ class PlannedBatches:
     """Returns this process's rows of batch `first + index`, and the state for the one after it."""
     window, offset = divmod(self._first + index, self._plan.batches_per_window)
     rows, state, after = self._window(window)
-    start = offset * (self._plan.num_rows // self._plan.batches_per_window)
+    start = offset * self._plan.batch_size
     last = offset == self._plan.batches_per_window - 1
     return [rows[start + r] for r in self._rows], after if last else state
 
@@ -333,28 +333,19 @@ class BatchLoader:
 
   def _segment(self, piece: Piece, drops: collections.Counter) -> Segment | None:
     """Returns a piece with its pixels; None, and the reason in `drops`, if it cannot be used."""
+    record = int(self._indexes[piece.source].records[piece.example])
     try:
-      example = self._example(piece)
+      example = self._encoder.encode_record(self._sources[piece.source][record])
+      example = cut(example, piece.start, piece.stop)
       pixels = [decode_image(image, self._image_size) for image in example.images]
     except ImageError as e:
       drops[e.reason] += 1
-    except (RecordError, Unfit) as e:
+    except RecordError as e:
       logging.warning("%s", e)
       drops[UNREADABLE] += 1
     else:
       return Segment(piece.source, example, pixels)
     return None
-
-  def _example(self, piece: Piece) -> Example:
-    index = self._indexes[piece.source]
-    record = int(index.records[piece.piece])
-    data = self._data
-    pieces = make_pieces(
-      self._sources[piece.source][record], self._encoder, data.seq_len, data.images_per_row
-    )
-    example = pieces[index.pieces[piece.piece]]
-    assert len(example) == index.num_positions[piece.piece], "the index is of other data"
-    return example
 
 
 def _encoder(data: DataConfig, tokens_per_image: int, image_token_id: int) -> Encoder:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan: which pieces of which sources make up row r of global batch n.
+"""The plan: which examples of which sources make up row r of global batch n.
 
 It is a function of the config and n alone, whatever the number of processes and workers.
 
-Rows are planned a window at a time. A window draws pieces until it could fill its rows, each from the
-source that is furthest behind its share of all positions drawn so far; packs them; and shuffles the
-rows. Pieces without room open the next window, so that nothing is lost. Between two windows there is
-little to remember, and that is what a checkpoint holds.
+Rows are planned a window at a time. A window draws examples until it could fill its rows, each from
+the source that is furthest behind its share of all positions drawn so far; packs them; and shuffles
+the rows. What finds no room opens the next window, so that nothing is lost. Between two windows
+there is little to remember, and that is what a checkpoint holds.
 """
 
 import dataclasses
@@ -19,19 +19,29 @@ import numpy as np
 
 from mm1_jax.config import ConfigError, DataConfig
 from mm1_jax.data.index import Index
-from mm1_jax.data.packing import pack
+from mm1_jax.data.packing import Item, Packing, pack
 
 STATE_VERSION = 1
-# A window draws this much more than its rows hold. With more pieces to choose from rows fill
-# better; what is left over waits, so the surplus is never more than this share of a window.
+# A window draws this much more than its rows hold. With more to choose from, rows fill better; what
+# is left over waits, so never more than this share of a window does.
 SURPLUS = 0.125
 
 
-class Piece(NamedTuple):
-  """A piece by its source's number and its own number in that source's index."""
+class Rest(NamedTuple):
+  """An example, by the numbers of its source and in its index, from position `start` on."""
 
   source: int
-  piece: int
+  example: int
+  start: int
+
+
+class Piece(NamedTuple):
+  """Positions `start` to `stop` of an example: what stands in a row as one segment."""
+
+  source: int
+  example: int
+  start: int
+  stop: int
 
 
 Row = list[Piece]
@@ -42,9 +52,9 @@ class WindowState:
   """All that window `window` depends on, besides the config."""
 
   window: int
-  cursors: tuple[int, ...]  # pieces drawn so far, by source
+  cursors: tuple[int, ...]  # examples drawn so far, by source
   drawn: tuple[int, ...]  # positions drawn so far, by source
-  carried: tuple[Piece, ...]  # drawn, and still without a row
+  carried: tuple[Rest, ...]  # drawn, and still without a row
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -55,22 +65,27 @@ class WindowState:
       window=values["window"],
       cursors=tuple(values["cursors"]),
       drawn=tuple(values["drawn"]),
-      carried=tuple(Piece(*piece) for piece in values["carried"]),
+      carried=tuple(Rest(*rest) for rest in values["carried"]),
     )
 
 
 class Plan:
-  """Plans windows of rows, in sequence."""
+  """Plans windows of rows, in sequence.
 
-  def __init__(self, data: DataConfig, indexes: Sequence[Index]):
+  Args:
+    data: sources and row shape.
+    indexes: one for each of the sources.
+    image_positions: positions of a picture, delimiters included.
+  """
+
+  def __init__(self, data: DataConfig, indexes: Sequence[Index], image_positions: int):
     self.indexes = indexes
-    self.seed = data.seed
-    self.seq_len = data.seq_len
-    self.images_per_row = data.images_per_row
     # A window is a whole number of batches.
     self.batches_per_window = -(-data.window_rows // data.batch_size)
-    self.num_rows = self.batches_per_window * data.batch_size
-    self.weights = [source.weight for source in data.sources]
+    self.batch_size = data.batch_size
+    self._num_rows = self.batches_per_window * data.batch_size
+    self._data = data
+    self._image_positions = image_positions
     # Seeded by name: the order within a source does not change when another joins the mixture.
     self._orders = [
       grain.MapDataset.range(len(index))
@@ -89,42 +104,53 @@ class Plan:
     """Returns the rows of a window, and the state of the next."""
     cursors, drawn = list(state.cursors), list(state.drawn)
     pool = [*state.carried, *self._draw(state.carried, cursors, drawn)]
-    positions, images = self._lengths(pool)
-    packing = pack(
-      positions,
-      images,
-      num_rows=self.num_rows,
-      seq_len=self.seq_len,
-      images_per_row=self.images_per_row,
-      num_first=len(state.carried),
+    packing = _pack(
+      pool, self.indexes, self._data, self._image_positions, self._num_rows, len(state.carried)
     )
-    order = np.random.default_rng([self.seed, state.window]).permutation(self.num_rows)
-    rows = [[pool[i] for i in packing.rows[r]] for r in order]
-    carried = tuple(pool[i] for i in packing.left)
-    return rows, WindowState(state.window + 1, tuple(cursors), tuple(drawn), carried)
+    rows = _rows(pool, packing)
+    order = np.random.default_rng([self._data.seed, state.window]).permutation(len(rows))
+    return [rows[r] for r in order], WindowState(
+      state.window + 1, tuple(cursors), tuple(drawn), tuple(_left(pool, packing))
+    )
 
-  def _draw(
-    self, carried: Sequence[Piece], cursors: list[int], drawn: list[int]
-  ) -> Iterator[Piece]:
-    """Draws pieces until positions or images suffice; moves `cursors` and `drawn` along."""
-    positions, images = (int(x.sum()) for x in self._lengths(carried))
-    max_positions = (1 + SURPLUS) * self.num_rows * self.seq_len
-    max_images = (1 + SURPLUS) * self.num_rows * self.images_per_row
-    while positions < max_positions and (images < max_images or not self.images_per_row):
-      source = min(range(len(drawn)), key=lambda s: drawn[s] / self.weights[s])
-      piece = Piece(source, int(self._orders[source][cursors[source]]))
+  def _draw(self, carried: Sequence[Rest], cursors: list[int], drawn: list[int]) -> Iterator[Rest]:
+    """Draws examples until positions or images suffice; moves `cursors` and `drawn` along."""
+    items = [_item(rest, self.indexes) for rest in carried]
+    positions = sum(item.num_positions for item in items)
+    images = sum(len(item.image_starts) for item in items)
+    slots = self._data.images_per_row
+    max_positions = (1 + SURPLUS) * self._num_rows * self._data.seq_len
+    max_images = (1 + SURPLUS) * self._num_rows * slots
+    weights = [source.weight for source in self._data.sources]
+    while positions < max_positions and (images < max_images or not slots):
+      source = min(range(len(drawn)), key=lambda s: drawn[s] / weights[s])
+      rest = Rest(source, int(self._orders[source][cursors[source]]), 0)
+      item = _item(rest, self.indexes)
       cursors[source] += 1
-      index = self.indexes[source]
-      drawn[source] += int(index.num_positions[piece.piece])
-      positions += int(index.num_positions[piece.piece])
-      images += int(index.num_images[piece.piece])
-      yield piece
+      drawn[source] += item.num_positions
+      positions += item.num_positions
+      images += len(item.image_starts)
+      yield rest
 
-  def _lengths(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns int64[P] positions and int64[P] images of pieces."""
-    positions = [self.indexes[s].num_positions[p] for s, p in pieces]
-    images = [self.indexes[s].num_images[p] for s, p in pieces]
-    return np.array(positions, np.int64), np.array(images, np.int64)
+
+def plan_once(index: Index, data: DataConfig, image_positions: int) -> list[Row]:
+  """Returns rows that hold every example of one source exactly once, about in order."""
+  rows: list[Row] = []
+  waiting: list[Rest] = []
+  coming = iter(range(len(index)))
+  while True:
+    pool, size = list(waiting), 0.0
+    for rest in waiting:
+      size += _size(_item(rest, [index]), data)
+    while size < data.window_rows and (example := next(coming, None)) is not None:
+      pool.append(Rest(0, example, 0))
+      size += _size(_item(pool[-1], [index]), data)
+    if not pool:
+      return rows
+    num_rows = min(data.window_rows, int(np.ceil(size)))
+    packing = _pack(pool, [index], data, image_positions, num_rows, len(waiting))
+    rows += [row for row in _rows(pool, packing) if row]
+    waiting = _left(pool, packing)
 
 
 def fingerprint(data: DataConfig, image_positions: int, indexes: Sequence[Index]) -> dict[str, Any]:
@@ -138,7 +164,7 @@ def fingerprint(data: DataConfig, image_positions: int, indexes: Sequence[Index]
     "window_rows": data.window_rows,
     "image_positions": image_positions,
     "sources": [
-      [s.name, s.weight, len(i), int(i.num_positions.sum()), int(i.num_images.sum())]
+      [s.name, s.weight, len(i), int(i.num_positions.sum()), len(i.image_starts)]
       for s, i in zip(data.sources, indexes, strict=True)
     ],
   }
@@ -158,28 +184,49 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
     )
 
 
-def plan_once(index: Index, data: DataConfig) -> list[Row]:
-  """Returns rows that hold every piece of one source exactly once, about in order."""
-  rows: list[Row] = []
-  waiting = np.arange(0)
-  rest = np.arange(len(index))
-  while len(waiting) + len(rest):
-    # As many pieces as could fill the window, counted by the scarcer of the two resources.
-    pool = np.concatenate([waiting, rest])
-    full = np.maximum(
-      np.cumsum(index.num_positions[pool]) / data.seq_len,
-      np.cumsum(index.num_images[pool]) / max(data.images_per_row, 1),
-    )
-    size = max(int(np.searchsorted(full, data.window_rows)), len(waiting), 1)
-    pool, rest = pool[:size], pool[size:]
-    packing = pack(
-      index.num_positions[pool],
-      index.num_images[pool],
-      num_rows=data.window_rows,
-      seq_len=data.seq_len,
-      images_per_row=data.images_per_row,
-      num_first=len(waiting),
-    )
-    rows += [[Piece(0, int(pool[i])) for i in sorted(row)] for row in packing.rows if row]
-    waiting = pool[packing.left]
-  return rows
+def _item(rest: Rest, indexes: Sequence[Index]) -> Item:
+  """Returns what `pack` needs to know; its positions count from `rest.start`."""
+  index = indexes[rest.source]
+  starts = index.images(rest.example)
+  starts = starts[starts >= rest.start] - rest.start
+  return Item(
+    num_positions=int(index.num_positions[rest.example]) - rest.start,
+    image_starts=starts.tolist(),
+    splittable=bool(index.splittable[rest.example]),
+  )
+
+
+def _size(item: Item, data: DataConfig) -> float:
+  """Returns what share of a row an item takes, of the resource it takes more of."""
+  images = len(item.image_starts) / max(data.images_per_row, 1)
+  return max(item.num_positions / data.seq_len, images)
+
+
+def _pack(
+  pool: Sequence[Rest],
+  indexes: Sequence[Index],
+  data: DataConfig,
+  image_positions: int,
+  num_rows: int,
+  num_first: int,
+) -> Packing:
+  return pack(
+    [_item(rest, indexes) for rest in pool],
+    num_rows=num_rows,
+    seq_len=data.seq_len,
+    images_per_row=data.images_per_row,
+    image_positions=image_positions,
+    num_first=num_first,
+  )
+
+
+def _rows(pool: Sequence[Rest], packing: Packing) -> list[Row]:
+  def piece(item: int, start: int, stop: int) -> Piece:
+    source, example, offset = pool[item]
+    return Piece(source, example, offset + start, offset + stop)
+
+  return [[piece(*part) for part in row] for row in packing.rows]
+
+
+def _left(pool: Sequence[Rest], packing: Packing) -> list[Rest]:
+  return [pool[i]._replace(start=pool[i].start + start) for i, start in packing.left]
