@@ -211,7 +211,9 @@ class SourceConfig:
   weight: float = 1.0  # share of the mixture's positions, relative to the other sources
 
   def __post_init__(self):
-    _require(self.weight > 0, f"data source '{self.name}' has weight {self.weight}; it must be > 0.")
+    _require(
+      self.weight > 0, f"data source '{self.name}' has weight {self.weight}; it must be > 0."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,6 +380,7 @@ class RunConfig:
       ("data.batch_size / train.accumulation_steps", rows, "data x fsdp x expert", batch),
       ("model.decoder.width", decoder.width, "fsdp x expert", weights),
       ("model.vision.width", vision.width, "fsdp x expert", weights),
+      ("model.connector.hidden", self.model.connector.hidden, "fsdp x expert", weights),
       ("model.decoder.num_heads", decoder.num_heads, "tensor", sizes["tensor"]),
       ("model.decoder.num_kv_heads", decoder.num_kv_heads, "tensor", sizes["tensor"]),
       ("model.decoder.mlp_dim", decoder.mlp_dim, "tensor", sizes["tensor"]),

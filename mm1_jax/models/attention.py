@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head and grouped-query attention, its masks, rotary positions, and the KV cache.
+
+Letters: B rows, S query positions, C cached positions, D width, H heads, K kv heads, h head dim.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from mm1_jax.models.layers import RMSNorm, broadcast, constant, normal
+from mm1_jax.sharding import LAYOUT, gather
+
+
+class KV(NamedTuple):
+  """Keys and values of one layer; with leading dims, of a stack of layers."""
+
+  keys: Float[Array, "B C K h"]
+  values: Float[Array, "B C K h"]
+
+
+def packed_causal_mask(
+  query_segments: Int[Array, "B S"], key_segments: Int[Array, "B C"], offset: Int[Array, ""] | int
+) -> Bool[Array, "B 1 S C"]:
+  """Returns who attends to whom: the same segment, at its own slot or before.
+
+  Query i sits at slot `offset + i`. Two examples of a row never see each other:
+
+    segments 1 1 2 2 -> [[1 0 0 0]
+                         [1 1 0 0]
+                         [0 0 1 0]
+                         [0 0 1 1]]
+  """
+  same = query_segments[:, :, None] == key_segments[:, None, :]
+  queries = jnp.arange(query_segments.shape[1])[:, None] + offset
+  causal = queries >= jnp.arange(key_segments.shape[1])[None, :]
+  return (same & causal[None])[:, None]
+
+
+def rope(
+  x: Float[Array, "B S H h"], positions: Int[Array, "B S"], theta: float
+) -> Float[Array, "B S H h"]:
+  """Rotates pairs (i, i + h/2) by positions x theta^(-2i/h) (arXiv 2104.09864, Llama's pairing)."""
+  half = x.shape[-1] // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x.dtype)
+
+
+def attend(
+  queries: Float[Array, "B S H h"],
+  keys: Float[Array, "B C K h"],
+  values: Float[Array, "B C K h"],
+  mask: Bool[Array, "B 1 S C"] | None,
+) -> Float[Array, "B S H h"]:
+  """Softmax attention with float32 logits; K divides H (grouped queries)."""
+  return jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
+
+
+class Attention(nnx.Module):
+  """Attention with per-head projections; the ViT's has biases, the decoder's rotates and caches."""
+
+  def __init__(
+    self,
+    key: jax.Array,
+    *,
+    width: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    out_std: float,
+    bias: bool = False,
+    rope_theta: float | None = None,
+    qk_norm_eps: float | None = None,
+  ):
+    self.rope_theta = rope_theta
+    keys = jax.random.split(key, 4)
+    std = width**-0.5
+
+    def projection(key, heads):
+      return normal(key, (width, heads, head_dim), LAYOUT.attention_dhk, std)
+
+    self.query = projection(keys[0], num_heads)
+    self.key = projection(keys[1], num_kv_heads)
+    self.value = projection(keys[2], num_kv_heads)
+    self.out = normal(keys[3], (num_heads, head_dim, width), LAYOUT.attention_hkd, out_std)
+    self.query_bias = constant(0.0, num_heads, head_dim) if bias else None
+    self.key_bias = constant(0.0, num_kv_heads, head_dim) if bias else None
+    self.value_bias = constant(0.0, num_kv_heads, head_dim) if bias else None
+    self.out_bias = constant(0.0, width) if bias else None
+    self.query_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps else None
+    self.key_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps else None
+
+  def __call__(
+    self,
+    x: Float[Array, "B S D"],
+    *,
+    mask: Bool[Array, "B 1 S C"] | None = None,
+    positions: Int[Array, "B S"] | None = None,
+    cache: KV | None = None,
+    offset: Int[Array, ""] | int = 0,
+  ) -> tuple[Float[Array, "B S D"], KV | None]:
+    """Returns the output, and the cache with this call's keys and values at slots offset..."""
+    queries = self._project(x, self.query, self.query_bias, self.query_norm, positions)
+    keys = self._project(x, self.key, self.key_bias, self.key_norm, positions)
+    values = self._project(x, self.value, self.value_bias)
+    if cache is not None:
+      start = (0, offset, 0, 0)
+      cache = KV(
+        jax.lax.dynamic_update_slice(cache.keys, keys.astype(cache.keys.dtype), start),
+        jax.lax.dynamic_update_slice(cache.values, values.astype(cache.values.dtype), start),
+      )
+      keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
+    heads = attend(queries, keys, values, mask)
+    out = jnp.einsum(
+      "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype), out_sharding=LAYOUT.act_b
+    )
+    if self.out_bias is not None:
+      out += broadcast(self.out_bias[...], out)
+    return out, cache
+
+  def _project(self, x, weight, bias, norm=None, positions=None) -> Float[Array, "B S H h"]:
+    heads = jnp.einsum("bsd,dhk->bshk", x, gather(weight[...], x.dtype))
+    if bias is not None:
+      heads += bias[...].astype(x.dtype)[None, None]
+    if norm is not None:
+      heads = norm(heads)
+    if positions is not None and self.rope_theta is not None:
+      heads = rope(heads, positions, self.rope_theta)
+    return heads

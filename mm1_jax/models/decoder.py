@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder-only language model: a scan over units of k layers, the last of them sparse if MoE.
+
+Letters: B rows, S positions, D width, F mlp, V vocabulary, U units, L layers a unit, C cache slots.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mm1_jax.config import DecoderConfig, ModelConfig
+from mm1_jax.models.attention import KV, Attention, packed_causal_mask
+from mm1_jax.models.layers import RMSNorm, normal, run_blocks, stack
+from mm1_jax.models.moe import MoE, MoEStats
+from mm1_jax.sharding import LAYOUT, gather
+
+
+class KVCache(NamedTuple):
+  """Keys and values of all layers for the slots filled so far."""
+
+  layers: list[KV]  # one KV[U, B, C, K, h] for each of the unit's L layers
+  segment_ids: Int[Array, "B C"]  # 0 where a slot is empty or padding
+  length: Int[Array, ""]  # slots filled
+
+
+class DecoderOutput(NamedTuple):
+  hidden: Float[Array, "B S D"]  # after the last norm
+  moe: MoEStats | None  # leaves stacked over units
+  cache: KVCache | None
+
+
+class SwiGLU(nnx.Module):
+  """silu(x W_gate) * (x W_up), projected back (arXiv 2002.05202)."""
+
+  def __init__(self, key: jax.Array, cfg: DecoderConfig, out_std: float):
+    gate, up, down = jax.random.split(key, 3)
+    std = cfg.width**-0.5
+    self.gate = normal(gate, (cfg.width, cfg.mlp_dim), LAYOUT.mlp_df, std)
+    self.up = normal(up, (cfg.width, cfg.mlp_dim), LAYOUT.mlp_df, std)
+    self.down = normal(down, (cfg.mlp_dim, cfg.width), LAYOUT.mlp_fd, out_std)
+
+  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    h = jax.nn.silu(jnp.einsum("bsd,df->bsf", x, gather(self.gate[...], x.dtype)))
+    h *= jnp.einsum("bsd,df->bsf", x, gather(self.up[...], x.dtype))
+    return jnp.einsum("bsf,fd->bsd", h, gather(self.down[...], x.dtype), out_sharding=LAYOUT.act_b)
+
+
+class Layer(nnx.Module):
+  """Pre-norm attention and a dense or sparse feed-forward network."""
+
+  def __init__(self, key: jax.Array, cfg: DecoderConfig, *, sparse: bool):
+    attention, mlp = jax.random.split(key)
+    # Residual branches shrink with depth, so the stream's variance does not grow with it (GPT-2).
+    scale = (2 * cfg.depth) ** -0.5
+    self.attention_norm = RMSNorm(cfg.width, cfg.norm_eps)
+    self.attention = Attention(
+      attention,
+      width=cfg.width,
+      num_heads=cfg.num_heads,
+      num_kv_heads=cfg.num_kv_heads,
+      head_dim=cfg.head_dim,
+      out_std=(cfg.num_heads * cfg.head_dim) ** -0.5 * scale,
+      rope_theta=cfg.rope_theta,
+      qk_norm_eps=cfg.norm_eps if cfg.qk_norm else None,
+    )
+    self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps)
+    out_std = cfg.mlp_dim**-0.5 * scale
+    if sparse:
+      assert cfg.moe is not None
+      self.mlp = MoE(mlp, cfg, cfg.moe, out_std)
+    else:
+      self.mlp = SwiGLU(mlp, cfg, out_std)
+
+  def __call__(self, x, *, mask, positions, valid, cache: KV | None, offset):
+    """Returns the residual stream, the layer's MoE statistics (None if dense), and its cache."""
+    y, cache = self.attention(
+      self.attention_norm(x), mask=mask, positions=positions, cache=cache, offset=offset
+    )
+    x += y
+    y = self.mlp_norm(x)
+    if isinstance(self.mlp, MoE):
+      y, stats = self.mlp(y, valid, dropless=cache is not None)
+      return x + y, stats, cache
+    return x + self.mlp(y), None, cache
+
+
+class Unit(nnx.Module):
+  """The layers that repeat: one dense layer, or k - 1 dense ones and a sparse one."""
+
+  def __init__(self, key: jax.Array, cfg: DecoderConfig):
+    num = cfg.layers_per_unit
+    keys = jax.random.split(key, num)
+    self.layers = nnx.List(
+      [Layer(keys[i], cfg, sparse=cfg.moe is not None and i == num - 1) for i in range(num)]
+    )
+
+  def __call__(self, x, caches: list[KV] | None, **kwargs):
+    stats, new_caches = None, []
+    for i, layer in enumerate(self.layers):
+      cache = caches[i] if caches is not None else None
+      x, stats, cache = layer(x, cache=cache, **kwargs)
+      new_caches.append(cache)
+    return x, (stats, new_caches if caches is not None else None)
+
+
+class Decoder(nnx.Module):
+  """Token embedding, units, last norm, and the head."""
+
+  def __init__(self, key: jax.Array, model: ModelConfig):
+    cfg = model.decoder
+    embed, units, head = jax.random.split(key, 3)
+    self.cfg = model
+    self.embedding = normal(embed, (cfg.vocab_size, cfg.width), LAYOUT.embed_vd, cfg.width**-0.5)
+    self.units = stack(lambda key: Unit(key, cfg), units, cfg.depth // cfg.layers_per_unit)
+    self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+    self.head = (
+      None
+      if cfg.tie_embeddings
+      else normal(head, (cfg.vocab_size, cfg.width), LAYOUT.embed_vd, cfg.width**-0.5)
+    )
+
+  def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    table = gather(self.embedding[...], self.cfg.dtype)
+    return table.at[tokens].get(out_sharding=LAYOUT.act_b)
+
+  def head_weight(self) -> Float[Array, "V D"]:
+    """Returns the output matrix in the compute dtype, whole along D."""
+    return gather((self.embedding if self.head is None else self.head)[...], self.cfg.dtype)
+
+  def logits(self, hidden: Float[Array, "B S D"], weight: Float[Array, "V D"]):
+    """Returns float32[B, S, V]; callers keep S small (the loss takes a chunk at a time)."""
+    return jnp.einsum(
+      "bsd,vd->bsv",
+      hidden,
+      weight,
+      preferred_element_type=jnp.float32,
+      out_sharding=LAYOUT.act_bsv,
+    )
+
+  def __call__(
+    self,
+    x: Float[Array, "B S D"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    cache: KVCache | None = None,
+  ) -> DecoderOutput:
+    """Runs the units over embedded positions.
+
+    With a `cache`, the S positions take its next slots and see the ones before; without, the row is
+    all there is. Segment 0 is padding: it is seen by no real position and routed to no expert.
+    """
+    offset, key_segments = 0, segment_ids
+    if cache is not None:
+      offset = cache.length
+      key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, offset))
+    kwargs = {
+      "mask": packed_causal_mask(segment_ids, key_segments, offset),
+      "positions": positions,
+      "valid": segment_ids > 0,
+      "offset": offset,
+    }
+
+    def body(x, unit_and_caches):
+      unit, caches = unit_and_caches
+      return unit(x, caches, **kwargs)
+
+    layers = None if cache is None else cache.layers
+    x, (stats, layers) = run_blocks(
+      body, x, (self.units, layers), remat=self.cfg.remat, scan=self.cfg.scan
+    )
+    if cache is not None and layers is not None:
+      cache = KVCache(layers, key_segments, cache.length + x.shape[1])
+    return DecoderOutput(self.norm(x), stats, cache)
+
+  def init_cache(self, num_rows: int, num_slots: int) -> KVCache:
+    """Returns an empty cache of `num_slots` positions for each of `num_rows` rows."""
+    cfg = self.cfg.decoder
+    shape = (cfg.depth // cfg.layers_per_unit, num_rows, num_slots, cfg.num_kv_heads, cfg.head_dim)
+
+    def empty() -> Float[Array, "U B C K h"]:
+      return jnp.zeros(shape, self.cfg.dtype, out_sharding=LAYOUT.cache_ubckh)
+
+    segment_ids = jnp.zeros((num_rows, num_slots), jnp.int32, out_sharding=LAYOUT.act_b)
+    layers = [KV(empty(), empty()) for _ in range(cfg.layers_per_unit)]
+    return KVCache(layers, segment_ids, jnp.zeros((), jnp.int32))

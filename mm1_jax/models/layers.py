@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every part is made of: parameters, norms, linear maps, and the scan over equal blocks.
+
+Modules are `nnx.Module`s used as plain pytrees. Params are float32 and cast where they are used; a
+module computes in the dtype of its input, except for norms and softmaxes, which run in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from mm1_jax.sharding import LAYOUT, gather
+
+REMAT_POLICIES = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], spec: P, std: float) -> nnx.Param:
+  """Returns a float32 weight drawn from N(0, std), created with its sharding."""
+  return nnx.Param(std * jax.random.normal(key, shape, jnp.float32, out_sharding=spec))
+
+
+def constant(value: float, *shape: int) -> nnx.Param:
+  """Returns a replicated float32 weight: a norm's scale or a bias."""
+  return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=LAYOUT.replicated))
+
+
+def broadcast(weight: Float[Array, " D"], like: Float[Array, "... D"]) -> Float[Array, "... D"]:
+  """Returns a vector over the last dim of `like`, with its rank and dtype."""
+  return jnp.expand_dims(weight.astype(like.dtype), tuple(range(like.ndim - 1)))
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm over the last dim (arXiv 1910.07467)."""
+
+  def __init__(self, dim: int, eps: float):
+    self.eps = eps
+    self.scale = constant(1.0, dim)
+
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return (y * broadcast(self.scale[...], y)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """Layer norm over the last dim, with scale and bias."""
+
+  def __init__(self, dim: int, eps: float = 1e-5):
+    self.eps = eps
+    self.scale = constant(1.0, dim)
+    self.bias = constant(0.0, dim)
+
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    y = x.astype(jnp.float32)
+    y -= jnp.mean(y, axis=-1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return (y * broadcast(self.scale[...], y) + broadcast(self.bias[...], y)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+  """A matrix, and a bias where `bias` is set, over the last dim; output whole on every chip."""
+
+  def __init__(
+    self,
+    key: jax.Array,
+    in_dim: int,
+    out_dim: int,
+    *,
+    std: float,
+    bias: bool = True,
+    spec: P = LAYOUT.dense_io,
+  ):
+    self.weight = normal(key, (in_dim, out_dim), spec, std)
+    self.bias = constant(0.0, out_dim) if bias else None
+
+  def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    y = jnp.einsum("...i,io->...o", x, gather(self.weight[...], x.dtype))
+    return y if self.bias is None else y + broadcast(self.bias[...], y)
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """x sigmoid(1.702 x), the activation that CLIP was trained with; not interchangeable with GELU."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+  "quick_gelu": quick_gelu,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def resize_grid(grid: Float[Array, "H W D"], shape: tuple[int, int]) -> Float[Array, "h w D"]:
+  """Resizes learned 2-D positions bicubically to another patch grid."""
+  if grid.shape[:2] == shape:
+    return grid
+  return jax.image.resize(grid, (*shape, grid.shape[-1]), method="bicubic")
+
+
+def stack(make: Callable[[jax.Array], Any], key: jax.Array, num: int) -> Any:
+  """Returns `num` equal modules as one whose arrays have a leading dim, each from its own key."""
+  return jax.vmap(make)(jax.random.split(key, num))
+
+
+def run_blocks(
+  body: Callable[[Any, Any], tuple[Any, Any]], x: Any, blocks: Any, *, remat: str, scan: bool
+) -> tuple[Any, Any]:
+  """Runs `body(x, block) -> (x, out)` over stacked blocks.
+
+  `remat` names what the backward pass keeps of a block (see `ModelConfig.remat`). With `scan` the
+  block is compiled once, whatever the depth; without, it is unrolled, with the same result.
+
+  Returns:
+    The last x, and the outs stacked along a leading dim.
+  """
+  if remat != "none":
+    # Inside a scan the barrier against common-subexpression elimination is not needed.
+    body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+  if scan:
+    return jax.lax.scan(body, x, blocks)
+  outs = []
+  for i in range(jax.tree.leaves(blocks)[0].shape[0]):
+    x, out = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], blocks))
+    outs.append(out)
+  return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)

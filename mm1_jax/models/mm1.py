@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MM1: pictures become decoder tokens at their placeholders, and one decoder reads the row.
+
+Letters: B rows, S positions, N image slots a row, T tokens per image, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from mm1_jax.batch import Batch
+from mm1_jax.config import ModelConfig
+from mm1_jax.models.connector import Connector
+from mm1_jax.models.decoder import Decoder, DecoderOutput, KVCache
+from mm1_jax.models.vit import ViT
+from mm1_jax.sharding import LAYOUT
+
+
+class MM1(nnx.Module):
+  """ViT, connector and decoder; its three attributes are the parts that a stage trains or freezes."""
+
+  def __init__(self, key: jax.Array, cfg: ModelConfig):
+    vit, connector, decoder = jax.random.split(key, 3)
+    self.cfg = cfg
+    self.vit = ViT(vit, cfg)
+    self.connector = Connector(connector, cfg)
+    self.decoder = Decoder(decoder, cfg)
+
+  def embed_text(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    return self.decoder.embed(tokens)
+
+  def embed_image(self, images: UInt8[Array, "B N H W 3"]) -> Float[Array, "B N*T D"]:
+    """Returns the tokens of a row's pictures, in slot order."""
+    num_rows, num_images = images.shape[:2]
+    tokens = self.connector(self.vit(images.reshape(-1, *images.shape[2:])))
+    shape = (num_rows, num_images * tokens.shape[1], tokens.shape[2])
+    return jax.lax.reshape(tokens, shape, out_sharding=LAYOUT.act_b)
+
+  def merge(
+    self,
+    text: Float[Array, "B S D"],
+    images: Float[Array, "B N*T D"],
+    tokens: Int[Array, "B S"],
+  ) -> Float[Array, "B S D"]:
+    """Puts the i-th image token of a row at its i-th placeholder."""
+    placeholder = tokens == self.cfg.image_token_id
+    index = jnp.maximum(jnp.cumsum(placeholder, axis=1) - 1, 0)
+    picked = jnp.take_along_axis(images, index[..., None], axis=1)
+    return jnp.where(placeholder[..., None], picked, text)
+
+  def embed(
+    self, tokens: Int[Array, "B S"], images: UInt8[Array, "B N H W 3"]
+  ) -> Float[Array, "B S D"]:
+    """Returns the decoder's input. A batch without image slots runs no encoder at all."""
+    text = self.embed_text(tokens)
+    return self.merge(text, self.embed_image(images), tokens) if images.shape[1] else text
+
+  def __call__(self, batch: Batch) -> DecoderOutput:
+    x = self.embed(batch.tokens, batch.images)
+    return self.decoder(x, batch.positions, batch.segment_ids)
+
+  def prefill(
+    self,
+    tokens: Int[Array, "B S"],
+    images: UInt8[Array, "B N H W 3"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    cache: KVCache,
+  ) -> DecoderOutput:
+    """Reads prompts (left-padded with segment 0) into the cache."""
+    return self.decoder(self.embed(tokens, images), positions, segment_ids, cache)
+
+  def decode(
+    self, tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: KVCache
+  ) -> DecoderOutput:
+    """Reads one more token a row."""
+    return self.decoder(self.embed_text(tokens), positions, jnp.ones_like(tokens), cache)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-k mixture of experts (GShard, arXiv 2006.16668; ST-MoE, 2202.08906; MM1 section 3.4).
+
+  1. route:    a softmax over experts per token; the k best, their weights renormalised to sum to 1.
+  2. dispatch: in each row, tokens queue for their experts, all first choices before any second;
+               a token beyond an expert's capacity is dropped (it passes by the residual alone).
+  3. experts:  the buffers cross the mesh to their experts (all-to-all), SwiGLU, and come back.
+  4. combine:  each token sums its experts' outputs by weight.
+
+Padding is not routed: it takes no capacity and counts in no loss and no statistic.
+Letters: B rows, S positions, k choices, E experts, C capacity, D width, F mlp.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import reshard
+from jaxtyping import Array, Bool, Float, Int
+
+from mm1_jax.config import DecoderConfig, MoEConfig
+from mm1_jax.models.layers import normal
+from mm1_jax.sharding import LAYOUT, gather
+
+
+class MoEStats(NamedTuple):
+  """What a sparse layer reports, over all real tokens of the global batch."""
+
+  balance_loss: Float[Array, ""]  # unweighted; 1 when the experts are used evenly
+  router_z_loss: Float[Array, ""]  # unweighted
+  load: Float[Array, " E"]  # share of the k choices of all tokens that fell on each expert
+  dropped: Float[Array, ""]  # share of choices that found no room
+
+
+class Routing(NamedTuple):
+  """Who goes where: choices of each token."""
+
+  weights: Float[Array, "B S k"]  # 0 on padding
+  experts: Int[Array, "B S k"]
+
+
+class MoE(nnx.Module):
+  """A sparse SwiGLU layer."""
+
+  def __init__(self, key: jax.Array, cfg: DecoderConfig, moe: MoEConfig, out_std: float):
+    router, gate, up, down = jax.random.split(key, 4)
+    shape = (moe.num_experts, cfg.width, cfg.mlp_dim)
+    std = cfg.width**-0.5
+    self.cfg = moe
+    self.router = normal(router, (cfg.width, moe.num_experts), LAYOUT.router_de, std)
+    self.gate = normal(gate, shape, LAYOUT.expert_edf, std)
+    self.up = normal(up, shape, LAYOUT.expert_edf, std)
+    self.down = normal(down, (shape[0], shape[2], shape[1]), LAYOUT.expert_efd, out_std)
+
+  def __call__(
+    self, x: Float[Array, "B S D"], valid: Bool[Array, "B S"], *, dropless: bool = False
+  ) -> tuple[Float[Array, "B S D"], MoEStats]:
+    """Returns the layer's output (0 at padding) and its statistics.
+
+    `dropless` makes room for every token whatever the config says, as generation needs.
+    """
+    routing, probs, logits = self._route(x, valid)
+    capacity = self._capacity(x.shape[1], dropless)
+    slots, kept = _assign(routing.experts, valid, self.cfg.num_experts, capacity)
+    outputs = self._experts(_dispatch(x, slots, self.cfg.num_experts, capacity))
+    y = _combine(outputs, routing.weights, slots)
+    return y, self._stats(routing, probs, logits, valid, kept)
+
+  def _capacity(self, num_positions: int, dropless: bool) -> int:
+    cfg = self.cfg
+    if dropless or cfg.capacity_factor is None:
+      return num_positions
+    share = cfg.capacity_factor * cfg.top_k * num_positions / cfg.num_experts
+    return min(num_positions, max(1, math.ceil(share)))
+
+  def _route(self, x, valid) -> tuple[Routing, Float[Array, "B S E"], Float[Array, "B S E"]]:
+    # Float32 throughout: in bfloat16 near ties change sides and the losses lose their gradient.
+    logits = jnp.einsum("bsd,de->bse", x.astype(jnp.float32), self.router[...])
+    probs = jax.nn.softmax(logits)
+    weights, experts = jax.lax.top_k(probs, self.cfg.top_k)
+    weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-9
+    return Routing(weights * valid[..., None], experts), probs, logits
+
+  def _experts(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C D"]:
+    x = reshard(x, LAYOUT.act_becd)  # all-to-all: rows' buffers to their experts
+    gate, up, down = (
+      gather(w[...], x.dtype, keep="expert") for w in (self.gate, self.up, self.down)
+    )
+    h = jax.nn.silu(jnp.einsum("becd,edf->becf", x, gate, out_sharding=LAYOUT.act_becf))
+    h *= jnp.einsum("becd,edf->becf", x, up, out_sharding=LAYOUT.act_becf)
+    y = jnp.einsum("becf,efd->becd", h, down, out_sharding=LAYOUT.act_becd)
+    return reshard(y, LAYOUT.act_b)  # all-to-all: back
+
+  def _stats(self, routing, probs, logits, valid, kept) -> MoEStats:
+    mask = valid.astype(jnp.float32)
+    num_tokens = jnp.maximum(jnp.sum(mask), 1.0)
+    chosen = jax.nn.one_hot(routing.experts, self.cfg.num_experts) * mask[..., None, None]
+    first = jnp.sum(chosen[:, :, 0], axis=(0, 1)) / num_tokens
+    mean_probs = jnp.sum(probs * mask[..., None], axis=(0, 1)) / num_tokens
+    z = jax.nn.logsumexp(logits, axis=-1)
+    choices = num_tokens * self.cfg.top_k
+    return MoEStats(
+      balance_loss=self.cfg.num_experts * jnp.sum(first * mean_probs),
+      router_z_loss=jnp.sum(z * z * mask) / num_tokens,
+      load=jnp.sum(chosen, axis=(0, 1, 2)) / choices,
+      dropped=jnp.sum(mask[..., None] * ~kept) / choices,
+    )
+
+
+def _assign(
+  experts: Int[Array, "B S k"], valid: Bool[Array, "B S"], num_experts: int, capacity: int
+) -> tuple[Int[Array, "B S k"], Bool[Array, "B S k"]]:
+  """Returns each choice's slot in its row's E x C buffer (E x C itself: none), and which have one."""
+  num_rows, num_positions, top_k = experts.shape
+  # In queue order: every first choice, then every second one.
+  queue = experts.transpose(0, 2, 1).reshape(num_rows, top_k * num_positions)
+  waiting = jnp.tile(valid, (1, top_k))
+  onehot = jax.nn.one_hot(queue, num_experts, dtype=jnp.int32) * waiting[..., None]
+  ahead = jnp.cumsum(onehot, axis=1) - onehot
+  place = jnp.sum(ahead * onehot, axis=-1)
+  kept = waiting & (place < capacity)
+  slots = jnp.where(kept, queue * capacity + place, num_experts * capacity)
+
+  def by_token(x):
+    return x.reshape(num_rows, top_k, num_positions).transpose(0, 2, 1)
+
+  return by_token(slots), by_token(kept)
+
+
+def _dispatch(
+  x: Float[Array, "B S D"], slots: Int[Array, "B S k"], num_experts: int, capacity: int
+) -> Float[Array, "B E C D"]:
+  """Copies each token into its slots; a slot nobody has is 0."""
+  num_rows, num_positions, dim = x.shape
+  tokens = jnp.broadcast_to(jnp.arange(num_positions)[:, None], slots.shape[1:])
+
+  def fill(x: Float[Array, "S D"], slots: Int[Array, "S k"]) -> Float[Array, "EC D"]:
+    owner = jnp.full((num_experts * capacity,), num_positions)
+    owner = owner.at[slots.reshape(-1)].set(tokens.reshape(-1), mode="drop")
+    return x.at[owner].get(mode="fill", fill_value=0)
+
+  return jax.vmap(fill)(x, slots).reshape(num_rows, num_experts, capacity, dim)
+
+
+def _combine(
+  outputs: Float[Array, "B E C D"], weights: Float[Array, "B S k"], slots: Int[Array, "B S k"]
+) -> Float[Array, "B S D"]:
+  """Sums each token's expert outputs by weight; a dropped choice adds nothing."""
+  num_rows, _, _, dim = outputs.shape
+  buffers = outputs.reshape(num_rows, -1, dim)
+  chosen = jax.vmap(lambda b, s: b.at[s].get(mode="fill", fill_value=0))(buffers, slots)
+  return jnp.einsum("bskd,bsk->bsd", chosen, weights.astype(outputs.dtype))

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every array lives: the mesh, the `Layout` table, and moving arrays onto it.
+
+The mesh always has the axes data, fsdp, expert, tensor, of length 1 where unused, and explicit axis
+types: an array's type says how it is sharded, and a collective happens only where a line asks.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mm1_jax.batch import Batch
+from mm1_jax.config import BATCH_AXES, MESH_AXES, RunConfig
+
+FSDP = ("fsdp", "expert")  # axes that dense weights are split over, beside `tensor`
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """PartitionSpecs by kind of array and its dimensions; the whole parallelism plan is this table.
+
+  Weights: stored split over FSDP, gathered in the compute dtype where they are used (`gather`), so
+  In[B, S, D] . W[D_fsdp, F_tensor] -> AllGather_fsdp(W), Out[B, S, F_tensor], and the gradient of
+  the gather is a reduce-scatter. Letters: B rows, S positions, D width, F mlp, H heads, E experts,
+  C capacity, V vocabulary, T tokens of an image.
+  """
+
+  replicated: P = P()
+  # Weights.
+  embed_vd: P = P("tensor", FSDP)
+  attention_dhk: P = P(FSDP, "tensor", None)
+  attention_hkd: P = P("tensor", None, FSDP)
+  mlp_df: P = P(FSDP, "tensor")
+  mlp_fd: P = P("tensor", FSDP)
+  dense_io: P = P(None, FSDP)  # patch and connector projections, of any input width
+  router_de: P = P()
+  expert_edf: P = P("expert", "fsdp", "tensor")
+  expert_efd: P = P("expert", "tensor", "fsdp")
+  # Activations.
+  act_b: P = P(BATCH_AXES)  # rows split, everything else whole: [B, S], [B, S, D], [B, N, H, W, 3]
+  act_bshk: P = P(BATCH_AXES, None, "tensor", None)
+  act_bsf: P = P(BATCH_AXES, None, "tensor")
+  act_bsv: P = P(BATCH_AXES, None, "tensor")
+  cache_ubckh: P = P(None, BATCH_AXES, None, "tensor", None)
+  act_becd: P = P(("data", "fsdp"), "expert", None, None)  # after the all-to-all to the experts
+  act_becf: P = P(("data", "fsdp"), "expert", None, "tensor")
+
+
+LAYOUT = Layout()
+
+
+def make_mesh(run: RunConfig) -> Mesh:
+  """Returns the mesh over all devices; raises ConfigError where the run does not divide over it."""
+  sizes = run.check_mesh(jax.device_count())
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def gather(weight: jax.Array, dtype: jax.typing.DTypeLike, keep: str | None = None) -> jax.Array:
+  """Casts a stored weight for computing, then all-gathers it over the FSDP axes.
+
+  Casting first halves the bytes on the wire. `keep` names an axis that stays split (the expert
+  axis of expert weights).
+  """
+  drop = {axis for axis in FSDP if axis != keep}
+  spec = jax.typeof(weight).sharding.spec
+  kept = [None if _axes(entry) & drop else entry for entry in spec]
+  return jax.sharding.reshard(weight.astype(dtype), P(*kept))
+
+
+def _axes(entry) -> set[str]:
+  return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
+
+
+def device_batch(batch: Batch, mesh: Mesh) -> Batch:
+  """Puts a process's rows on the mesh as one global batch, split by rows."""
+  sharding = NamedSharding(mesh, LAYOUT.act_b)
+  return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(x)) for x in batch))
+
+
+def abstract_state(make, mesh: Mesh):
+  """Returns shapes, dtypes and shardings on `mesh` of what `make()` would return, computing nothing.
+
+  The result is what Orbax restores onto and what an ahead-of-time compile takes.
+  """
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(make)
+
+  def attach(x):
+    # Scalars carry no sharding, and specs come back on an abstract mesh.
+    spec = P() if x.sharding is None else x.sharding.spec
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+  return jax.tree.map(attach, shapes)
