@@ -6,12 +6,15 @@ one held-out source, each of its examples once.
 """
 
 import collections
+import contextlib
 import json
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import numpy as np
 from absl import flags, logging
 
 from mm1_jax.batch import Batch
@@ -50,6 +53,10 @@ class BatchStats(NamedTuple):
   drops: dict[str, int]  # examples left out of their rows, by reason
 
 
+class PipelineError(RuntimeError):
+  """Making a batch failed, for no reason that we know of."""
+
+
 class _Loaded(NamedTuple):
   """What comes back from a worker."""
 
@@ -63,13 +70,13 @@ class Pipeline:
 
   Attributes:
     tokenizer: the one that the data is tokenised with.
-    drops: examples lost so far, by reason; `index` has those that never had a row.
-    indexes: by source name, the lengths of all its pieces.
+    drops: examples lost so far, by reason; `indexes` have those that never had a row.
+    indexes: by source name, the lengths of all its examples.
   """
 
   def __init__(
     self,
-    loaded: Iterator[_Loaded],
+    loaded: grain.DatasetIterator[_Loaded],
     *,
     tokenizer: Tokenizer,
     indexes: dict[str, Index],
@@ -84,6 +91,12 @@ class Pipeline:
     self._max_drop_fraction = max_drop_fraction
     self._num_examples = 0
     self._error: Exception | None = None
+    # Also at exit: Grain's threads and workers do not survive the interpreter's own clean-up.
+    self._finalizer = weakref.finalize(self, loaded.close)
+
+  def close(self) -> None:
+    """Stops the threads and workers; there is no next batch."""
+    self._finalizer()
 
   def __iter__(self) -> "Pipeline":
     return self
@@ -92,13 +105,14 @@ class Pipeline:
     """Returns the next batch.
 
     Raises:
-      DataError: too many examples were dropped, or a worker failed; again on every later call.
+      DataError: too many examples were dropped; again on every later call.
+      PipelineError: a worker failed or was killed; again on every later call.
     """
     if self._error:
       raise self._error
     try:
       loaded = next(self._loaded)
-      stats = BatchStats(**json.loads(str(loaded.stats)))
+      stats = BatchStats(**json.loads(loaded.stats))
       self._count(stats)
     except DataError as e:
       self._error = e
@@ -106,14 +120,15 @@ class Pipeline:
     except Exception as e:
       # After its first error Grain's worker pool only says that the data has ended.
       batch = self._state["batch"]
-      self._error = DataError(f"making batch {batch} failed: {type(e).__name__}: {e}")
+      self._error = PipelineError(f"making batch {batch} failed: {type(e).__name__}: {e}")
       raise self._error from e
     self._state = {
       **self._state,
       "batch": self._state["batch"] + 1,
-      "plan": json.loads(str(loaded.next_window)),
+      "plan": json.loads(loaded.next_window),
     }
-    return loaded.batch, stats
+    # Out of the workers' shared memory, which must not outlive them.
+    return Batch(*map(np.array, loaded.batch)), stats
 
   def state(self) -> dict[str, Any]:
     """Returns what `make_pipeline` needs to go on with the batch that comes next, as plain JSON.
@@ -233,9 +248,10 @@ def make_eval_batches(
 
 def _eval_batches(batches: grain.MapDataset, name: str) -> Iterator[Batch]:
   drops: collections.Counter = collections.Counter()
-  for loaded in batches.to_iter_dataset(READ_OPTIONS):
-    drops.update(json.loads(loaded.stats)["drops"])
-    yield loaded.batch
+  with contextlib.closing(iter(batches.to_iter_dataset(READ_OPTIONS))) as iterator:
+    for loaded in iterator:
+      drops.update(json.loads(loaded.stats)["drops"])
+      yield loaded.batch
   if drops:
     logging.warning("evaluation source '%s' lost examples: %s", name, dict(drops))
 

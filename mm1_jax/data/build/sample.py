@@ -7,8 +7,8 @@ Four parts (captions, interleaved, text, sft), each as `PART-train-*` and `PART-
 tokenizer trained on the train side; a manifest; the credits. The same input gives the same bytes.
 
 Nothing held out is seen in training: records that share a textbook module, a picture (or one that
-looks the same), a caption, an exercise or a novel form a component, and a component goes to one side
-as a whole.
+looks the same), a caption, an exercise or a novel form a component, and a component goes to one
+side as a whole.
 """
 
 import argparse
@@ -284,9 +284,8 @@ def _clipart_caption(row: Row) -> str:
   """Joins title, description and keywords; leaves out what says nothing about the picture."""
   said: list[str] = []
   for text in row["captions"]:
-    text = (
-      re.sub(r"^Clipart by .* - |^Part of the .*|\S+@\S+", "", text).replace("_", " ").strip(" .")
-    )
+    text = re.sub(r"^Clipart by .* - |^Part of the .*|\S+@\S+", "", text)
+    text = text.replace("_", " ").strip(" .")
     if text and text.lower() not in " ".join(said).lower():
       said.append(text)
   keywords = [k.replace("_", " ") for k in row["keywords"] if k != "unsorted"]
@@ -414,8 +413,8 @@ descriptions are cut to about {MAX_CAPTION} characters, mathematics is flattened
 |---|---|---|
 {table}
 
-- **openstax, openstax-alt, openstax-exercise**: OpenStax textbooks, Creative Commons Attribution 4.0
-  (https://creativecommons.org/licenses/by/4.0/). Access for free at openstax.org.
+- **openstax, openstax-alt, openstax-exercise**: OpenStax textbooks, Creative Commons Attribution
+  4.0 (https://creativecommons.org/licenses/by/4.0/). Access for free at openstax.org.
 - **nlvr**: Cornell Natural Language Visual Reasoning (Suhr, Lewis, Yeh, Artzi, ACL 2017),
   https://github.com/lil-lab/nlvr, Creative Commons Attribution 4.0.
 - **openclipart**: Open Clip Art Library 0.18 as packaged by Debian, dedicated to the public domain.
