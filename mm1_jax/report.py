@@ -322,8 +322,8 @@ table { border-collapse: collapse; background: #fff; border-radius: 8px; }
 th, td { padding: 6px 16px; text-align: right; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; } th { color: #737985; font-weight: 500; }
 tr + tr td { border-top: 1px solid #eceef1; }
-.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 16px; }
-figure { margin: 0; background: #fff; border-radius: 8px; overflow: hidden; }
+.answers { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
+figure { flex: 0 1 336px; margin: 0; background: #fff; border-radius: 8px; overflow: hidden; }
 figure img { width: 100%; aspect-ratio: 4 / 3; object-fit: contain; background: #e9ebef; }
 figcaption { padding: 8px 16px 14px; overflow-wrap: anywhere; }
 dl { margin: 0; display: grid; grid-template-columns: 52px 1fr; gap: 4px 8px; }
