@@ -7,6 +7,7 @@ one held-out source, each of its examples once.
 
 import collections
 import contextlib
+import functools
 import json
 import threading
 import weakref
@@ -19,7 +20,7 @@ from absl import flags, logging
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, SourceConfig
-from mm1_jax.data.examples import Encoder, cut
+from mm1_jax.data.examples import Encoder, Example, cut
 from mm1_jax.data.image import ImageError, decode_image
 from mm1_jax.data.index import UNREADABLE, Index, load_index
 from mm1_jax.data.packing import Segment, assemble
@@ -37,6 +38,8 @@ from mm1_jax.data.tokenizer import Tokenizer
 
 MIN_EXAMPLES_TO_JUDGE = 100  # a share of dropped examples means little below this many
 ENDLESS = 1 << 40  # batches
+# A long document is cut over rows near each other; it is tokenised once for all of them.
+CACHED_DOCUMENTS = 64
 # Batches made ahead, and threads that make them, in each process. Reading and decoding let go of
 # Python's lock, so two threads help; more only hold more batches in memory.
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
@@ -86,13 +89,14 @@ class Pipeline:
     self.tokenizer = tokenizer
     self.indexes = indexes
     self.drops: collections.Counter = collections.Counter()
-    self._loaded = loaded
+    self._loaded = [loaded]
     self._state = state
     self._max_drop_fraction = max_drop_fraction
     self._num_examples = 0
     self._error: Exception | None = None
-    # Also at exit: Grain's threads and workers do not survive the interpreter's own clean-up.
-    self._finalizer = weakref.finalize(self, loaded.close)
+    # Also at exit: Grain's threads and workers do not survive the interpreter's own clean-up. The
+    # list lets go of the iterator with that, which would else try to close itself once more.
+    self._finalizer = weakref.finalize(self, _close, self._loaded)
 
   def close(self) -> None:
     """Stops the threads and workers; there is no next batch."""
@@ -111,7 +115,7 @@ class Pipeline:
     if self._error:
       raise self._error
     try:
-      loaded = next(self._loaded)
+      loaded = next(self._loaded[0])
       stats = BatchStats(**json.loads(loaded.stats))
       self._count(stats)
     except DataError as e:
@@ -147,6 +151,11 @@ class Pipeline:
         f"{dropped} of {self._num_examples} examples were dropped ({dict(self.drops)}), more than "
         f"data.max_drop_fraction {self._max_drop_fraction} allows. Repair the source, or raise it."
       )
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+  while iterators:
+    iterators.pop().close()
 
 
 def make_pipeline(
@@ -323,6 +332,7 @@ class BatchLoader:
     self._indexes = indexes
     self._encoder = encoder
     self._image_size = image_size
+    self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
 
   def __call__(self, planned: tuple[list[Row], WindowState | None]) -> _Loaded:
     rows, next_window = planned
@@ -349,10 +359,11 @@ class BatchLoader:
 
   def _segment(self, piece: Piece, drops: collections.Counter) -> Segment | None:
     """Returns a piece with its pixels; None, and the reason in `drops`, if it cannot be used."""
-    record = int(self._indexes[piece.source].records[piece.example])
+    num_positions = self._indexes[piece.source].num_positions[piece.example]
+    whole = piece.stop - piece.start == num_positions
+    encode = self._encode if whole else self._encode_cached
     try:
-      example = self._encoder.encode_record(self._sources[piece.source][record])
-      example = cut(example, piece.start, piece.stop)
+      example = cut(encode(piece.source, piece.example), piece.start, piece.stop)
       pixels = [decode_image(image, self._image_size) for image in example.images]
     except ImageError as e:
       drops[e.reason] += 1
@@ -362,6 +373,17 @@ class BatchLoader:
     else:
       return Segment(piece.source, example, pixels)
     return None
+
+  def _encode(self, source: int, example: int) -> Example:
+    record = int(self._indexes[source].records[example])
+    return self._encoder.encode_record(self._sources[source][record])
+
+  def __getstate__(self):
+    return {k: v for k, v in vars(self).items() if k != "_encode_cached"}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
 
 
 def _encoder(data: DataConfig, tokens_per_image: int, image_token_id: int) -> Encoder:

@@ -43,6 +43,7 @@ JPEG_QUALITY = 80
 MAX_CAPTION = 300  # characters
 # Characters of a textbook module; longer ones tie others together, but would leave room for few.
 MAX_MODULE = 12_000
+MAX_CHAPTER = 20_000  # characters of a novel or play
 VOCAB_SIZE = 4096
 
 Row = Mapping[str, Any]
@@ -214,7 +215,8 @@ def _text(raw: pathlib.Path) -> Iterator[Candidate]:
     else:
       links = (f"book/{row['id'].split('/')[1]}",)
     part = "unused" if row["source"] == "openstax" and len(row["text"]) > MAX_MODULE else "text"
-    yield Candidate(part, row["source"], _document(row, [{"text": row["text"]}]), links)
+    text = row["text"][:MAX_CHAPTER]  # some novels are one row
+    yield Candidate(part, row["source"], _document(row, [{"text": text}]), links)
 
 
 def _sft(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
