@@ -444,6 +444,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   if dataclasses.is_dataclass(hint):
     return _build(hint, value, f"{path}.")
   if origin is tuple:
+    if isinstance(value, Mapping):
+      # Named entries, so that one of them can be overridden: sources.captions.weight.
+      value = [{"name": name, **entry} for name, entry in value.items()]
     if not isinstance(value, list | tuple):
       raise ConfigError(f"{path} is {value!r}; it must be a list.")
     if args[-1] is Ellipsis:

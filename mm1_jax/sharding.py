@@ -81,7 +81,7 @@ def device_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def abstract_state(make, mesh: Mesh):
-  """Returns shapes, dtypes and shardings on `mesh` of what `make()` would return, computing nothing.
+  """Returns the shapes, dtypes and shardings of what `make()` would return; computes nothing.
 
   The result is what Orbax restores onto and what an ahead-of-time compile takes.
   """

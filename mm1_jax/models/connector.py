@@ -75,7 +75,7 @@ class SqueezeExcite(nnx.Module):
 
 
 class RegNetBlock(nnx.Module):
-  """timm's RegNet bottleneck as Honeybee sets it: depth-wise 3x3, squeeze-excite, SiLU, LayerNorm."""
+  """timm's RegNet bottleneck as Honeybee sets it: depth-wise, SiLU, LayerNorm over channels."""
 
   def __init__(self, key: jax.Array, in_dim: int, out_dim: int):
     keys = jax.random.split(key, 5)

@@ -87,7 +87,7 @@ class Linear(nnx.Module):
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """x sigmoid(1.702 x), the activation that CLIP was trained with; not interchangeable with GELU."""
+  """x sigmoid(1.702 x), which CLIP was trained with; GELU in its place breaks the weights."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 

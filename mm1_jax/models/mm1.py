@@ -18,7 +18,7 @@ from mm1_jax.sharding import LAYOUT
 
 
 class MM1(nnx.Module):
-  """ViT, connector and decoder; its three attributes are the parts that a stage trains or freezes."""
+  """ViT, connector and decoder: the three parts that a stage trains or freezes."""
 
   def __init__(self, key: jax.Array, cfg: ModelConfig):
     vit, connector, decoder = jax.random.split(key, 3)

@@ -112,7 +112,7 @@ class MoE(nnx.Module):
 def _assign(
   experts: Int[Array, "B S k"], valid: Bool[Array, "B S"], num_experts: int, capacity: int
 ) -> tuple[Int[Array, "B S k"], Bool[Array, "B S k"]]:
-  """Returns each choice's slot in its row's E x C buffer (E x C itself: none), and which have one."""
+  """Returns each choice's slot in its row's E x C buffer, and which have one (slot E x C: none)."""
   num_rows, num_positions, top_k = experts.shape
   # In queue order: every first choice, then every second one.
   queue = experts.transpose(0, 2, 1).reshape(num_rows, top_k * num_positions)

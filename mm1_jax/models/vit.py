@@ -71,7 +71,7 @@ class Block(nnx.Module):
 
 
 class ViT(nnx.Module):
-  """Pixels to patch features: the output of one block, before any last norm, class token dropped."""
+  """Pixels to patch features: one block's output, before any last norm, class token dropped."""
 
   def __init__(self, key: jax.Array, cfg: ModelConfig):
     vision = cfg.vision

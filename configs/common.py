@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces that the configs share: the stages, the encoder, the shipped sample, mesh presets."""
+
+import pathlib
+
+from ml_collections import ConfigDict, config_dict
+
+import mm1_jax
+from mm1_jax.config import MoEConfig, RunConfig
+
+SAMPLE = pathlib.Path(mm1_jax.__file__).parent / "data" / "sample"
+
+
+def base(name: str) -> ConfigDict:
+  """Returns every setting at its default, ready to be overridden on the command line."""
+  values = RunConfig(name=name).to_dict()
+  values["data"].update(sources={}, eval_sources={})  # by name, see `sources`
+  config = ConfigDict(values)
+  # A value that may be absent needs its type named before the command line can set it.
+  for group, key, kind in (
+    (config.optimizer, "learning_rate", float),
+    (config.optimizer, "connector_learning_rate", float),
+    (config.train, "init_from", str),
+    (config.train, "eval_batches", int),
+    (config.checkpoint, "keep_period", int),
+  ):
+    group[key] = config_dict.placeholder(kind)
+  return config
+
+
+def pretrain(name: str, *, data: str = "data") -> ConfigDict:
+  """Returns MM1's pre-training (section 3.3): 200k steps of 512 x 4096, 45:45:10, AdamW.
+
+  `data` is the folder of the ArrayRecord shards and of the tokenizer; set it to your own, or set
+  `--config.data.sources.captions.path` and its like.
+  """
+  config = base(name)
+  config.data.tokenizer = f"{data}/tokenizer.model"
+  config.data.sources = sources(data, captions=0.45, interleaved=0.45, text=0.10, part="train")
+  config.data.eval_sources = sources(data, captions=1.0, interleaved=1.0, text=1.0, part="heldout")
+  config.train.eval_batches = 8
+  config.checkpoint.keep_period = 20_000
+  return config
+
+
+def sft(config: ConfigDict, *, data: str = "data") -> ConfigDict:
+  """Returns MM1's supervised fine-tuning (section 4) of a pre-trained `config`.
+
+  10k steps of 256 x 2048, Adafactor at 1e-5 to 0, everything trained, loss on answers only. Set
+  `--config.train.init_from` to the pre-training run.
+  """
+  config.name += "_sft"
+  config.data.sources = sources(data, sft=1.0, part="train")
+  config.data.eval_sources = sources(data, sft=1.0, part="heldout")
+  config.data.seq_len, config.data.batch_size = 2048, 256
+  config.data.images_per_row = 2048 // 146
+  config.train.num_steps = 10_000
+  config.optimizer.name = "adafactor"
+  config.optimizer.learning_rate = 1e-5
+  config.optimizer.connector_learning_rate = None
+  config.optimizer.warmup_steps = 300
+  config.optimizer.final_fraction = 0.0
+  config.optimizer.weight_decay = 0.0
+  return config
+
+
+def sources(folder: str, *, part: str, **weights: float) -> ConfigDict:
+  """Returns sources by name, reading `FOLDER/NAME-PART-*.arrayrecord`, with their weights."""
+  return ConfigDict(
+    {
+      name: {"path": f"{folder}/{name}-{part}-*.arrayrecord", "weight": weight}
+      for name, weight in weights.items()
+    }
+  )
+
+
+def decoder(
+  config: ConfigDict, *, depth: int, width: int, heads: int, kv_heads: int, mlp_dim: int
+) -> None:
+  """Sets the decoder's shape; heads split the width evenly."""
+  config.model.decoder.update(
+    depth=depth,
+    width=width,
+    num_heads=heads,
+    num_kv_heads=kv_heads,
+    head_dim=width // heads,
+    mlp_dim=mlp_dim,
+  )
+
+
+def moe(config: ConfigDict, *, num_experts: int, every: int) -> ConfigDict:
+  """Returns `config` with every `every`-th layer sparse; the rate stays the dense backbone's."""
+  config.name += "_moe"
+  config.model.decoder.moe = ConfigDict(vars(MoEConfig(num_experts=num_experts, every=every)))
+  return config

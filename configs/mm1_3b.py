@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MM1-3B: a dense decoder of 2.7B params under ViT-H/14 at 378 pixels.
+
+python -m mm1_jax.main --config=configs/mm1_3b.py --workdir=gs://BUCKET/mm1_3b
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+  config = common.pretrain("mm1_3b")
+  common.decoder(config, depth=26, width=3072, heads=24, kv_heads=8, mlp_dim=8064)
+  config.optimizer.learning_rate = 6e-5
+  config.optimizer.connector_learning_rate = 8e-5
+  return config

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MM1-7B: a dense decoder of 6.7B params under ViT-H/14 at 378 pixels.
+
+python -m mm1_jax.main --config=configs/mm1_7b.py --workdir=gs://BUCKET/mm1_7b
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+  config = common.pretrain("mm1_7b")
+  common.decoder(config, depth=32, width=4096, heads=32, kv_heads=8, mlp_dim=13056)
+  config.optimizer.learning_rate = 4e-5
+  config.optimizer.connector_learning_rate = 8e-5
+  return config

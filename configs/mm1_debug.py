@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything tiny, on the shipped sample: minutes on a laptop's CPU.
+
+python -m mm1_jax.main --config=configs/mm1_debug.py --workdir=runs/debug
+python -m mm1_jax.main --config=configs/mm1_debug.py:moe --workdir=runs/debug_moe
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(kind: str = "dense") -> ConfigDict:
+  if kind not in ("dense", "moe"):
+    raise ValueError(f"mm1_debug is 'dense' or 'moe', not '{kind}'.")
+  config = common.pretrain("mm1_debug", data=str(common.SAMPLE))
+  config.model.vision.update(
+    image_size=(64, 64),
+    patch_size=8,
+    width=128,
+    depth=4,
+    num_heads=4,
+    mlp_dim=512,
+    position_grid=(8, 8),
+  )
+  config.model.connector.update(token_grid=(4, 4), hidden=128, depth=1)
+  common.decoder(config, depth=4, width=256, heads=4, kv_heads=2, mlp_dim=768)
+  config.model.decoder.vocab_size = 4096
+  # A CPU has no bfloat16 units, and memory is no concern at this size.
+  config.model.dtype, config.model.remat = "float32", "none"
+  config.data.update(seq_len=512, batch_size=8, images_per_row=8, window_rows=256)
+  config.train.update(num_steps=300, eval_every=100, eval_batches=4)
+  config.optimizer.warmup_steps = 30
+  config.checkpoint.update(every=100, keep_period=None)
+  return common.moe(config, num_experts=8, every=2) if kind == "moe" else config

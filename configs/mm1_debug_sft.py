@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes mm1_debug on the sample's conversations.
+
+  python -m mm1_jax.main --config=configs/mm1_debug_sft.py:moe --workdir=runs/debug_moe_sft \
+      --config.train.init_from=runs/debug_moe
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, mm1_debug
+
+
+def get_config(kind: str = "dense") -> ConfigDict:
+  config = mm1_debug.get_config(kind)
+  data = config.data.copy_and_resolve_references()
+  config = common.sft(config, data=str(common.SAMPLE))
+  config.data.update(seq_len=data.seq_len, batch_size=data.batch_size)
+  config.data.images_per_row = data.images_per_row
+  config.train.update(num_steps=100, eval_every=50)
+  config.optimizer.update(learning_rate=1e-3, warmup_steps=10)
+  config.checkpoint.every = 50
+  return config

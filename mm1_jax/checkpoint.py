@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints on Orbax: save and resume a run, and start another from its params alone.
+
+A workdir holds `config.json`, `tokenizer.model` and `checkpoints/STEP/`; a step has three items:
+`params` (the model, under the names of its attributes), `train` (optimizer state and counters), and
+`data` (the pipeline's state, JSON). Saving is asynchronous and atomic: a step's folder has its name
+only when all of it is there. Arrays are restored straight onto the current mesh, whatever mesh they
+were saved from.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from mm1_jax.config import CheckpointConfig, RunConfig
+
+CONFIG, TOKENIZER, STEPS = "config.json", "tokenizer.model", "checkpoints"
+PARAMS, TRAIN, DATA = "params", "train", "data"
+SHOWN = 5  # names listed in a message before "and N more"
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that is missing, damaged, or of another model; the message says which and why."""
+
+
+class Checkpointer:
+  """The checkpoints of one run."""
+
+  def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig):
+    self._path = epath.Path(workdir) / STEPS
+    self._manager = ocp.CheckpointManager(
+      self._path,
+      item_names=(PARAMS, TRAIN, DATA),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=cfg.keep, keep_period=cfg.keep_period
+      ),
+    )
+
+  @property
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, *, params: Any, train: Any, data: dict[str, Any]) -> None:
+    """Starts saving; arrays may be donated as soon as it returns."""
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        **{
+          PARAMS: ocp.args.StandardSave(to_names(params)),
+          TRAIN: ocp.args.StandardSave(to_names(train)),
+          DATA: ocp.args.JsonSave(data),
+        }
+      ),
+    )
+
+  def restore_data(self, step: int) -> dict[str, Any]:
+    """Returns the pipeline's state at a step; raises CheckpointError if it cannot be read."""
+    try:
+      args = ocp.args.Composite(**{DATA: ocp.args.JsonRestore()})
+      return self._manager.restore(step, args=args)[DATA]
+    except Exception as e:
+      raise damaged(self._path / str(step) / DATA, e) from e
+
+  def restore(self, step: int, *, params: Any, train: Any) -> tuple[Any, Any]:
+    """Returns (params, train) of a step, shaped and placed like the abstract trees given.
+
+    Raises:
+      CheckpointError: the step is damaged, or its arrays are not the ones asked for.
+    """
+    where = self._path / str(step)
+    for item, tree in ((PARAMS, params), (TRAIN, train)):
+      check_match(saved_shapes(where / item), to_names(tree), where / item)
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          **{
+            PARAMS: ocp.args.StandardRestore(to_names(params)),
+            TRAIN: ocp.args.StandardRestore(to_names(train)),
+          }
+        ),
+      )
+    except Exception as e:
+      raise damaged(where, e) from e
+    return from_names(params, restored[PARAMS]), from_names(train, restored[TRAIN])
+
+  def wait(self) -> None:
+    """Returns when what is being saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._manager.close()
+
+
+def write_run_files(workdir: epath.PathLike, run: RunConfig) -> None:
+  """Puts the config and the tokenizer beside the checkpoints, so that a run can be moved whole."""
+  workdir = epath.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / CONFIG).write_text(json.dumps(run.to_dict(), indent=2) + "\n")
+  (workdir / TOKENIZER).write_bytes(epath.Path(run.data.tokenizer).read_bytes())
+
+
+def read_run(workdir: epath.PathLike) -> RunConfig:
+  """Returns the config of a run, reading the tokenizer that travels with it.
+
+  Raises:
+    CheckpointError: `workdir` is not a run, or its config cannot be read.
+  """
+  workdir = epath.Path(workdir)
+  path = workdir / CONFIG
+  if not path.exists():
+    raise CheckpointError(
+      f"'{workdir}' is not a run: it has no {CONFIG}. Give the --workdir of a training run."
+    )
+  try:
+    values = json.loads(path.read_text())
+  except json.JSONDecodeError as e:
+    raise CheckpointError(f"'{path}' is damaged: {e}.") from e
+  values["data"]["tokenizer"] = str(workdir / TOKENIZER)
+  return RunConfig.from_dict(values)
+
+
+def find_step(path: epath.PathLike) -> epath.Path:
+  """Returns the folder of a step: `path` itself, or the newest one of the run at `path`.
+
+  Raises:
+    CheckpointError: there is none.
+  """
+  path = epath.Path(path)
+  if (path / PARAMS).exists():
+    return path
+  folder = path / STEPS
+  names = [p.name for p in folder.iterdir()] if folder.exists() else []
+  steps = sorted(int(name) for name in names if name.isdigit())
+  if not steps:
+    partial = sorted(name for name in names if "tmp" in name)
+    found = f" Only unfinished ones: {partial}." if partial else ""
+    raise CheckpointError(f"no checkpoint under '{path}'.{found}")
+  return folder / str(steps[-1])
+
+
+def restore_params(path: epath.PathLike, like: Any) -> Any:
+  """Returns the params of a run's newest step, or of the step at `path`, placed like `like`.
+
+  Raises:
+    CheckpointError: missing, damaged, or of another model.
+  """
+  where = find_step(path) / PARAMS
+  check_match(saved_shapes(where), to_names(like), where)
+  return from_names(like, _restore(where, to_names(like)))
+
+
+def init_from(path: epath.PathLike, params: Any) -> Any:
+  """Returns `params` with what a checkpoint has of them, and logs what was taken and what was not.
+
+  A param is taken when name and shape agree. One that the checkpoint lacks, or has in another
+  shape, keeps its fresh value; one that only the checkpoint has is left out.
+
+  Raises:
+    CheckpointError: missing, damaged, or nothing in it fits.
+  """
+  where = find_step(path) / PARAMS
+  saved, fresh = saved_shapes(where), to_names(params)
+  loaded = {name: x for name, x in fresh.items() if saved.get(name) == x.shape}
+  if not loaded:
+    raise CheckpointError(f"'{where}' has no param of this model; is it another kind of model?")
+  other = {n: f"{saved[n]}, not {x.shape}" for n, x in fresh.items() if n in saved.keys() - loaded}
+  logging.info(
+    "init_from '%s': loaded %d params; skipped for their shape: %s; missing: %s; unused: %s",
+    where,
+    len(loaded),
+    other or "none",
+    sorted(fresh.keys() - saved.keys()) or "none",
+    sorted(saved.keys() - fresh.keys()) or "none",
+  )
+  return from_names(params, fresh | _restore(where, loaded))
+
+
+def to_names(tree: Any) -> dict[str, Any]:
+  """Returns a tree's leaves by name, such as `decoder.units.layers.0.mlp.gate`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {_name(path): leaf for path, leaf in leaves}
+
+
+def from_names(like: Any, leaves: Mapping[str, Any]) -> Any:
+  """Returns a tree of the structure of `like` with the leaves of `to_names`."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], like)
+
+
+def _name(path) -> str:
+  parts = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
+  return ".".join(parts[:-1] if parts[-1] == "value" else parts)
+
+
+def saved_shapes(item: epath.Path) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of an item's arrays by name; reads no array.
+
+  Raises:
+    CheckpointError: the item is missing or damaged.
+  """
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      metadata = checkpointer.metadata(item).item_metadata
+    return {name: tuple(array.shape) for name, array in metadata.items()}
+  except Exception as e:
+    raise damaged(item, e) from e
+
+
+def check_match(saved: dict[str, tuple[int, ...]], wanted: dict[str, Any], where: Any) -> None:
+  """Raises CheckpointError unless a checkpoint has exactly the arrays wanted, in their shapes."""
+  shapes = {name: tuple(x.shape) for name, x in wanted.items()}
+  wrong = [f"{n} is {saved[n]}, not {s}" for n, s in shapes.items() if saved.get(n, s) != s]
+  wrong += [f"{n} is missing" for n in shapes if n not in saved]
+  wrong += [f"{n} is not in this model" for n in saved if n not in shapes]
+  if wrong:
+    more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    raise CheckpointError(
+      f"'{where}' is of another model or optimizer: {'; '.join(wrong[:SHOWN])}{more}. Use the "
+      "config it was trained with, or start anew with train.init_from."
+    )
+
+
+def damaged(where: Any, error: Exception) -> CheckpointError:
+  reason = str(error).splitlines()[0] if str(error) else ""
+  return CheckpointError(
+    f"'{where}' cannot be read: {type(error).__name__}: {reason[:300]}. If its files are "
+    "incomplete, delete this step's folder to go on from the one before."
+  )
+
+
+def _restore(where: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+  """Reads the arrays named in `wanted`, and no other, onto their shardings."""
+  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      return checkpointer.restore(
+        where,
+        ocp.args.PyTreeRestore(
+          abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+        ),
+      )
+  except Exception as e:
+    raise damaged(where, e) from e

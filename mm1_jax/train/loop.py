@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The story of a run, for every stage: restore or initialise, then step, log, evaluate, save."""
+
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from etils import epath
+from jax.sharding import Mesh
+
+from mm1_jax import checkpoint
+from mm1_jax.batch import Batch
+from mm1_jax.checkpoint import Checkpointer
+from mm1_jax.config import RunConfig
+from mm1_jax.data.pipeline import BatchStats, Pipeline, make_pipeline
+from mm1_jax.metrics import (
+  MetricWriter,
+  StepTimer,
+  format_seconds,
+  model_flops,
+  peak_memory_gib,
+  progress_line,
+)
+from mm1_jax.models.mm1 import MM1
+from mm1_jax.report import draw_batch
+from mm1_jax.sharding import abstract_state, device_batch, make_mesh
+from mm1_jax.train.heldout import held_out_loss
+from mm1_jax.train.step import Metrics, TrainState, init_state, train_step
+
+
+class TrainingDiverged(RuntimeError):
+  """Too many steps in a row had to be skipped."""
+
+
+def train(run: RunConfig, workdir: epath.PathLike) -> TrainState:
+  """Trains `run` in `workdir` up to `run.train.num_steps`, going on from its newest checkpoint.
+
+  SIGTERM and SIGINT save the state and return after the current step.
+
+  Raises:
+    ConfigError, DataError, CheckpointError: a user's mistake, with what to do.
+    TrainingDiverged: `run.train.max_skipped` steps in a row were skipped; the last checkpoint
+      before them stands.
+  """
+  mesh = make_mesh(run)
+  with jax.set_mesh(mesh), Stop() as stop, Checkpointer(workdir, run.checkpoint) as checkpointer:
+    # Data first: a wrong path is found before any param is made.
+    latest = checkpointer.latest_step
+    pipeline = _pipeline(run, None if latest is None else checkpointer.restore_data(latest))
+    checkpoint.write_run_files(workdir, run)
+    state = restore_or_init(run, mesh, checkpointer)
+    step = int(state.step)
+    logging.info("%s", parameter_overview.get_parameter_overview(checkpoint.to_names(state.model)))
+    logging.info("mesh %s on %s; step %d", dict(mesh.shape), jax.devices()[0].device_kind, step)
+    with MetricWriter(workdir, start_step=step) as writer:
+      log = StepLog(run, writer)
+
+      def evaluate() -> None:
+        with log.timer.excluded():
+          log.write(step, held_out_loss(state.model, run, mesh))
+
+      def save() -> None:
+        with log.timer.excluded():
+          train = state._replace(model=None)
+          checkpointer.save(step, params=state.model, train=train, data=pipeline.state())
+
+      # The order is a contract: the state of step n is evaluated and saved with the data that comes
+      # next, and only then is a batch drawn. Metrics of a step are read while the next one runs.
+      while step < run.train.num_steps and not stop.requested:
+        batch, stats = log.fetch(pipeline)
+        if step == 0:
+          _draw(batch, pipeline, writer, workdir)
+        state, metrics = train_step(state, device_batch(batch, mesh), run=run)
+        step += 1
+        log.step(step, metrics, stats)
+        if step % run.train.eval_every == 0:
+          evaluate()
+        if step % run.checkpoint.every == 0:
+          save()
+      log.flush()
+      if step % run.train.eval_every and not stop.requested:
+        evaluate()
+      if checkpointer.latest_step != step:
+        save()
+      checkpointer.wait()
+      if stop.requested:
+        logging.info("stopped by %s; saved at step %d, run again to go on", stop.requested, step)
+  return state
+
+
+def restore_or_init(run: RunConfig, mesh: Mesh, checkpointer: Checkpointer) -> TrainState:
+  """Returns the state to go on from. The first that applies:
+
+  1. this run's newest checkpoint;
+  2. a fresh state with the params of `train.init_from`;
+  3. a fresh state.
+  """
+
+  def make() -> TrainState:
+    return init_state(MM1(jax.random.key(run.train.seed), run.model), run)
+
+  latest = checkpointer.latest_step
+  if latest is not None:
+    abstract = abstract_state(make, mesh)
+    params, train = checkpointer.restore(
+      latest, params=abstract.model, train=abstract._replace(model=None)
+    )
+    logging.info("resuming at step %d", latest)
+    return train._replace(model=params)
+  # Initialisation runs once: on a CPU its compile time is what counts.
+  options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+  state = jax.jit(make, compiler_options=options)()
+  if run.train.init_from:
+    state = state._replace(model=checkpoint.init_from(run.train.init_from, state.model))
+  return state
+
+
+class StepLog:
+  """Accumulates metrics over `log_every` steps; writes them, and prints the progress line."""
+
+  def __init__(self, run: RunConfig, writer: MetricWriter):
+    self.timer = StepTimer(flops=model_flops(run)["total"])
+    self._run, self._writer = run, writer
+    self._pending: tuple[int, Metrics, BatchStats] | None = None
+    self._sums: Metrics | None = None
+    self._stats: list[BatchStats] = []
+    self._data_wait = 0.0
+    self._started = time.perf_counter()
+
+  def fetch(self, pipeline: Iterator[tuple[Batch, BatchStats]]) -> tuple[Batch, BatchStats]:
+    """Returns the next batch, timing the wait for it."""
+    start = time.perf_counter()
+    batch = next(pipeline)
+    self._data_wait += time.perf_counter() - start
+    return batch
+
+  def step(self, step: int, metrics: Metrics, stats: BatchStats) -> None:
+    """Takes a dispatched step's metrics, and reads the ones of the step before."""
+    previous, self._pending = self._pending, (step, metrics, stats)
+    if previous is not None:
+      self._read(*previous)
+
+  def flush(self) -> None:
+    """Reads the last step's metrics too."""
+    if self._pending is not None:
+      self._read(*self._pending)
+      self._pending = None
+
+  def write(self, step: int, scalars: dict[str, float]) -> None:
+    """Writes scalars and shows them on a line."""
+    self._writer.write_scalars(step, scalars)
+    if scalars:
+      logging.info("step %d | %s", step, " | ".join(f"{k} {v:.4f}" for k, v in scalars.items()))
+
+  def _read(self, step: int, metrics: Metrics, stats: BatchStats) -> None:
+    metrics = jax.device_get(metrics)  # waits for the step
+    if step == 1:
+      seconds = time.perf_counter() - self._started
+      logging.info("first step after %s, compiling included", format_seconds(seconds))
+    share = jax.process_count()
+    self.timer.tick(
+      tokens=stats.num_positions * share,
+      images=stats.num_images * share,
+      data_wait=self._data_wait,
+    )
+    self._data_wait = 0.0
+    merged = self._sums or metrics
+    self._sums = {k: merged[k].merge(m) for k, m in metrics.items()} if self._sums else metrics
+    self._stats.append(stats)
+    if step % self._run.train.log_every == 0 or step == self._run.train.num_steps:
+      self._report(step)
+    in_a_row = int(metrics["skipped_in_a_row"].compute())
+    if in_a_row >= self._run.train.max_skipped:
+      self._writer.flush()
+      raise TrainingDiverged(
+        f"{in_a_row} steps in a row, up to step {step}, were skipped: their gradients were not "
+        f"finite or over train.spike_factor {self._run.train.spike_factor} times the usual norm. "
+        "Lower optimizer.learning_rate, or look at the data; the last checkpoint is unharmed."
+      )
+
+  def _report(self, step: int) -> None:
+    assert self._sums is not None
+    scalars = {k: float(m.compute()) for k, m in self._sums.items() if m.count.sum() > 0}
+    scalars |= {
+      "data/padded_fraction": float(np.mean([s.padded_fraction for s in self._stats])),
+      "data/empty_slot_fraction": float(np.mean([s.empty_slot_fraction for s in self._stats])),
+      "data/dropped": float(sum(sum(s.drops.values()) for s in self._stats)),
+      "memory/peak_gib": peak_memory_gib(),
+    }
+    rates = self.timer.rates
+    self._writer.write_scalars(step, scalars | (rates.scalars() if rates else {}))
+    if jax.process_index() == 0:
+      print(progress_line(step, self._run.train.num_steps, scalars, rates), flush=True)
+    self._sums, self._stats = None, []
+
+
+class Stop:
+  """Turns SIGTERM and Ctrl-C into a request to stop; a second one is not caught any more."""
+
+  def __init__(self):
+    self.requested: str | None = None
+
+  def __enter__(self) -> "Stop":
+    self._handlers = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._handlers.items():
+      signal.signal(number, handler)
+
+  def _request(self, number: int, _) -> None:
+    self.requested = signal.Signals(number).name
+    for s, handler in self._handlers.items():
+      signal.signal(s, handler)
+
+
+def _pipeline(run: RunConfig, state: dict[str, Any] | None) -> Pipeline:
+  return make_pipeline(
+    run.data,
+    image_size=run.model.vision.image_size,
+    tokens_per_image=run.model.connector.num_tokens,
+    image_token_id=run.model.image_token_id,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    state=state,
+  )
+
+
+def _draw(batch: Batch, pipeline: Pipeline, writer: MetricWriter, workdir: epath.PathLike) -> None:
+  """Draws the first batch: the cheapest way to see a mistake in the data."""
+  if jax.process_index() == 0:
+    picture = draw_batch(batch, pipeline.tokenizer.decode)
+    writer.write_images(0, {"first_batch": picture})
