@@ -62,7 +62,7 @@ def load_index(
     ConfigError: a record has images and `max_images` is 0.
     DataError: no record can be used, or more than `max_drop_fraction` of them are unreadable.
   """
-  path = _cache_dir() / f"{source.name}-{_key(source, encoder, seq_len, max_images)}.npz"
+  path = cache_dir() / f"{source.name}-{_key(source, encoder, seq_len, max_images)}.npz"
   try:
     index = _read(path)
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
@@ -132,7 +132,8 @@ def _check(index: Index, source: Source, max_drop_fraction: float) -> None:
 # --- the cache
 
 
-def _cache_dir() -> pathlib.Path:
+def cache_dir() -> pathlib.Path:
+  """Returns the folder that indexes are kept in."""
   return pathlib.Path(os.environ.get("MM1_JAX_CACHE", "~/.cache/mm1_jax")).expanduser() / "index"
 
 
@@ -141,8 +142,9 @@ def _key(source: Source, encoder: Encoder, seq_len: int, max_images: int) -> str
   stats = [epath.Path(p).stat() for p in source.paths]
   parts = {
     "version": VERSION,
+    "records": len(source),
     "shards": [
-      [os.path.basename(p), s.length, s.mtime] for p, s in zip(source.paths, stats, strict=True)
+      [path, stat.length, stat.mtime] for path, stat in zip(source.paths, stats, strict=True)
     ],
     "tokenizer": hashlib.sha256(encoder.tokenizer.model).hexdigest(),
     "image": [encoder.tokens_per_image, encoder.image_delimiters],

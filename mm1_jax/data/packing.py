@@ -76,11 +76,13 @@ def pack(
   share = np.maximum(positions / seq_len, images / max(images_per_row, 1))
   order = np.lexsort((-share, np.arange(len(items)) >= num_first))
   whole = [i for i in order.tolist() if not long[i]]
-  if long.any():
+  left = [(i, 0) for i in np.flatnonzero(long).tolist()]
+  if left:
     room = num_rows * seq_len * positions[~long].sum() / positions.sum()
-    slots = num_rows * images_per_row * images[~long].sum() / max(images.sum(), 1)
-    whole = rows.spread(whole, positions, images, max_positions=room, max_images=slots)
-  left = rows.pour(np.flatnonzero(long).tolist(), items, image_positions)
+    slots = images_per_row * images[~long].sum() / max(images.sum(), 1)
+    left = rows.place_dense(left, items, image_positions, int(images_per_row - slots))
+    whole = rows.spread(whole, positions, images, max_positions=room, max_images=num_rows * slots)
+  left = rows.pour(left, items, image_positions)
   left += [(i, 0) for i in rows.best_fit(whole, positions, images)]
   return Packing(rows.parts, sorted(left))
 
@@ -127,26 +129,61 @@ class _Rows:
         self._put(row, Part(i, 0, int(positions[i])), int(images[i]))
     return left
 
+  def place_dense(
+    self, long: list[tuple[int, int]], items: Sequence[Item], image_positions: int, slots: int
+  ) -> list[tuple[int, int]]:
+    """Puts documents into rows while these are empty, as far as `pour` could not.
+
+    Args:
+      long: documents and where they begin.
+      items: all items.
+      image_positions: of a picture.
+      slots: what `pour` may expect to find in a row. A stretch with so many pictures that it would
+        be cut into crumbs, or never come to its turn, is dense.
+
+    Returns:
+      The documents, and where they go on.
+    """
+    rest = []
+    for i, start in long:
+      item = items[i]
+      while start < item.num_positions:
+        stop = furthest_cut(item, start, self._seq_len, max(slots, 1), image_positions)
+        if self._worthwhile(item, start, stop):
+          break  # not dense
+        row = int(np.argmax(self._room(0, 0, nowhere=-np.inf)))
+        stop = self._furthest_cut(row, item, start, image_positions)
+        if stop == start or (self.parts[row] and not self._worthwhile(item, start, stop)):
+          break
+        self._put(row, Part(i, start, stop), _count(item, start, stop))
+        start = stop
+      if start < item.num_positions:
+        rest.append((i, start))
+    return rest
+
   def pour(
-    self, long: list[int], items: Sequence[Item], image_positions: int
+    self, long: list[tuple[int, int]], items: Sequence[Item], image_positions: int
   ) -> list[tuple[int, int]]:
     """Fills rows one after another with documents, cut to fit; returns what is left of them."""
-    queue = [(i, 0) for i in long]
+    queue = list(long)
     for row in range(len(self.parts)):
       while queue:
         for at, (i, start) in enumerate(queue[:LOOK_AHEAD]):
-          room = int(self._free_positions[row]), int(self._free_images[row])
-          stop = furthest_cut(items[i], start, *room, image_positions)
-          end = items[i].num_positions
-          if stop == end or stop - start >= SHORTEST_CUT * self._seq_len:
-            starts = items[i].image_starts
-            num_images = bisect.bisect_left(starts, stop) - bisect.bisect_left(starts, start)
-            self._put(row, Part(i, start, stop), num_images)
-            queue[at : at + 1] = [(i, stop)] if stop < end else []
+          stop = self._furthest_cut(row, items[i], start, image_positions)
+          if self._worthwhile(items[i], start, stop):
+            self._put(row, Part(i, start, stop), _count(items[i], start, stop))
+            queue[at : at + 1] = [(i, stop)] if stop < items[i].num_positions else []
             break
         else:
           break  # none can go on in this row
     return queue
+
+  def _furthest_cut(self, row: int, item: Item, start: int, image_positions: int) -> int:
+    room = int(self._free_positions[row]), int(self._free_images[row])
+    return furthest_cut(item, start, *room, image_positions)
+
+  def _worthwhile(self, item: Item, start: int, stop: int) -> bool:
+    return stop == item.num_positions or stop - start >= SHORTEST_CUT * self._seq_len
 
   def _room(self, positions: int, images: int, nowhere: float) -> np.ndarray:
     """Returns how much of both resources each row has; `nowhere` for rows it does not fit in."""
@@ -158,6 +195,11 @@ class _Rows:
     self.parts[row].append(part)
     self._free_positions[row] -= part.stop - part.start
     self._free_images[row] -= num_images
+
+
+def _count(item: Item, start: int, stop: int) -> int:
+  """Returns how many pictures begin from `start` on and before `stop`."""
+  return bisect.bisect_left(item.image_starts, stop) - bisect.bisect_left(item.image_starts, start)
 
 
 def furthest_cut(

@@ -22,7 +22,7 @@ from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, SourceConfig
 from mm1_jax.data.examples import Encoder, Example, cut
 from mm1_jax.data.image import ImageError, decode_image
-from mm1_jax.data.index import UNREADABLE, Index, load_index
+from mm1_jax.data.index import UNREADABLE, Index, cache_dir, load_index
 from mm1_jax.data.packing import Segment, assemble
 from mm1_jax.data.plan import (
   Piece,
@@ -114,6 +114,8 @@ class Pipeline:
     """
     if self._error:
       raise self._error
+    if not self._loaded:
+      raise PipelineError("the pipeline is closed; make_pipeline goes on from its state().")
     try:
       loaded = next(self._loaded[0])
       stats = BatchStats(**json.loads(loaded.stats))
@@ -375,8 +377,16 @@ class BatchLoader:
     return None
 
   def _encode(self, source: int, example: int) -> Example:
-    record = int(self._indexes[source].records[example])
-    return self._encoder.encode_record(self._sources[source][record])
+    index = self._indexes[source]
+    record = int(index.records[example])
+    encoded = self._encoder.encode_record(self._sources[source][record])
+    if len(encoded) != index.num_positions[example]:
+      raise DataError(
+        f"source '{self._sources[source].name}', record {record}: {len(encoded)} positions, but "
+        f"{index.num_positions[example]} when it was indexed. The shards have changed since; start "
+        f"again, and if that does not help remove the index in {cache_dir()}."
+      )
+    return encoded
 
   def __getstate__(self):
     return {k: v for k, v in vars(self).items() if k != "_encode_cached"}

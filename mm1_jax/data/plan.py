@@ -115,22 +115,31 @@ class Plan:
 
   def _draw(self, carried: Sequence[Rest], cursors: list[int], drawn: list[int]) -> Iterator[Rest]:
     """Draws examples until positions or images suffice; moves `cursors` and `drawn` along."""
-    items = [_item(rest, self.indexes) for rest in carried]
-    positions = sum(item.num_positions for item in items)
-    images = sum(len(item.image_starts) for item in items)
+    waiting = [_item(rest, self.indexes) for rest in carried]
+    positions = sum(item.num_positions for item in waiting)
+    images = sum(len(item.image_starts) for item in waiting)
     slots = self._data.images_per_row
     max_positions = (1 + SURPLUS) * self._num_rows * self._data.seq_len
     max_images = (1 + SURPLUS) * self._num_rows * slots
     weights = [source.weight for source in self._data.sources]
+    nexts = [self._next(s, cursors) for s in range(len(cursors))]
+    items = [_item(rest, self.indexes) for rest in nexts]
     while positions < max_positions and (images < max_images or not slots):
-      source = min(range(len(drawn)), key=lambda s: drawn[s] / weights[s])
-      rest = Rest(source, int(self._orders[source][cursors[source]]), 0)
-      item = _item(rest, self.indexes)
+      # Half of what comes next counts, so that long examples come neither too early nor too late.
+      source = min(
+        range(len(drawn)), key=lambda s: (drawn[s] + items[s].num_positions / 2) / weights[s]
+      )
+      rest, item = nexts[source], items[source]
       cursors[source] += 1
+      nexts[source] = self._next(source, cursors)
+      items[source] = _item(nexts[source], self.indexes)
       drawn[source] += item.num_positions
       positions += item.num_positions
       images += len(item.image_starts)
       yield rest
+
+  def _next(self, source: int, cursors: Sequence[int]) -> Rest:
+    return Rest(source, int(self._orders[source][cursors[source]]), 0)
 
 
 def plan_once(index: Index, data: DataConfig, image_positions: int) -> list[Row]:

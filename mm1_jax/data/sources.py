@@ -13,6 +13,7 @@ A caption is a document `[image, text]`, plain text is `[text]`, an interleaved 
 """
 
 import glob
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -83,7 +84,7 @@ def expand(config: SourceConfig) -> tuple[str, ...]:
   if "://" in config.path:
     paths = sorted(str(p) for p in path.parent.glob(path.name))
   else:
-    paths = sorted(glob.glob(str(path.expanduser())))
+    paths = sorted(glob.glob(os.path.abspath(path.expanduser())))
   if not paths:
     raise DataError(
       f"source '{config.name}': no file matches {config.path}. Correct data.sources, or write "
