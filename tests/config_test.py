@@ -1,0 +1,489 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs: every file loads, has the size its name promises, and says what is wrong with a mistake.
+
+Full-size models are built by shape only (`jax.eval_shape`): no array is made.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+
+import jax
+import pytest
+
+from configs import (
+  common,
+  mm1_3b,
+  mm1_3b_moe,
+  mm1_7b,
+  mm1_7b_moe,
+  mm1_30b,
+  mm1_30b_moe,
+  mm1_debug,
+  mm1_debug_sft,
+  mm1_proxy,
+  mm1_sft,
+)
+from mm1_jax.config import (
+  CheckpointConfig,
+  ConfigError,
+  ConnectorConfig,
+  DataConfig,
+  DecoderConfig,
+  MeshConfig,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+  RunConfig,
+  SourceConfig,
+  TrainConfig,
+  VisionConfig,
+)
+from mm1_jax.models.mm1 import MM1
+from mm1_jax.sharding import make_mesh
+from mm1_jax.train import optimizer
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "configs"
+REPO = pathlib.Path(__file__).parent.parent
+
+CONFIGS = {
+  "mm1_3b": mm1_3b.get_config,
+  "mm1_3b_moe": mm1_3b_moe.get_config,
+  "mm1_7b": mm1_7b.get_config,
+  "mm1_7b_moe": mm1_7b_moe.get_config,
+  "mm1_30b": mm1_30b.get_config,
+  "mm1_30b_moe": mm1_30b_moe.get_config,
+  "mm1_debug": mm1_debug.get_config,
+  "mm1_debug_moe": functools.partial(mm1_debug.get_config, "moe"),
+  "mm1_debug_sft": mm1_debug_sft.get_config,
+  "mm1_debug_moe_sft": functools.partial(mm1_debug_sft.get_config, "moe"),
+  **{
+    f"mm1_proxy_{size}": functools.partial(mm1_proxy.get_config, size) for size in mm1_proxy.SIZES
+  },
+  **{f"mm1_sft_{model}": functools.partial(mm1_sft.get_config, model) for model in mm1_sft.MODELS},
+}
+
+
+def load(name: str) -> RunConfig:
+  return RunConfig.from_dict(CONFIGS[name]().to_dict())
+
+
+@functools.cache
+def shapes(model: ModelConfig) -> MM1:
+  """Returns the model by shape only."""
+  with jax.set_mesh(make_mesh(RunConfig(model=model))):
+    return jax.eval_shape(lambda: MM1(jax.random.key(0), model))
+
+
+def size(tree) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def flat(run: RunConfig) -> str:
+  """Returns `key: value` lines, sorted; paths inside the repository are relative to it."""
+
+  def lines(prefix: str, value):
+    if isinstance(value, dict) and value:
+      for key, entry in value.items():
+        yield from lines(f"{prefix}.{key}" if prefix else key, entry)
+    elif isinstance(value, tuple | list) and value and isinstance(value[0], dict):
+      for entry in value:
+        yield from lines(f"{prefix}.{entry['name']}", entry)
+    else:
+      if isinstance(value, str):
+        value = value.replace(f"{REPO}/", "")
+      yield f"{prefix}: {value!r}"
+
+  return "\n".join(sorted(lines("", run.to_dict()))) + "\n"
+
+
+# Every file of configs/.
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_is_what_the_golden_file_says(name):
+  """A changed default or a changed shared piece shows as a diff of every config it reaches."""
+  golden = GOLDENS / f"{name}.txt"
+  text = flat(load(name))
+  if os.environ.get("UPDATE_GOLDENS"):
+    golden.parent.mkdir(parents=True, exist_ok=True)
+    golden.write_text(text)
+  assert golden.exists(), f"{golden} is missing; UPDATE_GOLDENS=1 pytest tests/config_test.py"
+  assert text == golden.read_text(), (
+    f"{name} changed. If you did not mean to change what a run does, this is a bug. If you did: "
+    "UPDATE_GOLDENS=1 pytest tests/config_test.py"
+  )
+
+
+def test_every_config_file_is_tested():
+  """A config file that no test loads rots first."""
+  files = {path.stem for path in (REPO / "configs").glob("mm1_*.py")}
+  tested = {getattr(f, "func", f).__module__.removeprefix("configs.") for f in CONFIGS.values()}
+  assert files == tested
+
+
+def test_no_golden_file_is_left_over():
+  assert {path.stem for path in GOLDENS.glob("*.txt")} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_survive_a_round_trip_through_json(name):
+  """A checkpoint's config.json must read back as the very same run."""
+  run = load(name)
+  assert RunConfig.from_dict(run.to_dict()) == run
+  assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+def test_an_unknown_variant_is_named():
+  with pytest.raises(ValueError, match=r"no size '7m'; choose one of .*'9m'"):
+    mm1_proxy.get_config("7m")
+  with pytest.raises(ValueError, match=r"no model '13b'; choose one of .*'30b_moe'"):
+    mm1_sft.get_config("13b")
+  with pytest.raises(ValueError, match="'dense' or 'moe', not 'sparse'"):
+    mm1_debug.get_config("sparse")
+
+
+@pytest.mark.parametrize("model", mm1_sft.MODELS)
+def test_sft_keeps_the_model_and_changes_the_rest(model):
+  """Params of a pre-training run load into its SFT only if the models are equal."""
+  pretrained, sft = load(f"mm1_{model}"), load(f"mm1_sft_{model}")
+  assert sft.model == pretrained.model
+  assert (sft.data.batch_size, sft.data.seq_len, sft.train.num_steps) == (256, 2048, 10_000)
+  assert sft.optimizer.name == "adafactor"
+  assert [source.name for source in sft.data.sources] == ["sft"]
+
+
+def test_the_mixture_is_45_45_10():
+  weights = {source.name: source.weight for source in load("mm1_30b_moe").data.sources}
+  assert weights == {"captions": 0.45, "interleaved": 0.45, "text": 0.10}
+
+
+def test_a_named_source_can_be_overridden():
+  """Sources are given by name, so that the command line can change one of them."""
+  config = common.pretrain("x")
+  config.data.sources.captions.path = "mine/*.arrayrecord"
+  run = RunConfig.from_dict(config.to_dict())
+  paths = {source.name: source.path for source in run.data.sources}
+  assert paths["captions"] == "mine/*.arrayrecord"
+  assert paths["text"] == "data/text-train-*.arrayrecord"
+
+
+# Sizes: the numbers of the recipe, from the shapes of the real model.
+
+# Decoder params in all, and active for a token.
+DECODERS = {
+  "mm1_3b": (2.7e9, 2.7e9),
+  "mm1_3b_moe": (63.6e9, 3.7e9),
+  "mm1_7b": (6.7e9, 6.7e9),
+  "mm1_7b_moe": (46.4e9, 8.0e9),
+  "mm1_30b": (29.8e9, 29.8e9),
+  "mm1_30b_moe": (119e9, 35.7e9),
+  "mm1_proxy_1b": (1.33e9, 1.33e9),  # "1B" in MM1.5
+}
+
+
+def active(decoder, moe: MoEConfig | None) -> int:
+  """Returns a decoder's params without the experts that a token does not visit."""
+  if moe is None:
+    return size(decoder)
+  experts = decoder.units.layers[-1].mlp
+  experts = size((experts.gate, experts.up, experts.down))
+  return size(decoder) - experts + experts * moe.top_k // moe.num_experts
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_has_the_size_of_its_name(name):
+  run = load(name)
+  total, active_total = DECODERS[name]
+  decoder = shapes(run.model).decoder
+  assert size(decoder) == pytest.approx(total, rel=0.02)
+  assert active(decoder, run.model.decoder.moe) == pytest.approx(active_total, rel=0.02)
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"), [("9m", 9e6), ("85m", 85e6), ("302m", 302e6)], ids=lambda x: str(x)
+)
+def test_proxy_has_the_size_of_its_name_without_the_embedding(name, expected):
+  decoder = shapes(load(f"mm1_proxy_{name}").model).decoder
+  assert size(decoder) - size(decoder.embedding) == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["mm1_3b", "mm1_3b_moe", "mm1_proxy_85m"])
+def test_learning_rate_law_counts_the_params_that_exist(name):
+  """`backbone_params` counts by formula: the dense decoder without embedding and norms."""
+  cfg = load(name).model
+  dense = dataclasses.replace(cfg, decoder=dataclasses.replace(cfg.decoder, moe=None))
+  units = shapes(dense).decoder.units
+  matrices = [leaf for leaf in jax.tree.leaves(units) if leaf.ndim > 2]
+  assert optimizer.backbone_params(cfg.decoder) == size(matrices)
+
+
+def test_image_encoder_is_vit_h():
+  assert size(shapes(load("mm1_3b").model).vit) == pytest.approx(631e6, rel=0.01)
+
+
+def test_image_encoder_of_the_proxies_is_vit_l():
+  assert size(shapes(load("mm1_proxy_9m").model).vit) == pytest.approx(303.5e6, rel=0.01)
+
+
+def test_blocks_past_the_feature_layer_are_not_built():
+  """They would cost memory and optimizer state, and get no gradient."""
+  cfg = load("mm1_3b").model
+  earlier = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, feature_layer=-2))
+  blocks = shapes(cfg).vit.blocks
+  assert size(shapes(cfg).vit) - size(shapes(earlier).vit) == size(blocks) // 32
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"), [("mm1_3b", 31.1e6), ("mm1_7b", 39.4e6), ("mm1_30b", 77.2e6)]
+)
+def test_c_abstractor_has_honeybees_size(name, expected):
+  connector = shapes(load(name).model).connector
+  assert size(connector) == pytest.approx(expected, rel=0.01)
+
+
+def test_tokens_per_image_and_row():
+  run = load("mm1_30b")
+  assert run.model.connector.num_tokens == 144
+  assert run.image_positions == 146
+  assert run.model.vision.grid == (27, 27)
+  assert run.model.vision.num_patches == 729
+  no_delimiters = dataclasses.replace(run.data, image_delimiters=False)
+  assert dataclasses.replace(run, data=no_delimiters).image_positions == 144
+
+
+# Mistakes: the message names the key, its value, and what would fit.
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"modle": {}}, r"unknown key 'modle' = \{\}; did you mean 'model'\?"),
+    (
+      {"model": {"decoder": {"zoom": 12}}},
+      r"unknown key 'model\.decoder\.zoom' = 12; the keys here are \['depth', 'head_dim'",
+    ),
+    (
+      {"model": {"decoder": {"moe": {"n_experts": 8}}}},
+      r"unknown key 'model\.decoder\.moe\.n_experts' = 8; did you mean 'num_experts'\?",
+    ),
+    (
+      {"data": {"sources": [{"name": "a", "path": "b", "wieght": 1.0}]}},
+      r"unknown key 'data\.sources\[0\]\.wieght' = 1\.0; did you mean 'weight'\?",
+    ),
+    ({"model": 3}, r"model.* is 3; it must be a group of settings"),
+    ({"data": {"batch_size": 8.0}}, r"data\.batch_size is 8\.0; it must be of type int"),
+    ({"data": {"batch_size": "8"}}, r"data\.batch_size is '8'; it must be of type int"),
+    ({"data": {"batch_size": True}}, r"data\.batch_size is True; it must be of type int"),
+    ({"data": {"image_delimiters": 1}}, r"data\.image_delimiters is 1; it must be of type bool"),
+    ({"optimizer": {"b1": "0.9"}}, r"optimizer\.b1 is '0\.9'; it must be of type float"),
+    ({"optimizer": {"b1": True}}, r"optimizer\.b1 is True; it must be of type float"),
+    ({"optimizer": {"b1": None}}, r"optimizer\.b1 is None; it must be of type float"),
+    ({"train": {"init_from": 3}}, r"train\.init_from is 3; it must be of type str"),
+    (
+      {"model": {"remat": "some"}},
+      r"model\.remat is 'some'; it must be one of \['none', 'dots', 'full'\]",
+    ),
+    (
+      {"model": {"vision": {"image_size": 378}}},
+      r"model\.vision\.image_size is 378; it must be a list",
+    ),
+    (
+      {"model": {"vision": {"image_size": [378, 378, 3]}}},
+      r"model\.vision\.image_size is \[378, 378, 3\]; it must have 2 entries",
+    ),
+    (
+      {"model": {"vision": {"image_size": [378, 378.0]}}},
+      r"model\.vision\.image_size\[1\] is 378\.0; it must be of type int",
+    ),
+    ({"optimizer": {"frozen": "vit"}}, r"optimizer\.frozen is 'vit'; it must be a list"),
+  ],
+)
+def test_unknown_keys_and_wrong_types_are_named(values, message):
+  with pytest.raises(ConfigError, match=message):
+    RunConfig.from_dict(values)
+
+
+def test_whole_numbers_and_lists_are_taken_for_floats_and_tuples():
+  run = RunConfig.from_dict(
+    {
+      "optimizer": {"clip_norm": 1, "learning_rate": 1},
+      "model": {"connector": {"token_grid": [8, 8]}},
+    }
+  )
+  assert run.optimizer.clip_norm == 1.0
+  assert isinstance(run.optimizer.clip_norm, float)
+  assert isinstance(run.optimizer.learning_rate, float)
+  assert run.model.connector.token_grid == (8, 8)
+
+
+source = functools.partial(SourceConfig, path="x")
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (
+      lambda: VisionConfig(image_size=(378, 380)),
+      r"image_size \(378, 380\) must be a multiple of patch_size 14 .*: 378 or 392 would fit",
+    ),
+    (lambda: VisionConfig(image_size=(0, 378)), r"image_size \(0, 378\) must be a multiple"),
+    (lambda: VisionConfig(num_heads=17), r"width 1280 must be a multiple of num_heads 17"),
+    (lambda: VisionConfig(feature_layer=0), r"feature_layer 0 must lie in \[-32, -1\]"),
+    (lambda: VisionConfig(feature_layer=-33), r"feature_layer -33 must lie in \[-32, -1\]"),
+    (lambda: ConnectorConfig(token_grid=(0, 12)), r"token_grid \(0, 12\) must have positive sides"),
+    (
+      lambda: ConnectorConfig(kind="attention_pool", hidden=100),
+      r"connector\.hidden 100 must be a multiple of num_heads 16",
+    ),
+    (lambda: MoEConfig(num_experts=4, top_k=5), r"top_k 5 must lie in \[1, num_experts = 4\]"),
+    (lambda: MoEConfig(top_k=0), r"top_k 0 must lie in \[1, num_experts = 64\]"),
+    (lambda: MoEConfig(capacity_factor=0.0), r"capacity_factor 0\.0 must be positive, or None"),
+    (lambda: DecoderConfig(num_kv_heads=7), r"num_heads 24 must be a multiple of num_kv_heads 7"),
+    (lambda: DecoderConfig(head_dim=127), r"head_dim 127 must be even"),
+    (
+      lambda: DecoderConfig(moe=MoEConfig(every=4)),
+      r"depth 26 must be a multiple of moe\.every 4: 24 or 28 would fit",
+    ),
+    (
+      lambda: ModelConfig(connector=ConnectorConfig(kind="mlp")),
+      r"kind 'mlp' keeps one token per patch, so token_grid \(12, 12\) must equal the patch grid "
+      r"\(27, 27\)",
+    ),
+    (
+      lambda: ModelConfig(connector=ConnectorConfig(token_grid=(12, 28))),
+      r"token_grid \(12, 28\) is finer than the encoder's patch grid \(27, 27\); use at most "
+      r"\(27, 27\), or a larger model\.vision\.image_size",
+    ),
+    (
+      lambda: ModelConfig(image_token_id=49152),
+      r"image_token_id 49152 must lie in \[0, vocab_size = 49152\)",
+    ),
+    (lambda: source(name="a", weight=0.0), r"source 'a' has weight 0\.0; it must be > 0"),
+    (
+      lambda: DataConfig(sources=(source(name="a"), source(name="a"), source(name="b"))),
+      r"data\.sources names \['a'\] more than once",
+    ),
+    (lambda: DataConfig(seq_len=0), r"data\.seq_len 0 must be positive"),
+    (lambda: DataConfig(batch_size=-1), r"data\.batch_size -1 must be positive"),
+    (lambda: DataConfig(window_rows=0), r"data\.window_rows 0 must be positive"),
+    (
+      lambda: OptimizerConfig(frozen=("vision",)),
+      r"frozen names 'vision'; the parts are \('vit', 'connector', 'decoder'\)",
+    ),
+    (
+      lambda: OptimizerConfig(frozen=("vit", "connector", "decoder")),
+      r"frozen leaves nothing to train",
+    ),
+    (lambda: TrainConfig(num_steps=0), r"train\.num_steps 0 must be positive"),
+    (lambda: TrainConfig(accumulation_steps=0), r"train\.accumulation_steps 0 must be positive"),
+    (lambda: TrainConfig(log_every=0), r"train\.log_every 0 must be positive"),
+    (lambda: CheckpointConfig(every=0), r"checkpoint\.every 0 must be positive"),
+    (lambda: CheckpointConfig(keep=0), r"checkpoint\.keep 0 must be positive"),
+    (lambda: MeshConfig(fsdp=0), r"mesh\.fsdp 0 must be at least 1, or -1"),
+    (lambda: MeshConfig(tensor=-2), r"mesh\.tensor -2 must be at least 1, or -1"),
+    (
+      lambda: RunConfig(data=DataConfig(seq_len=100, images_per_row=0)),
+      r"data\.seq_len 100 cannot hold one image of 146 positions",
+    ),
+    (
+      lambda: RunConfig(data=DataConfig(images_per_row=29)),
+      r"images_per_row 29: a row of 4096 positions holds at most 28 images of 146 positions",
+    ),
+    (lambda: RunConfig(data=DataConfig(images_per_row=-1)), r"images_per_row -1: a row of 4096"),
+    (
+      lambda: RunConfig(train=TrainConfig(accumulation_steps=3)),
+      r"data\.batch_size 512 must be a multiple of train\.accumulation_steps 3",
+    ),
+  ],
+)
+def test_what_does_not_fit_together_is_refused(make, message):
+  with pytest.raises(ConfigError, match=message):
+    make()
+
+
+# The mesh.
+
+
+@pytest.mark.parametrize(
+  ("mesh", "sizes"),
+  [
+    (MeshConfig(), (1, 8, 1, 1)),
+    (MeshConfig(expert=2, tensor=2), (1, 2, 2, 2)),
+    (MeshConfig(data=-1, fsdp=2), (4, 2, 1, 1)),
+    (MeshConfig(data=2, fsdp=2, expert=2, tensor=1), (2, 2, 2, 1)),
+  ],
+)
+def test_mesh_takes_what_is_left(mesh, sizes):
+  assert mesh.resolve(8) == sizes
+
+
+@pytest.mark.parametrize(
+  ("mesh", "message"),
+  [
+    (MeshConfig(data=-1), r"mesh -1x-1x1x1 has more than one -1"),
+    (MeshConfig(tensor=3), r"mesh 1x-1x1x3 .* multiply to 3, which does not divide the 8 devices"),
+    (MeshConfig(fsdp=4), r"mesh 1x4x1x1 .* needs 4 devices; there are 8\. Set one axis to -1"),
+    (MeshConfig(fsdp=4, tensor=4), r"mesh 1x4x1x4 .* needs 16 devices; there are 8"),
+  ],
+)
+def test_mesh_that_does_not_fit_the_devices_is_refused(mesh, message):
+  with pytest.raises(ConfigError, match=message):
+    mesh.resolve(8)
+
+
+@pytest.mark.parametrize(
+  ("run", "message"),
+  [
+    (
+      {"data": {"batch_size": 12, "images_per_row": 0}},
+      r"data\.batch_size / train\.accumulation_steps 12 does not divide over mesh axes data x fsdp "
+      r"x expert = 8; 8 or 16 would fit",
+    ),
+    (
+      {"train": {"accumulation_steps": 128}},
+      r"train\.accumulation_steps 4 does not divide over .* = 8; 8 would fit",
+    ),
+    (
+      {"model": {"decoder": {"width": 100}}},
+      r"model\.decoder\.width 100 does not divide over mesh axes fsdp x expert = 8; 96 or 104",
+    ),
+    ({"model": {"vision": {"width": 60, "num_heads": 4}}}, r"vision\.width 60 .* 56 or 64"),
+    ({"model": {"connector": {"hidden": 1020}}}, r"connector\.hidden 1020 .* 1016 or 1024"),
+    (
+      {"model": {"decoder": {"num_heads": 6, "num_kv_heads": 2}}, "mesh": {"tensor": 4}},
+      r"model\.decoder\.num_heads 6 does not divide over mesh axes tensor = 4; 4 or 8 would fit",
+    ),
+    (
+      {"model": {"decoder": {"num_kv_heads": 2}}, "mesh": {"tensor": 4}},
+      r"decoder\.num_kv_heads 2 does not divide over mesh axes tensor = 4; 4 would fit",
+    ),
+    (
+      {"model": {"decoder": {"mlp_dim": 101}}, "mesh": {"tensor": 2}},
+      r"decoder\.mlp_dim 101 .* 100 or 102",
+    ),
+    (
+      {"model": {"decoder": {"vocab_size": 101}}, "mesh": {"tensor": 2}},
+      r"decoder\.vocab_size 101 .* 100 or 102",
+    ),
+    (
+      {"model": {"vision": {"num_heads": 5}}, "mesh": {"tensor": 2}},
+      r"vision\.num_heads 5 .* 4 or 6",
+    ),
+    (
+      {"model": {"vision": {"mlp_dim": 101}}, "mesh": {"tensor": 2}},
+      r"vision\.mlp_dim 101 .* 100 or 102",
+    ),
+    (
+      {"model": {"decoder": {"moe": {"num_experts": 6}}}, "mesh": {"expert": 4}},
+      r"moe\.num_experts 6 does not divide over mesh axes expert = 4; 4 or 8 would fit",
+    ),
+  ],
+)
+def test_run_that_does_not_divide_over_its_mesh_is_refused(run, message):
+  """The same mistake found by the partitioner is a page of HLO, after minutes."""
+  with pytest.raises(ConfigError, match=message):
+    RunConfig.from_dict(run).check_mesh(8)
