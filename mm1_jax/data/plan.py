@@ -103,19 +103,22 @@ class Plan:
   def window(self, state: WindowState) -> tuple[list[Row], WindowState]:
     """Returns the rows of a window, and the state of the next."""
     cursors, drawn = list(state.cursors), list(state.drawn)
-    pool = [*state.carried, *self._draw(state.carried, cursors, drawn)]
-    packing = _pack(
-      pool, self.indexes, self._data, self._image_positions, self._num_rows, len(state.carried)
-    )
+    pool = list(state.carried)
+    items = [_item(rest, self.indexes) for rest in pool]
+    for rest, item in list(self._draw(items, cursors, drawn)):
+      pool.append(rest)
+      items.append(item)
+    packing = _pack(items, self._data, self._image_positions, self._num_rows, len(state.carried))
     rows = _rows(pool, packing)
     order = np.random.default_rng([self._data.seed, state.window]).permutation(len(rows))
     return [rows[r] for r in order], WindowState(
       state.window + 1, tuple(cursors), tuple(drawn), tuple(_left(pool, packing))
     )
 
-  def _draw(self, carried: Sequence[Rest], cursors: list[int], drawn: list[int]) -> Iterator[Rest]:
+  def _draw(
+    self, waiting: Sequence[Item], cursors: list[int], drawn: list[int]
+  ) -> Iterator[tuple[Rest, Item]]:
     """Draws examples until positions or images suffice; moves `cursors` and `drawn` along."""
-    waiting = [_item(rest, self.indexes) for rest in carried]
     positions = sum(item.num_positions for item in waiting)
     images = sum(len(item.image_starts) for item in waiting)
     slots = self._data.images_per_row
@@ -136,7 +139,7 @@ class Plan:
       drawn[source] += item.num_positions
       positions += item.num_positions
       images += len(item.image_starts)
-      yield rest
+      yield rest, item
 
   def _next(self, source: int, cursors: Sequence[int]) -> Rest:
     return Rest(source, int(self._orders[source][cursors[source]]), 0)
@@ -148,16 +151,17 @@ def plan_once(index: Index, data: DataConfig, image_positions: int) -> list[Row]
   waiting: list[Rest] = []
   coming = iter(range(len(index)))
   while True:
-    pool, size = list(waiting), 0.0
-    for rest in waiting:
-      size += _size(_item(rest, [index]), data)
+    pool = list(waiting)
+    items = [_item(rest, [index]) for rest in pool]
+    size = sum(_size(item, data) for item in items)
     while size < data.window_rows and (example := next(coming, None)) is not None:
       pool.append(Rest(0, example, 0))
-      size += _size(_item(pool[-1], [index]), data)
+      items.append(_item(pool[-1], [index]))
+      size += _size(items[-1], data)
     if not pool:
       return rows
     num_rows = min(data.window_rows, int(np.ceil(size)))
-    packing = _pack(pool, [index], data, image_positions, num_rows, len(waiting))
+    packing = _pack(items, data, image_positions, num_rows, len(waiting))
     rows += [row for row in _rows(pool, packing) if row]
     waiting = _left(pool, packing)
 
@@ -212,15 +216,14 @@ def _size(item: Item, data: DataConfig) -> float:
 
 
 def _pack(
-  pool: Sequence[Rest],
-  indexes: Sequence[Index],
+  items: Sequence[Item],
   data: DataConfig,
   image_positions: int,
   num_rows: int,
   num_first: int,
 ) -> Packing:
   return pack(
-    [_item(rest, indexes) for rest in pool],
+    items,
     num_rows=num_rows,
     seq_len=data.seq_len,
     images_per_row=data.images_per_row,
