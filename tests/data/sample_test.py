@@ -9,6 +9,7 @@ import json
 import pytest
 from small_data import SAMPLE, sample_source
 
+from mm1_jax.data.build.sample import RESTRICTED
 from mm1_jax.data.image import decode_image
 from mm1_jax.data.sources import Source
 
@@ -101,6 +102,7 @@ def test_licenses_and_credits(records):
   for record in everything:
     if record["source"].startswith("openstax"):
       assert "Access for free at openstax.org" in record["credit"]
+    assert not RESTRICTED.search(record["credit"])
   text = (SAMPLE / "CREDITS.md").read_text()
   assert all(r["source"] in text for r in everything)
 

@@ -38,6 +38,17 @@ NUM_SHARDS = {("captions", "train"): 2}  # a shard costs 64 KiB before its first
 HELDOUT_FRACTION = 0.1  # of components
 # A component with more of the records than this is trained on: held out, it would be the only one.
 MAX_HELDOUT_COMPONENT = 0.01
+# Credit lines of images that the books could use, but that ask for more than attribution.
+RESTRICTED = re.compile(
+  r"BY[- ](?:NC|SA|ND)\b|share.?alike|non-?commercial|no-?deriv|GFDL|GNU|permission|fair use"
+  r"|all rights|\u00a9|copyright(?! rice)",
+  re.IGNORECASE,
+)
+# A credit in a printed caption: brackets that begin with it, or hold a copyright sign; one level of
+# brackets inside them.
+CREDIT_LINE = re.compile(
+  r"\((?:credit|attribution|source)(?:[^()]|\([^()]*\))*\)|\([^()]*\u00a9[^()]*\)", re.IGNORECASE
+)
 MAX_PIXELS = 96 * 80  # of a shipped image; its aspect ratio is kept
 JPEG_QUALITY = 80
 MAX_CAPTION = 300  # characters
@@ -100,7 +111,7 @@ def main() -> None:
 
 def build(raw: pathlib.Path, out: pathlib.Path) -> None:
   """Writes the sample in `raw` to `out`, over what is there."""
-  images = Images()
+  images = Images(_image_credits(raw))
   candidates = [
     *_captions(raw, images),
     *_interleaved(raw, images),
@@ -130,9 +141,14 @@ def build(raw: pathlib.Path, out: pathlib.Path) -> None:
 
 
 class Images:
-  """Raw image files, made small and linked to what looks the same."""
+  """Raw image files, made small and linked to what looks the same.
 
-  def __init__(self):
+  Args:
+    credits: credit lines of the textbooks' images, by file stem.
+  """
+
+  def __init__(self, credits: Mapping[str, str]):
+    self._credits = credits
     self._small: dict[pathlib.Path, tuple[bytes, tuple[str, ...]]] = {}
 
   def read(self, path: pathlib.Path) -> tuple[bytes, tuple[str, ...]]:
@@ -146,6 +162,24 @@ class Images:
         links.append(f"look/{look}")
       self._small[path] = data, tuple(links)
     return self._small[path]
+
+  def credit(self, paths: Iterable[str]) -> str:
+    """Returns the credit lines of these files, each once."""
+    lines = (self._credits.get(pathlib.Path(path).stem, "") for path in paths)
+    return " ".join(dict.fromkeys(line for line in lines if line))
+
+  def may_ship(self, paths: Iterable[str]) -> bool:
+    """Returns whether no credit line asks for more than attribution."""
+    return not RESTRICTED.search(self.credit(paths))
+
+
+def _image_credits(raw: pathlib.Path) -> dict[str, str]:
+  """Returns credit lines by file stem; some books print them at the end of the caption."""
+  credits = {}
+  for row in _rows(raw / "captions" / "openstax_alt.jsonl"):
+    printed = CREDIT_LINE.findall(" ".join(row["captions"][1:]))
+    credits[pathlib.Path(row["image"]).stem] = row["credit"] or " ".join(printed)
+  return credits
 
 
 def _small_jpeg(image: PIL.Image.Image) -> bytes:
@@ -174,8 +208,14 @@ def _captions(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
     text = shorten(row["captions"][0])
     image, links = images.read(folder / row["image"])
     links = (*links, f"module/{row['module']}", f"text/{_plain(row['captions'][0])}")
-    record = _document(row, [{"image": image}, {"text": text}], id=f"caption/{row['id']}")
-    yield Candidate("captions", "openstax", record, links)
+    record = _document(
+      row,
+      [{"image": image}, {"text": text}],
+      id=f"caption/{row['id']}",
+      image_credit=images.credit([row["image"]]),
+    )
+    part = "captions" if images.may_ship([row["image"]]) else "unused"
+    yield Candidate(part, "openstax", record, links)
   for row in _rows(folder / "clipart.jsonl"):
     text = _clipart_caption(row)
     image, links = images.read(folder / row["image"])
@@ -187,7 +227,6 @@ def _captions(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
 
 def _interleaved(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
   for row in _rows(raw / "interleaved" / "openstax.jsonl.gz"):
-    num_images = sum(item["type"] == "image" for item in row["content"])
     num_chars = sum(len(item.get("text", "")) for item in row["content"])
     content, links = [], [f"module/{row['id'].split('/')[-1]}"]
     for item in row["content"]:
@@ -198,8 +237,10 @@ def _interleaved(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
       elif item["text"].strip():
         # The dump's items have no space around them; a picture stands on its own line.
         content.append({"text": ("\n" if content else "") + item["text"].strip() + "\n"})
-    part = "interleaved" if num_images <= 10 and num_chars <= MAX_MODULE else "unused"
-    yield Candidate(part, "openstax", _document(row, content), tuple(links))
+    paths = [item["image"] for item in row["content"] if item["type"] == "image"]
+    fits = len(paths) <= 10 and num_chars <= MAX_MODULE and images.may_ship(paths)
+    record = _document(row, content, image_credit=images.credit(paths))
+    yield Candidate("interleaved" if fits else "unused", "openstax", record, tuple(links))
 
 
 def _text(raw: pathlib.Path) -> Iterator[Candidate]:
@@ -238,7 +279,9 @@ def _sft(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
     # A description that goes on for long teaches a tiny model little.
     answer = shorten(row["answer"]) if row["source"] == "openstax-alt" else row["answer"]
     question = [*pictures, {"text": row["question"]}]
-    yield Candidate("sft", row["source"], _conversation(row, question, answer), tuple(links))
+    record = _conversation(row, question, answer, image_credit=images.credit(row["images"]))
+    part = "sft" if images.may_ship(row["images"]) else "unused"
+    yield Candidate(part, row["source"], record, tuple(links))
   for row in _rows(folder / "text_only.jsonl.gz"):
     question, answer = (turn["value"] for turn in row["conversations"])
     links = (f"module/{row['id'].split('/')[2]}", f"text/{_plain(question + answer)}")
@@ -246,20 +289,24 @@ def _sft(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
     yield Candidate("sft", "openstax-exercise-text", record, links)
 
 
-def _document(row: Row, content: list[dict[str, Any]], id: str | None = None) -> sources.Record:
-  return {**_header(row), "id": id or row["id"], "content": content}
+def _document(
+  row: Row, content: list[dict[str, Any]], *, id: str | None = None, image_credit: str = ""
+) -> sources.Record:
+  return {**_header(row, image_credit), "id": id or row["id"], "content": content}
 
 
-def _conversation(row: Row, question: list[dict[str, Any]], answer: str) -> sources.Record:
+def _conversation(
+  row: Row, question: list[dict[str, Any]], answer: str, *, image_credit: str = ""
+) -> sources.Record:
   turns = [
     {"role": "user", "content": question},
     {"role": "assistant", "content": [{"text": answer}]},
   ]
-  return {**_header(row), "turns": turns}
+  return {**_header(row, image_credit), "turns": turns}
 
 
-def _header(row: Row) -> dict[str, str]:
-  credit = [row.get("book", ""), row.get("title", ""), row.get("credit", ""), row.get("url", "")]
+def _header(row: Row, image_credit: str) -> dict[str, str]:
+  credit = [row.get("book", ""), row.get("title", ""), image_credit, row.get("url", "")]
   if row["source"].startswith("openstax"):
     credit.append("Access for free at openstax.org.")
   return {
