@@ -18,18 +18,21 @@ def get_config(kind: str = "dense") -> ConfigDict:
     image_size=(64, 64),
     patch_size=8,
     width=128,
-    depth=4,
+    depth=3,
     num_heads=4,
-    mlp_dim=512,
+    mlp_dim=384,
     position_grid=(8, 8),
   )
-  config.model.connector.update(token_grid=(4, 4), hidden=128, depth=1)
-  common.decoder(config, depth=4, width=256, heads=4, kv_heads=2, mlp_dim=768)
+  config.model.connector.update(token_grid=(4, 4), hidden=96, depth=1)
+  common.decoder(config, depth=4, width=128, heads=4, kv_heads=2, mlp_dim=384)
   config.model.decoder.vocab_size = 4096
   # A CPU has no bfloat16 units, and memory is no concern at this size.
   config.model.dtype, config.model.remat = "float32", "none"
-  config.data.update(seq_len=512, batch_size=8, images_per_row=8, window_rows=256)
+  config.data.update(seq_len=256, batch_size=16, images_per_row=4, window_rows=512)
   config.train.update(num_steps=300, eval_every=100, eval_batches=4)
   config.optimizer.warmup_steps = 30
   config.checkpoint.update(every=100, keep_period=None)
-  return common.moe(config, num_experts=8, every=2) if kind == "moe" else config
+  if kind == "moe":
+    common.moe(config, num_experts=8, every=2)
+    config.model.decoder.moe.capacity_factor = 1.25
+  return config

@@ -46,7 +46,8 @@ class Layout:
   act_bsv: P = P(BATCH_AXES, None, "tensor")
   cache_ubckh: P = P(None, BATCH_AXES, None, "tensor", None)
   act_becd: P = P(("data", "fsdp"), "expert", None, None)  # after the all-to-all to the experts
-  act_becf: P = P(("data", "fsdp"), "expert", None, "tensor")
+  act_ebcd: P = P("expert", ("data", "fsdp"), None, None)
+  act_end: P = P("expert", ("data", "fsdp"), None)  # rows and slots as one dim
 
 
 LAYOUT = Layout()

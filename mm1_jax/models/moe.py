@@ -64,8 +64,10 @@ class MoE(nnx.Module):
     routing, probs, logits = self._route(x, valid)
     capacity = self._capacity(x.shape[1], dropless)
     slots, kept = _assign(routing.experts, valid, self.cfg.num_experts, capacity)
-    outputs = self._experts(_dispatch(x, slots, self.cfg.num_experts, capacity))
-    y = _combine(outputs, routing.weights, slots)
+    buffer = (x.shape[0], self.cfg.num_experts, capacity, x.shape[2])
+    owners = _invert(slots, self.cfg.num_experts * capacity)
+    outputs = self._experts(_dispatch(x, slots, owners).reshape(buffer))
+    y = _combine(outputs.reshape(buffer[0], -1, buffer[3]), routing.weights, slots, owners)
     return y, self._stats(routing, probs, logits, valid, kept)
 
   def _capacity(self, num_positions: int, dropless: bool) -> int:
@@ -84,13 +86,18 @@ class MoE(nnx.Module):
     return Routing(weights * valid[..., None], experts), probs, logits
 
   def _experts(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C D"]:
+    num_rows, num_experts, capacity, dim = x.shape
     x = reshard(x, LAYOUT.act_becd)  # all-to-all: rows' buffers to their experts
+    # Experts first, rows and slots as one dim: one batch of plain matrix products.
+    x = x.transpose(1, 0, 2, 3).reshape(num_experts, num_rows * capacity, dim)
     gate, up, down = (
       gather(w[...], x.dtype, keep="expert") for w in (self.gate, self.up, self.down)
     )
-    h = jax.nn.silu(jnp.einsum("becd,edf->becf", x, gate, out_sharding=LAYOUT.act_becf))
-    h *= jnp.einsum("becd,edf->becf", x, up, out_sharding=LAYOUT.act_becf)
-    y = jnp.einsum("becf,efd->becd", h, down, out_sharding=LAYOUT.act_becd)
+    h = jax.nn.silu(jnp.einsum("end,edf->enf", x, gate))
+    h *= jnp.einsum("end,edf->enf", x, up)
+    y = jnp.einsum("enf,efd->end", h, down, out_sharding=LAYOUT.act_end)
+    shape = (num_experts, num_rows, capacity, dim)
+    y = jax.lax.reshape(y, shape, out_sharding=LAYOUT.act_ebcd).transpose(1, 0, 2, 3)
     return reshard(y, LAYOUT.act_b)  # all-to-all: back
 
   def _stats(self, routing, probs, logits, valid, kept) -> MoEStats:
@@ -129,26 +136,56 @@ def _assign(
   return by_token(slots), by_token(kept)
 
 
+def _invert(slots: Int[Array, "B S k"], num_slots: int) -> Int[Array, "B EC"]:
+  """Returns the choice (s k + j) that has each slot; S k where none has."""
+  choices = slots.reshape(slots.shape[0], -1)
+  num_choices = choices.shape[1]
+
+  def invert(row: Int[Array, " Sk"]) -> Int[Array, " EC"]:
+    empty = jnp.full((num_slots,), num_choices)
+    return empty.at[row].set(jnp.arange(num_choices), mode="drop")
+
+  return jax.vmap(invert)(choices)
+
+
 def _dispatch(
-  x: Float[Array, "B S D"], slots: Int[Array, "B S k"], num_experts: int, capacity: int
-) -> Float[Array, "B E C D"]:
+  x: Float[Array, "B S D"], slots: Int[Array, "B S k"], owners: Int[Array, "B EC"]
+) -> Float[Array, "B EC D"]:
   """Copies each token into its slots; a slot nobody has is 0."""
-  num_rows, num_positions, dim = x.shape
-  tokens = jnp.broadcast_to(jnp.arange(num_positions)[:, None], slots.shape[1:])
-
-  def fill(x: Float[Array, "S D"], slots: Int[Array, "S k"]) -> Float[Array, "EC D"]:
-    owner = jnp.full((num_experts * capacity,), num_positions)
-    owner = owner.at[slots.reshape(-1)].set(tokens.reshape(-1), mode="drop")
-    return x.at[owner].get(mode="fill", fill_value=0)
-
-  return jax.vmap(fill)(x, slots).reshape(num_rows, num_experts, capacity, dim)
+  return jax.vmap(_take)(x, owners // slots.shape[-1], slots)
 
 
 def _combine(
-  outputs: Float[Array, "B E C D"], weights: Float[Array, "B S k"], slots: Int[Array, "B S k"]
+  outputs: Float[Array, "B EC D"],
+  weights: Float[Array, "B S k"],
+  slots: Int[Array, "B S k"],
+  owners: Int[Array, "B EC"],
 ) -> Float[Array, "B S D"]:
   """Sums each token's expert outputs by weight; a dropped choice adds nothing."""
-  num_rows, _, _, dim = outputs.shape
-  buffers = outputs.reshape(num_rows, -1, dim)
-  chosen = jax.vmap(lambda b, s: b.at[s].get(mode="fill", fill_value=0))(buffers, slots)
+  chosen = jax.vmap(_take)(outputs, slots.reshape(slots.shape[0], -1), owners[..., None])
+  chosen = chosen.reshape(*slots.shape, outputs.shape[-1])
   return jnp.einsum("bskd,bsk->bsd", chosen, weights.astype(outputs.dtype))
+
+
+@jax.custom_vjp
+def _take(
+  x: Float[Array, "n D"], index: Int[Array, " m"], inverse: Int[Array, "n r"]
+) -> Float[Array, "m D"]:
+  """Returns rows of x, 0 where the index is n or more.
+
+  `inverse` names the results that each row went to (m or more: none), so that the gradient is a
+  gather too: the scatter-add that JAX would use is far slower on every backend.
+  """
+  return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _take_forward(x, index, inverse):
+  return _take(x, index, inverse), inverse
+
+
+def _take_backward(inverse, grad):
+  rows = grad.at[inverse].get(mode="fill", fill_value=0)
+  return jnp.sum(rows, axis=1), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)

@@ -74,7 +74,7 @@ def train(run: RunConfig, workdir: epath.PathLike) -> TrainState:
       while step < run.train.num_steps and not stop.requested:
         batch, stats = log.fetch(pipeline)
         if step == 0:
-          _draw(batch, pipeline, writer, workdir)
+          _draw(batch, pipeline, run, writer)
         state, metrics = train_step(state, device_batch(batch, mesh), run=run)
         step += 1
         log.step(step, metrics, stats)
@@ -231,8 +231,13 @@ def _pipeline(run: RunConfig, state: dict[str, Any] | None) -> Pipeline:
   )
 
 
-def _draw(batch: Batch, pipeline: Pipeline, writer: MetricWriter, workdir: epath.PathLike) -> None:
+def _draw(batch: Batch, pipeline: Pipeline, run: RunConfig, writer: MetricWriter) -> None:
   """Draws the first batch: the cheapest way to see a mistake in the data."""
   if jax.process_index() == 0:
-    picture = draw_batch(batch, pipeline.tokenizer.decode)
+    picture = draw_batch(
+      batch,
+      pipeline.tokenizer.decode,
+      image_token_id=run.model.image_token_id,
+      source_names=[source.name for source in run.data.sources],
+    )
     writer.write_images(0, {"first_batch": picture})
