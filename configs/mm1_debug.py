@@ -28,7 +28,7 @@ def get_config(kind: str = "dense") -> ConfigDict:
   config.model.decoder.vocab_size = 4096
   # A CPU has no bfloat16 units, and memory is no concern at this size.
   config.model.dtype, config.model.remat = "float32", "none"
-  config.data.update(seq_len=256, batch_size=16, images_per_row=4, window_rows=512)
+  config.data.update(seq_len=256, batch_size=16, images_per_row=3, window_rows=512)
   config.train.update(num_steps=300, eval_every=100, eval_batches=4)
   config.optimizer.warmup_steps = 30
   config.checkpoint.update(every=100, keep_period=None)
