@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: content in the order given, the answer alone on stdout, mistakes in one line."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from mm1_jax.inference import generate
+
+MODULE = [sys.executable, "-m", "mm1_jax.inference.generate"]
+NO_RUN = "error: 'nowhere' is not a run: it has no config.json."
+
+
+def test_content_keeps_its_order():
+  args = generate.parse(["--checkpoint=x", "--image=a", "--prompt=A", "--image=b", "--prompt="])
+  assert [str(item) for item in args.content] == ["a", "A", "b", ""]
+  assert [isinstance(item, str) for item in args.content] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+  ("flags", "chat"), [([], None), (["--chat"], True), (["--raw"], False)], ids=str
+)
+def test_chat_and_raw(flags: list[str], chat: bool | None):
+  assert generate.parse(["--checkpoint=x", *flags]).chat is chat
+
+
+def test_the_answer_is_alone_on_stdout(model, workdir, pictures):
+  """The one test in a process of its own."""
+  a, b = pictures
+  content = [f"--image={a}", "--prompt=A cat.", f"--image={b}", "--prompt="]
+  done = subprocess.run(
+    [*MODULE, f"--checkpoint={workdir}", "--max-new-tokens=5", *content],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == model.generate([[a, "A cat.", b, ""]], max_new_tokens=5)[0] + "\n"
+  assert "loaded" in done.stderr
+  assert "WARNING" not in done.stderr
+
+
+def test_settings_reach_the_model(model, workdir, capsys):
+  generate.run([f"--checkpoint={workdir}", "--prompt=Hi", "--max-new-tokens=5", "--chat"])
+  assert capsys.readouterr().out == model.generate([["Hi"]], max_new_tokens=5, chat=True)[0] + "\n"
+  flags = ["--temperature=2", "--top-k=40", "--top-p=0.9", "--seed=3"]
+  generate.run([f"--checkpoint={workdir}", "--prompt=Hi", "--max-new-tokens=5", *flags])
+  drawn = model.generate(
+    [["Hi"]], max_new_tokens=5, sampling=generate.Sampling(2.0, 40, 0.9), seed=3
+  )
+  assert capsys.readouterr().out == drawn[0] + "\n"
+
+
+def test_a_mistake_ends_the_program_with_one_line():
+  done = subprocess.run(
+    [*MODULE, "--checkpoint=nowhere", "--prompt=Hi"], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 1
+  assert done.stdout == ""
+  assert done.stderr.startswith(NO_RUN)
+  assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ([], "error: there is nothing to answer; give --prompt=TEXT, --image=FILE, or both."),
+    (["--image=/no/such.jpg"], "error: image '/no/such.jpg' cannot be read: No such file"),
+    ([f"--image={__file__}"], f"error: image '{__file__}' cannot be used: unreadable image."),
+    (["--prompt=" + "word " * 300], "but the model was trained on 192."),
+    (["--prompt=a", "--top-p=2"], "error: top_p is 2.0; it must be above 0 and at most 1."),
+    (["--prompt=a", "--tensor=9"], "error: data 1 x tensor 9 needs 9 devices; there are 8."),
+  ],
+)
+def test_each_mistake_has_its_message(workdir: pathlib.Path, capsys, flags, message: str):
+  with pytest.raises(SystemExit) as exit:
+    generate.run([f"--checkpoint={workdir}", *flags])
+  assert isinstance(exit.value.code, str)  # Python prints it on stderr and exits with 1
+  assert message in exit.value.code
+  assert "\n" not in exit.value.code
+  assert capsys.readouterr().out == ""
+
+
+def test_help_has_an_example(capsys):
+  with pytest.raises(SystemExit) as exit:
+    generate.run(["--help"])
+  assert exit.value.code == 0
+  assert '--image=a.jpg --prompt="What is this?"' in capsys.readouterr().out
