@@ -18,6 +18,7 @@ from mm1_jax.data.sources import DataError
 from mm1_jax.inference import sampler
 from mm1_jax.inference.model import Model, PromptError
 from mm1_jax.inference.sampler import Sampling
+from mm1_jax.sharding import LAYOUT
 
 
 def change_config(workdir: pathlib.Path, part: str, **values) -> None:
@@ -42,9 +43,7 @@ def prompts(pictures):
 def test_answers_do_not_depend_on_the_batch(model, prompts):
   together = model.generate(prompts, max_new_tokens=5)
   assert len(set(together)) == len(prompts)
-  in_pairs = model.generate(prompts, max_new_tokens=5, batch_size=2)
-  assert in_pairs == together
-  assert model.generate(prompts[1:2], max_new_tokens=5) == together[1:2]
+  assert model.generate(prompts, max_new_tokens=5, batch_size=1) == together
   assert model.generate([], max_new_tokens=5) == []
 
 
@@ -86,15 +85,14 @@ def test_params_in_the_compute_dtype_give_the_same_logits(copy, prompts):
 
   @jax.jit
   def logits(params, tokens, images):
-    positions = np.arange(tokens.shape[1])[None]
     ones = jax.numpy.ones_like(tokens)
-    positions = jax.sharding.reshard(positions, jax.typeof(tokens).sharding.spec)
+    positions = jax.numpy.cumsum(ones, axis=1) - 1
     hidden = params.decoder(params.embed(tokens, images), positions, ones).hidden
     return params.decoder.logits(hidden, params.decoder.head_weight())
 
   request = model.encode(prompts[0])
   with jax.set_mesh(model.mesh):
-    place = jax.sharding.NamedSharding(model.mesh, jax.sharding.PartitionSpec("data"))
+    place = jax.sharding.NamedSharding(model.mesh, LAYOUT.act_b)
     arrays = np.array([request.ids], np.int32), np.array(request.images)[None]
     tokens, images = jax.device_put(arrays, place)
     np.testing.assert_array_equal(
@@ -130,7 +128,9 @@ def test_specials_are_never_drawn(model):
   specials = sorted(model.tokenizer.special_ids - {model.tokenizer.eos_id})
   beyond = range(model.tokenizer.vocab_size, model.run.model.decoder.vocab_size)
   banned = np.array([*specials, *beyond])
-  loud.decoder.head[...] = loud.decoder.head[...].at[banned].multiply(1e4)
+  head = np.array(loud.decoder.head[...])
+  head[banned] *= 1e4
+  loud.decoder.head[...] = jax.device_put(head, loud.decoder.head[...].sharding)
   settings = Sampling(temperature=1.0)
   quiet = model.generate([["Hello"]], max_new_tokens=20, sampling=settings)
   assert (
