@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -30,9 +31,13 @@ from mm1_jax.config import (
 )
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import LAYOUT, abstract_state
+from mm1_jax.train.loss import loss_fn
 
-# Compiles fast; at these sizes nothing has to run fast.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Compiles many times faster; at these sizes nothing has to run fast.
+jit = functools.partial(
+  jax.jit,
+  compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+)
 
 IMAGE = 4  # placeholder id
 TOKENS = 2  # of an image
@@ -95,10 +100,10 @@ def mesh(*sizes: int) -> Mesh:
   )
 
 
-def names(tree: Any) -> dict[str, Any]:
+def names(tree: Any) -> dict[str, np.ndarray]:
   """Returns the leaves of a module by dotted name, without nnx.Param's own `value`."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {name(path): leaf for path, leaf in leaves}
+  return {name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def name(path) -> str:
@@ -186,8 +191,23 @@ BATCH = stack(
 )
 
 
-def put(batch: Batch, on: Mesh) -> Batch:
+def put(batch: Any, on: Mesh) -> Any:
+  """Puts a batch, or any arrays whose first dim is rows, on the mesh."""
   return jax.device_put(batch, NamedSharding(on, LAYOUT.act_b))
+
+
+@functools.cache
+def loss_and_gradients(run: RunConfig) -> Callable[[MM1, Batch], tuple[jax.Array, MM1]]:
+  """Returns the compiled function from model and batch to the loss and its gradient."""
+
+  @jit
+  def compute(model, batch):
+    def total(model):
+      return loss_fn(model, batch, run, num_targets=jnp.sum(batch.loss_mask)).total
+
+    return jax.value_and_grad(total)(model)
+
+  return compute
 
 
 def largest_difference(a: Any, b: Any) -> float:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model is computed changes nothing: not the mesh, nor remat, scan, or accumulation.
+
+Every comparison is of the loss and of every gradient, on packed rows with pictures and padding.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from mm1_jax.config import RunConfig
+from mm1_jax.train.optimizer import split_frozen
+from mm1_jax.train.step import _gradients
+
+MODELS = {
+  "dense": tiny.run_config(),
+  "dropless": tiny.run_config(tiny.SPARSE),
+  "capacity": tiny.run_config(tiny.BOUNDED),
+}
+ONE = (1, 1, 1, 1)
+LOSS_TOLERANCE = 1e-5  # relative
+GRADIENT_TOLERANCE = 1e-4  # of a leaf's largest value
+
+
+@functools.cache
+def loss_and_gradients(run: RunConfig, sizes: tuple[int, ...]) -> tuple[float, dict]:
+  """Returns the loss of the batch and the gradient of every param, computed on this mesh."""
+  mesh = tiny.mesh(*sizes)
+  with jax.set_mesh(mesh):
+    model, batch = tiny.make_model(run.model, mesh), tiny.put(tiny.BATCH, mesh)
+    loss, grads = tiny.loss_and_gradients(run)(model, batch)
+  return float(loss), tiny.names(grads)
+
+
+def assert_equal(actual: tuple[float, dict], expected: tuple[float, dict]) -> None:
+  assert actual[0] == pytest.approx(expected[0], rel=LOSS_TOLERANCE)
+  assert actual[1].keys() == expected[1].keys()
+  for name, grad in expected[1].items():
+    if name.endswith("key_bias"):
+      # Zero in theory: it moves all of a query's logits alike.
+      assert np.abs(actual[1][name]).max() < 1e-6
+    else:
+      difference = tiny.largest_difference(actual[1][name], grad)
+      assert difference < GRADIENT_TOLERANCE, f"{name} differs by {difference:.1e}"
+
+
+@pytest.mark.parametrize("model", ["dense", "capacity"])
+def test_one_device_and_a_mesh_of_all_axes_compute_the_same(model):
+  """A gradient counted once per shard, or a collective left out, shows here and nowhere else."""
+  run = MODELS[model]
+  assert_equal(loss_and_gradients(run, (1, 2, 2, 2)), loss_and_gradients(run, ONE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (8, 1, 1, 1), (2, 2, 2, 1)], ids=str)
+def test_every_mesh_computes_the_same(model, sizes):
+  run = MODELS[model]
+  assert_equal(loss_and_gradients(run, sizes), loss_and_gradients(run, ONE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["dense", "dropless"])
+@pytest.mark.parametrize(
+  "changes", [{"remat": "full"}, {"remat": "dots"}, {"scan": False}], ids=str
+)
+def test_remat_and_scan_change_nothing(model, changes):
+  run = MODELS[model]
+  changed = dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))
+  assert_equal(loss_and_gradients(changed, ONE), loss_and_gradients(run, ONE))
+
+
+@pytest.mark.parametrize(
+  "sizes", [ONE, pytest.param((2, 2, 1, 1), marks=pytest.mark.slow)], ids=str
+)
+def test_accumulation_changes_nothing(sizes):
+  """Rows hold unequal numbers of targets: a mean of the micro-batches' means would differ."""
+  run = MODELS["dense"]
+  halves = dataclasses.replace(run, train=dataclasses.replace(run.train, accumulation_steps=2))
+  mesh = tiny.mesh(*sizes)
+  with jax.set_mesh(mesh):
+    trainable, frozen = split_frozen(tiny.make_model(run.model, mesh), ())
+    step = tiny.jit(functools.partial(_gradients, run=halves))
+    losses, grads = step(trainable, frozen, tiny.put(tiny.BATCH, mesh))
+  expected = loss_and_gradients(run, ONE)
+  assert_equal((float(losses.total), tiny.names(grads)), expected)
+  assert float(jnp.sum(losses.tokens.count)) == tiny.BATCH.loss_mask.sum()
