@@ -327,7 +327,8 @@ class MeshConfig:
       f"mesh {asked} ({' x '.join(MESH_AXES)}) needs {math.prod(sizes)} devices; "
       f"there are {num_devices}. Set one axis to -1 to take what is left.",
     )
-    return tuple(sizes)
+    data, fsdp, expert, tensor = sizes
+    return data, fsdp, expert, tensor
 
   def __post_init__(self):
     for axis in MESH_AXES:
@@ -398,7 +399,7 @@ class RunConfig:
         value % size == 0,
         f"{key} {value} does not divide over mesh axes {axes} = {size}; {fits} would fit.",
       )
-    return tuple(sizes[a] for a in MESH_AXES)
+    return self.mesh.resolve(num_devices)
 
   def __post_init__(self):
     data, train = self.data, self.train
@@ -441,7 +442,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if value is None:
       return None
     return _convert(next(a for a in args if a is not type(None)), value, path)
-  if dataclasses.is_dataclass(hint):
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
     return _build(hint, value, f"{path}.")
   if origin is tuple:
     if isinstance(value, Mapping):

@@ -142,7 +142,7 @@ class Plan:
       yield rest, item
 
   def _next(self, source: int, cursors: Sequence[int]) -> Rest:
-    return Rest(source, int(self._orders[source][cursors[source]]), 0)
+    return Rest(source, int(np.asarray(self._orders[source][cursors[source]])), 0)
 
 
 def plan_once(index: Index, data: DataConfig, image_positions: int) -> list[Row]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgpack
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
 from grain import sources as grain_sources
 
@@ -149,7 +149,7 @@ def _check_items(items: Any, where: str) -> None:
     raise RecordError(f"{where}[{i}] must be {{'text': str}} or {{'image': bytes}}.")
 
 
-def _open(name: str, paths: tuple[str, ...]) -> grain_sources.ArrayRecordDataSource:
+def _open(name: str, paths: tuple[str, ...]) -> Any:
   """Opens all shards at once; when that fails, finds the one to blame."""
   try:
     return grain_sources.ArrayRecordDataSource(paths)

@@ -53,11 +53,11 @@ def depthwise_conv(
   rows, columns = kernel.shape[:2]
   height, width = x.shape[1:3]
   x = jnp.pad(x, ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)))
-  return sum(
-    x[:, i : i + height, j : j + width] * kernel[i, j][None, None, None]
-    for i in range(rows)
-    for j in range(columns)
-  )
+  out = jnp.zeros_like(x[:, :height, :width])
+  for i in range(rows):
+    for j in range(columns):
+      out += x[:, i : i + height, j : j + width] * kernel[i, j][None, None, None]
+  return out
 
 
 class SqueezeExcite(nnx.Module):
@@ -205,6 +205,6 @@ class Connector(nnx.Module):
 
   def __call__(self, x: Float[Array, "I h w C"]) -> Float[Array, "I T D"]:
     if self.positions is not None:
-      x += resize_grid(self.positions[...], x.shape[1:3]).astype(x.dtype)[None]
+      x += resize_grid(self.positions[...], (x.shape[1], x.shape[2])).astype(x.dtype)[None]
     x = self.readout(self.body(x))
     return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -64,10 +64,11 @@ class MoE(nnx.Module):
     routing, probs, logits = self._route(x, valid)
     capacity = self._capacity(x.shape[1], dropless)
     slots, kept = _assign(routing.experts, valid, self.cfg.num_experts, capacity)
-    buffer = (x.shape[0], self.cfg.num_experts, capacity, x.shape[2])
-    owners = _invert(slots, self.cfg.num_experts * capacity)
-    outputs = self._experts(_dispatch(x, slots, owners).reshape(buffer))
-    y = _combine(outputs.reshape(buffer[0], -1, buffer[3]), routing.weights, slots, owners)
+    num_rows, num_experts, width = x.shape[0], self.cfg.num_experts, x.shape[2]
+    owners = _invert(slots, num_experts * capacity)
+    buffer = _reshape(_dispatch(x, slots, owners), num_rows, num_experts, capacity, width)
+    outputs = _reshape(self._experts(buffer), num_rows, num_experts * capacity, width)
+    y = _combine(outputs, routing.weights, slots, owners)
     return y, self._stats(routing, probs, logits, valid, kept)
 
   def _capacity(self, num_positions: int, dropless: bool) -> int:
@@ -116,13 +117,18 @@ class MoE(nnx.Module):
     )
 
 
+def _reshape(x: Array, *shape: int) -> Array:
+  """Reshapes all but the rows; says that they stay split, which JAX forgets of a single one."""
+  return jax.lax.reshape(x, shape, out_sharding=LAYOUT.act_b)
+
+
 def _assign(
   experts: Int[Array, "B S k"], valid: Bool[Array, "B S"], num_experts: int, capacity: int
 ) -> tuple[Int[Array, "B S k"], Bool[Array, "B S k"]]:
   """Returns each choice's slot in its row's E x C buffer, and which have one (slot E x C: none)."""
   num_rows, num_positions, top_k = experts.shape
   # In queue order: every first choice, then every second one.
-  queue = experts.transpose(0, 2, 1).reshape(num_rows, top_k * num_positions)
+  queue = _reshape(experts.transpose(0, 2, 1), num_rows, top_k * num_positions)
   waiting = jnp.tile(valid, (1, top_k))
   onehot = jax.nn.one_hot(queue, num_experts, dtype=jnp.int32) * waiting[..., None]
   ahead = jnp.cumsum(onehot, axis=1) - onehot
@@ -131,14 +137,14 @@ def _assign(
   slots = jnp.where(kept, queue * capacity + place, num_experts * capacity)
 
   def by_token(x):
-    return x.reshape(num_rows, top_k, num_positions).transpose(0, 2, 1)
+    return _reshape(x, num_rows, top_k, num_positions).transpose(0, 2, 1)
 
   return by_token(slots), by_token(kept)
 
 
 def _invert(slots: Int[Array, "B S k"], num_slots: int) -> Int[Array, "B EC"]:
   """Returns the choice (s k + j) that has each slot; S k where none has."""
-  choices = slots.reshape(slots.shape[0], -1)
+  choices = _reshape(slots, slots.shape[0], slots.shape[1] * slots.shape[2])
   num_choices = choices.shape[1]
 
   def invert(row: Int[Array, " Sk"]) -> Int[Array, " EC"]:
@@ -162,8 +168,9 @@ def _combine(
   owners: Int[Array, "B EC"],
 ) -> Float[Array, "B S D"]:
   """Sums each token's expert outputs by weight; a dropped choice adds nothing."""
-  chosen = jax.vmap(_take)(outputs, slots.reshape(slots.shape[0], -1), owners[..., None])
-  chosen = chosen.reshape(*slots.shape, outputs.shape[-1])
+  choices = _reshape(slots, slots.shape[0], slots.shape[1] * slots.shape[2])
+  chosen = jax.vmap(_take)(outputs, choices, owners[..., None])
+  chosen = _reshape(chosen, *slots.shape, outputs.shape[-1])
   return jnp.einsum("bskd,bsk->bsd", chosen, weights.astype(outputs.dtype))
 
 

@@ -185,7 +185,7 @@ class StepLog:
 
   def _report(self, step: int) -> None:
     assert self._sums is not None
-    scalars = {k: float(m.compute()) for k, m in self._sums.items() if m.count.sum() > 0}
+    scalars = {k: float(m.compute()) for k, m in self._sums.items() if np.sum(m.count) > 0}
     scalars |= {
       "data/padded_fraction": float(np.mean([s.padded_fraction for s in self._stats])),
       "data/empty_slot_fraction": float(np.mean([s.empty_slot_fraction for s in self._stats])),

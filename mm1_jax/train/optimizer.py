@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import optax
 
-from mm1_jax.config import DecoderConfig, RunConfig
+from mm1_jax.config import PARTS, DecoderConfig, RunConfig
 from mm1_jax.models.mm1 import MM1
+
+Params = Any  # an MM1 in which some params, or their gradients, are None
 
 
 def backbone_params(cfg: DecoderConfig) -> int:
@@ -73,7 +75,7 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
   )
 
 
-def decay_mask(params: Any) -> Any:
+def decay_mask(params: Params) -> Any:
   """Returns which params decay: all but norms' scales and biases."""
 
   def decays(path, _) -> bool:
@@ -83,13 +85,13 @@ def decay_mask(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def split_frozen(model: MM1, frozen: tuple[str, ...]) -> tuple[MM1, MM1]:
+def split_frozen(model: MM1, frozen: tuple[str, ...]) -> tuple[Params, Params]:
   """Returns the model twice: with only its trainable params, and with only its frozen ones.
 
   What the one has, the other holds as None, which is no leaf to JAX.
   """
 
-  def pick(keep_frozen: bool) -> MM1:
+  def pick(keep_frozen: bool) -> Params:
     return jax.tree_util.tree_map_with_path(
       lambda path, x: x if (_names(path)[0] in frozen) == keep_frozen else None, model
     )
@@ -97,16 +99,16 @@ def split_frozen(model: MM1, frozen: tuple[str, ...]) -> tuple[MM1, MM1]:
   return pick(False), pick(True)
 
 
-def join_frozen(trainable: MM1, frozen: MM1) -> MM1:
+def join_frozen(trainable: Params, frozen: Params) -> MM1:
   """Puts together what `split_frozen` took apart."""
   return jax.tree.map(
     lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None
   )
 
 
-def part_norms(tree: MM1) -> dict[str, jax.Array]:
+def part_norms(tree: Params) -> dict[str, jax.Array]:
   """Returns the global norm of each part's arrays; 0 for a part that is frozen."""
-  return {part: optax.global_norm(getattr(tree, part)) for part in ("vit", "connector", "decoder")}
+  return {part: optax.global_norm(getattr(tree, part)) for part in PARTS}
 
 
 def _scale_part(updates: Any, part: str, factor: float) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.batch import Batch
@@ -15,6 +16,7 @@ from mm1_jax.config import RunConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.train.loss import Losses, TokenSums, loss_fn, split_rows
 from mm1_jax.train.optimizer import (
+  Params,
   join_frozen,
   make_optimizer,
   make_schedule,
@@ -22,7 +24,7 @@ from mm1_jax.train.optimizer import (
   split_frozen,
 )
 
-Metrics = dict[str, clu_metrics.Metric]
+Metrics = dict[str, clu_metrics.Average | clu_metrics.LastValue]
 
 NORM_DECAY = 0.98  # of the running gradient norm that a spike is measured against
 NORM_STEPS = 20  # accepted steps before spikes are looked for
@@ -86,15 +88,17 @@ def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[Trai
 def eval_step(model: MM1, batch: Batch, *, run: RunConfig) -> clu_metrics.Average:
   """Returns the mean loss of a held-out batch, in nats per target."""
   losses = loss_fn(model, batch, run, num_targets=jnp.ones(()))
-  return clu_metrics.Average(total=jnp.sum(losses.tokens.nll), count=jnp.sum(losses.tokens.count))
+  return _average(jnp.sum(losses.tokens.nll), jnp.sum(losses.tokens.count))
 
 
-def _gradients(trainable, frozen, batch: Batch, run: RunConfig) -> tuple[Losses, MM1]:
+def _gradients(
+  trainable: Params, frozen: Params, batch: Batch, run: RunConfig
+) -> tuple[Losses, Params]:
   """Returns the losses of a batch and their gradient, summed over micro-batches."""
   num = run.train.accumulation_steps
   num_targets = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
 
-  def micro(rows: Batch) -> tuple[Losses, MM1]:
+  def micro(rows: Batch) -> tuple[Losses, Params]:
     def total(trainable):
       losses = loss_fn(
         join_frozen(trainable, frozen), rows, run, num_targets=num_targets, share=1 / num
@@ -112,7 +116,8 @@ def _gradients(trainable, frozen, batch: Batch, run: RunConfig) -> tuple[Losses,
     summed = jax.tree.map(jnp.add, carry, (losses.total, losses.tokens, grads))
     return summed, losses.moe
 
-  sums = TokenSums(*(jnp.zeros(n) for n in (len(run.data.sources) or 1,) * 2), jnp.zeros(()))
+  num_sources = len(run.data.sources) or 1
+  sums = TokenSums(jnp.zeros(num_sources), jnp.zeros(num_sources), jnp.zeros(()))
   zeros = jnp.zeros(()), sums, jax.tree.map(jnp.zeros_like, trainable)
   (total, tokens, grads), moe = jax.lax.scan(body, zeros, split_rows(batch, num))
   return Losses(total, tokens, jax.tree.map(lambda x: jnp.mean(x, axis=0), moe)), grads
@@ -137,7 +142,7 @@ def _metrics(losses: Losses, run: RunConfig) -> Metrics:
   """Returns the losses as averages that merge over steps: every token counts alike."""
   tokens = losses.tokens
   count = jnp.sum(tokens.count)
-  metrics = {
+  metrics: Metrics = {
     "loss": _average(jnp.sum(tokens.nll), count),
     "z_loss": _average(run.train.z_loss * tokens.z, count),
     **{
@@ -160,9 +165,10 @@ def _metrics(losses: Losses, run: RunConfig) -> Metrics:
   return metrics
 
 
-def _last(value: jax.Array) -> clu_metrics.LastValue:
-  return clu_metrics.LastValue(total=value.astype(jnp.float32), count=jnp.ones(()))
+def _last(value: ArrayLike) -> clu_metrics.LastValue:
+  return clu_metrics.LastValue(total=jnp.float32(value), count=jnp.ones(()))
 
 
 def _average(total: jax.Array, count: jax.Array | None = None) -> clu_metrics.Average:
-  return clu_metrics.Average(total=total, count=jnp.ones(()) if count is None else count)
+  count = jnp.ones(()) if count is None else count
+  return clu_metrics.Average(total=total, count=count)  # pyright: ignore[reportCallIssue]

@@ -101,7 +101,7 @@ class Candidate:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument("--raw", type=pathlib.Path, required=True, help="the raw data dump")
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
   args = parser.parse_args()
@@ -445,8 +445,8 @@ def _statistics(records: list[sources.Record], paths: list[str]) -> dict[str, An
 def _credits(raw: pathlib.Path, records: list[sources.Record]) -> str:
   books = collections.defaultdict(set)
   for row in _rows(raw / "interleaved" / "openstax.jsonl.gz"):
-    repository, commit = re.match(r"(.*)/blob/([0-9a-f]{9})", row["url"]).groups()
-    books[row["book"]].add(f"{repository} at {commit}")
+    repository, _, path = row["url"].partition("/blob/")
+    books[row["book"]].add(f"{repository} at {path[:9]}")
   listing = "\n".join(
     f"- {book}: {', '.join(sorted(repos))}" for book, repos in sorted(books.items())
   )

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything once, small: pre-train, fine-tune, answer about pictures not seen, and draw it all.
+
+  python -m mm1_jax.demo --workdir=runs/demo
+
+The main job with `configs/mm1_debug.py:moe` and its SFT on the shipped sample, sized for minutes on
+two CPU cores; at the end `report.png` and `report.html` are in the workdir. Run it again to go on
+where it was stopped.
+"""
+
+import argparse
+import importlib
+import io
+import pathlib
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+
+from mm1_jax.config import RunConfig
+from mm1_jax.data.sources import Source
+from mm1_jax.inference.model import Model
+from mm1_jax.main import USER_ERRORS, show_story
+from mm1_jax.metrics import format_seconds
+from mm1_jax.report import Answer, write_report
+from mm1_jax.train.loop import train
+
+NUM_PICTURES = 12
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
+  parser.add_argument("--pretrain-steps", type=int, default=200)
+  parser.add_argument("--sft-steps", type=int, default=60)
+  args = parser.parse_args()
+  show_story()
+  story = Story()
+  pretrained, tuned = args.workdir / "pretrain", args.workdir / "sft"
+
+  story.tell(f"1/4 pre-training a small MoE model on captions, documents and text -> {pretrained}")
+  run = load_config("mm1_debug", num_steps=args.pretrain_steps)
+  train(run, pretrained)
+
+  story.tell(f"2/4 fine-tuning it on conversations about pictures -> {tuned}")
+  sft = load_config("mm1_debug_sft", num_steps=args.sft_steps, init_from=str(pretrained))
+  train(sft, tuned)
+
+  story.tell("3/4 describing held-out pictures, with both models")
+  answers = describe(Model.load(pretrained), run, prompt=None)
+  answers += describe(Model.load(tuned), run, prompt="Describe the image.")
+
+  story.tell("4/4 drawing the report")
+  picture, page = write_report(args.workdir, {"pretrain": pretrained, "sft": tuned}, answers)
+  story.tell(f"done: look at {picture} and {page}")
+
+
+def load_config(name: str, *, num_steps: int, init_from: str | None = None) -> RunConfig:
+  """Returns the MoE variant of a config file, with as many steps, evaluated at the end only."""
+  sys.path.insert(0, str(ROOT))
+  config = importlib.import_module(f"configs.{name}").get_config("moe")
+  config.train.update(num_steps=num_steps, init_from=init_from, eval_every=num_steps // 2)
+  config.checkpoint.every = num_steps
+  config.optimizer.warmup_steps = num_steps // 10
+  return RunConfig.from_dict(config.to_dict())
+
+
+def describe(model: Model, run: RunConfig, *, prompt: str | None) -> list[Answer]:
+  """Returns what a model says about held-out pictures, beside their true captions.
+
+  Without a `prompt` the picture alone is continued, as in a caption of pre-training.
+  """
+  source = Source(next(s for s in run.data.eval_sources if s.name == "captions"))
+  stride = len(source) // NUM_PICTURES
+  records = [source[i * stride] for i in range(NUM_PICTURES)]
+  images = [next(i["image"] for i in r["content"] if "image" in i) for r in records]
+  truths = [" ".join(i["text"] for i in r["content"] if "text" in i) for r in records]
+  said = model.generate(
+    [[image, prompt] if prompt else [image] for image in images],
+    max_new_tokens=48,
+    chat=prompt is not None,
+    batch_size=NUM_PICTURES,
+  )
+  return [
+    Answer(np.asarray(PIL.Image.open(io.BytesIO(i)).convert("RGB")), prompt or "(caption)", s, t)
+    for i, s, t in zip(images, said, truths, strict=True)
+  ]
+
+
+class Story:
+  """Says what happens, and how long the demo has been at it."""
+
+  def __init__(self):
+    self._start = time.perf_counter()
+
+  def tell(self, line: str) -> None:
+    print(f"[{format_seconds(time.perf_counter() - self._start)}] {line}", flush=True)
+
+
+if __name__ == "__main__":
+  try:
+    main()
+  except USER_ERRORS as e:
+    sys.exit(f"error: {e}")
