@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a trained model about pictures; prints its answer on stdout and nothing else there.
+r"""Asks a trained model about pictures; prints its answer on stdout and nothing else there.
 
   python -m mm1_jax.inference.generate --checkpoint=runs/debug_sft \
       --image=a.jpg --prompt="What is this?"

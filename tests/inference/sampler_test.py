@@ -147,6 +147,12 @@ def test_greedy_is_the_argmax_of_the_full_forward_step_by_step(params):
     np.testing.assert_array_equal(new[i, :NEW], tokens[i, length : length + NEW])
 
 
+def test_one_row_alone(moe):
+  together, _ = run_generate(moe)
+  alone, _ = run_generate(moe, order=[0])
+  np.testing.assert_array_equal(alone[0], together[0])
+
+
 def test_no_more_tokens_than_asked_for(dense):
   new, lengths = run_generate(dense, max_new_tokens=3)
   assert lengths.tolist() == [3, 3, 3, 3]
