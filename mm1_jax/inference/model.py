@@ -88,6 +88,8 @@ class Model:
       DataError: the run's tokenizer is missing or damaged.
     """
     path = epath.Path(path)
+    if "://" not in os.fspath(path):
+      path = path.resolve()  # Orbax reads nothing at a relative path
     workdir = path.parent.parent if (path / checkpoint.PARAMS).exists() else path
     run = checkpoint.read_run(workdir)
     mesh = _make_mesh(run, data, tensor)

@@ -10,7 +10,6 @@ import pytest
 from mm1_jax.inference import generate
 
 MODULE = [sys.executable, "-m", "mm1_jax.inference.generate"]
-NO_RUN = "error: 'nowhere' is not a run: it has no config.json."
 
 
 def test_content_keeps_its_order():
@@ -59,7 +58,8 @@ def test_a_mistake_ends_the_program_with_one_line():
   )
   assert done.returncode == 1
   assert done.stdout == ""
-  assert done.stderr.startswith(NO_RUN)
+  assert done.stderr.startswith("error: '")
+  assert "nowhere' is not a run: it has no config.json." in done.stderr
   assert done.stderr.count("\n") == 1
 
 

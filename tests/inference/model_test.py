@@ -72,6 +72,12 @@ def test_load_takes_the_newest_step_or_the_one_named(model, workdir):
     assert other.run == model.run
 
 
+def test_load_takes_a_relative_path(model, workdir, monkeypatch):
+  monkeypatch.chdir(workdir / "checkpoints")
+  for path in ("..", "2"):
+    assert Model.load(path).run == model.run
+
+
 def test_params_in_the_compute_dtype_give_the_same_logits(copy, prompts):
   change_config(copy, "model", dtype="bfloat16")
   model = Model.load(copy)
