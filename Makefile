@@ -12,7 +12,7 @@ help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(STAMP)  ## Train a tiny MM1 on the sample data, ask it about pictures, write runs/demo.
-	$(BIN)/python -m mm1_jax.demo --workdir=runs/demo
+	$(BIN)/python -m launch.demo --workdir=runs/demo
 
 test: $(STAMP)  ## Run the fast tests.
 	$(BIN)/python -m pytest -n 2

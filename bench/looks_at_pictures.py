@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does the model look at the picture? Held-out caption loss with the right and with a wrong image.
 
-  python bench/looks_at_pictures.py --kind=dense --workdir=runs/looks_dense
-  python bench/looks_at_pictures.py --kind=moe --workdir=runs/looks_moe
+  python -m bench.looks_at_pictures --kind=dense --workdir=runs/looks_dense
+  python -m bench.looks_at_pictures --kind=moe --workdir=runs/looks_moe
 
 Pre-trains mm1_debug on the shipped sample (about 30 minutes on two cores), keeping a checkpoint
 every `--every` steps; then scores each held-out caption with its own picture, and with another
@@ -22,6 +22,7 @@ import matplotlib
 import numpy as np
 
 from configs import mm1_debug
+from mm1_jax import cli
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import STEPS, restore_params
 from mm1_jax.config import RunConfig
@@ -30,7 +31,6 @@ from mm1_jax.data.image import decode_image
 from mm1_jax.data.packing import Segment, assemble
 from mm1_jax.data.sources import Source
 from mm1_jax.data.tokenizer import Tokenizer
-from mm1_jax.main import show_story
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state, device_batch, make_mesh
 from mm1_jax.train.loop import train
@@ -132,7 +132,6 @@ def main() -> None:
   parser.add_argument("--num-steps", type=int, default=900)
   parser.add_argument("--every", type=int, default=150, help="steps between points of the curve")
   args = parser.parse_args()
-  show_story()
   config = mm1_debug.get_config(args.kind)
   config.train.update(num_steps=args.num_steps, eval_every=args.every)
   config.checkpoint.update(every=args.every, keep_period=args.every)
@@ -158,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

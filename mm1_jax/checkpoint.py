@@ -17,14 +17,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mm1_jax.config import CheckpointConfig, RunConfig
+from mm1_jax.config import CheckpointConfig, RunConfig, UserError
 
 CONFIG, TOKENIZER, STEPS = "config.json", "tokenizer.model", "checkpoints"
 PARAMS, TRAIN, DATA = "params", "train", "data"
 SHOWN = 5  # names listed in a message before "and N more"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
   """A checkpoint that is missing, damaged, or of another model; the message says which and why."""
 
 
@@ -36,9 +36,7 @@ class Checkpointer:
     self._manager = ocp.CheckpointManager(
       self._path,
       item_names=(PARAMS, TRAIN, DATA),
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=cfg.keep, keep_period=cfg.keep_period
-      ),
+      options=ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, keep_period=cfg.keep_period),
     )
 
   @property

@@ -22,8 +22,12 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 
-class ConfigError(ValueError):
-  """A user's mistake in a config; the message names the key, its value and what would fit."""
+class UserError(ValueError):
+  """What a user can mend; the message says what is wrong and what to do."""
+
+
+class ConfigError(UserError):
+  """A mistake in a config; the message names the key, its value and what would fit."""
 
 
 def _require(condition: bool, message: str) -> None:

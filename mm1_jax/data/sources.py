@@ -22,13 +22,13 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from etils import epath
 from grain import sources as grain_sources
 
-from mm1_jax.config import SourceConfig
+from mm1_jax.config import SourceConfig, UserError
 
 Record = dict[str, Any]
 ROLES = ("user", "assistant")
 
 
-class DataError(ValueError):
+class DataError(UserError):
   """A mistake in the data; the message names the file, the record and what to do about it."""
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from mm1_jax import checkpoint
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer
-from mm1_jax.config import RunConfig
+from mm1_jax.config import RunConfig, UserError
 from mm1_jax.data.pipeline import BatchStats, Pipeline, make_pipeline
 from mm1_jax.metrics import (
   MetricWriter,
@@ -33,7 +33,7 @@ from mm1_jax.train.heldout import held_out_loss
 from mm1_jax.train.step import Metrics, TrainState, init_state, train_step
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError):
   """Too many steps in a row had to be skipped."""
 
 
@@ -169,8 +169,7 @@ class StepLog:
       data_wait=self._data_wait,
     )
     self._data_wait = 0.0
-    merged = self._sums or metrics
-    self._sums = {k: merged[k].merge(m) for k, m in metrics.items()} if self._sums else metrics
+    self._sums = metrics if self._sums is None else _merge(self._sums, metrics)
     self._stats.append(stats)
     if step % self._run.train.log_every == 0 or step == self._run.train.num_steps:
       self._report(step)
@@ -197,6 +196,10 @@ class StepLog:
     if jax.process_index() == 0:
       print(progress_line(step, self._run.train.num_steps, scalars, rates), flush=True)
     self._sums, self._stats = None, []
+
+
+def _merge(sums: Metrics, metrics: Metrics) -> Metrics:
+  return {name: sums[name].merge(metric) for name, metric in metrics.items()}
 
 
 class Stop:

@@ -24,7 +24,7 @@ from mm1_jax.train.optimizer import (
   split_frozen,
 )
 
-Metrics = dict[str, clu_metrics.Average | clu_metrics.LastValue]
+Metrics = dict[str, Any]  # clu's Average or LastValue by name
 
 NORM_DECAY = 0.98  # of the running gradient norm that a spike is measured against
 NORM_STEPS = 20  # accepted steps before spikes are looked for

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything once, small: pre-train, fine-tune, answer about pictures not seen, and draw it all.
 
-  python -m mm1_jax.demo --workdir=runs/demo
+  python -m launch.demo --workdir=runs/demo
 
 The main job with `configs/mm1_debug.py:moe` and its SFT on the shipped sample, sized for minutes on
 two CPU cores; at the end `report.png` and `report.html` are in the workdir. Run it again to go on
@@ -9,25 +9,24 @@ where it was stopped.
 """
 
 import argparse
-import importlib
 import io
 import pathlib
-import sys
 import time
+import types
 
 import numpy as np
 import PIL.Image
 
+from configs import mm1_debug, mm1_debug_sft
+from mm1_jax import cli
 from mm1_jax.config import RunConfig
 from mm1_jax.data.sources import Source
 from mm1_jax.inference.model import Model
-from mm1_jax.main import USER_ERRORS, show_story
 from mm1_jax.metrics import format_seconds
 from mm1_jax.report import Answer, write_report
 from mm1_jax.train.loop import train
 
 NUM_PICTURES = 12
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def main() -> None:
@@ -36,16 +35,15 @@ def main() -> None:
   parser.add_argument("--pretrain-steps", type=int, default=200)
   parser.add_argument("--sft-steps", type=int, default=60)
   args = parser.parse_args()
-  show_story()
   story = Story()
   pretrained, tuned = args.workdir / "pretrain", args.workdir / "sft"
 
   story.tell(f"1/4 pre-training a small MoE model on captions, documents and text -> {pretrained}")
-  run = load_config("mm1_debug", num_steps=args.pretrain_steps)
+  run = make_run(mm1_debug, num_steps=args.pretrain_steps)
   train(run, pretrained)
 
   story.tell(f"2/4 fine-tuning it on conversations about pictures -> {tuned}")
-  sft = load_config("mm1_debug_sft", num_steps=args.sft_steps, init_from=str(pretrained))
+  sft = make_run(mm1_debug_sft, num_steps=args.sft_steps, init_from=str(pretrained))
   train(sft, tuned)
 
   story.tell("3/4 describing held-out pictures, with both models")
@@ -57,10 +55,11 @@ def main() -> None:
   story.tell(f"done: look at {picture} and {page}")
 
 
-def load_config(name: str, *, num_steps: int, init_from: str | None = None) -> RunConfig:
-  """Returns the MoE variant of a config file, with as many steps, evaluated at the end only."""
-  sys.path.insert(0, str(ROOT))
-  config = importlib.import_module(f"configs.{name}").get_config("moe")
+def make_run(
+  config_file: types.ModuleType, *, num_steps: int, init_from: str | None = None
+) -> RunConfig:
+  """Returns the MoE variant of a config file, with as many steps, evaluated twice."""
+  config = config_file.get_config("moe")
   config.train.update(num_steps=num_steps, init_from=init_from, eval_every=num_steps // 2)
   config.checkpoint.every = num_steps
   config.optimizer.warmup_steps = num_steps // 10
@@ -100,7 +99,4 @@ class Story:
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except USER_ERRORS as e:
-    sys.exit(f"error: {e}")
+  cli.run(main)
