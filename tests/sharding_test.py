@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where arrays live: the gather, batches on the mesh, abstract states, and every param's layout."""
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs import mm1_debug
+from mm1_jax.batch import Batch
+from mm1_jax.config import ConfigError, RunConfig
+from mm1_jax.models.mm1 import MM1
+from mm1_jax.sharding import LAYOUT, abstract_state, device_batch, gather, make_mesh
+from mm1_jax.train.step import init_state
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "shardings"
+FSDP = ("fsdp", "expert")
+
+
+def load(kind: str, **mesh: int) -> RunConfig:
+  values = mm1_debug.get_config(kind).to_dict()
+  values["mesh"] = mesh
+  return RunConfig.from_dict(values)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return make_mesh(load("dense", fsdp=2, expert=2, tensor=2))
+
+
+def test_mesh_has_every_axis_and_explicit_types(mesh):
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+  assert set(mesh.axis_types) == {AxisType.Explicit}
+
+
+def test_mesh_that_does_not_fit_the_run_is_refused():
+  with pytest.raises(ConfigError, match=r"num_heads 4 does not divide over .* tensor = 8"):
+    make_mesh(load("dense", fsdp=1, tensor=8))
+  with pytest.raises(ConfigError, match=r"needs 4 devices; there are 8"):
+    make_mesh(load("dense", fsdp=4))
+
+
+@pytest.mark.parametrize(
+  ("spec", "keep", "expected"),
+  [
+    (P(FSDP, "tensor"), None, P(None, "tensor")),
+    (P("tensor", FSDP), None, P("tensor", None)),
+    (P("expert", "fsdp", "tensor"), "expert", P("expert", None, "tensor")),
+    (P("expert", "fsdp", "tensor"), None, P(None, None, "tensor")),
+    (P(None, FSDP), None, P(None, None)),
+    (P(), None, P()),
+  ],
+  ids=str,
+)
+def test_gather_drops_the_fsdp_axes_and_no_other(spec, keep, expected, mesh):
+  """Values stay; a weight that stayed split would be multiplied by a part of its input."""
+  weight = np.arange(64, dtype=np.float32).reshape(4, 4, 4)
+  with jax.set_mesh(mesh):
+    out = gather(jax.device_put(weight, NamedSharding(mesh, spec)), jnp.bfloat16, keep=keep)
+  full = P(*expected, *[None] * (3 - len(expected)))
+  assert out.sharding.is_equivalent_to(NamedSharding(mesh, full), 3)
+  assert out.dtype == jnp.bfloat16
+  assert np.array_equal(np.asarray(out, np.float32), weight)
+
+
+def test_gradient_of_a_gather_is_stored_like_the_weight(mesh):
+  """Reduce-scattered, and summed over rows once: not once for each chip."""
+  weight = jax.device_put(np.ones((8, 4), np.float32), NamedSharding(mesh, LAYOUT.mlp_df))
+  x = jax.device_put(np.ones((4, 3, 8), np.float32), NamedSharding(mesh, LAYOUT.act_b))
+
+  def total(weight):
+    return jnp.sum(jnp.einsum("bsd,df->bsf", x, gather(weight, x.dtype)))
+
+  with jax.set_mesh(mesh):
+    grad = jax.jit(jax.grad(total))(weight)
+  assert grad.sharding.is_equivalent_to(weight.sharding, 2)
+  assert np.array_equal(np.asarray(grad), np.full((8, 4), 12.0))
+
+
+def test_batch_is_split_by_rows_and_keeps_its_values(mesh):
+  rng = np.random.default_rng(0)
+  rows = rng.integers(0, 9, (8, 6)).astype(np.int32)
+  images = rng.integers(0, 256, (8, 2, 4, 4, 3)).astype(np.uint8)
+  host = Batch(rows, rows, rows.astype(np.float32), rows, rows, rows, images, np.ones((8, 2), bool))
+  batch = device_batch(host, mesh)
+  for ours, theirs in zip(batch, host, strict=True):
+    assert ours.dtype == theirs.dtype
+    assert np.array_equal(np.asarray(ours), theirs)
+    # data x fsdp x expert is 4: two rows a chip, the same ones along `tensor`.
+    assert {shard.data.shape for shard in ours.addressable_shards} == {(2, *theirs.shape[1:])}
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def abstract(request, mesh):
+  """Returns the abstract state of mm1_debug, its kind, and how to make it."""
+  run = load(request.param, fsdp=2, expert=2, tensor=2)
+
+  def make():
+    return init_state(MM1(jax.random.key(0), run.model), run)
+
+  return request.param, make, abstract_state(make, mesh)
+
+
+def name(path) -> str:
+  parts = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path]
+  return ".".join(parts[:-1] if parts[-1] == "value" else parts)
+
+
+def test_params_live_where_the_golden_file_says(abstract):
+  """One line a param. A weight that is suddenly replicated costs a pod its memory."""
+  kind, _, state = abstract
+  lines = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.model):
+    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    with jax.set_mesh(leaf.sharding.mesh):
+      lines.append(f"{name(path)}: {jax.typeof(jax.eval_shape(lambda x: x, shape))}")
+  text = "\n".join(sorted(lines)) + "\n"
+  golden = GOLDENS / f"mm1_debug_{kind}_1x2x2x2.txt"
+  if os.environ.get("UPDATE_GOLDENS"):
+    golden.parent.mkdir(parents=True, exist_ok=True)
+    golden.write_text(text)
+  assert text == golden.read_text(), (
+    "The layout of params changed. If you meant it: UPDATE_GOLDENS=1 pytest tests/sharding_test.py"
+  )
+
+
+def test_moments_live_where_their_params_do(abstract):
+  _, _, state = abstract
+  params = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.model)}
+  moments = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+    owners = [param for key, param in params.items() if name(path).endswith(f".{key}")]
+    if owners:
+      moments += 1
+      assert any(
+        (p.shape, p.dtype, p.sharding) == (leaf.shape, leaf.dtype, leaf.sharding) for p in owners
+      ), name(path)
+  assert moments == 2 * len(params)
+
+
+def test_abstract_state_is_the_real_one(mesh):
+  """What Orbax restores onto: the same tree, shapes, dtypes and shardings as the real state."""
+  run = load("dense", fsdp=2, expert=2, tensor=2)
+
+  def make():
+    weight = jnp.ones((4, 8), out_sharding=LAYOUT.mlp_df)
+    return {"step": jnp.zeros((), jnp.int32), "weight": weight, "vector": jnp.ones(3)}
+
+  assert run.model.dtype == "float32"
+  abstract = abstract_state(make, mesh)
+  with jax.set_mesh(mesh):
+    real = jax.jit(make)()
+  assert jax.tree.structure(abstract) == jax.tree.structure(real)
+  for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(real), strict=True):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert a.sharding.mesh == mesh
+    assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+@pytest.mark.slow
+def test_abstract_state_of_a_model_is_the_real_one(abstract, mesh):
+  _, make, state = abstract
+  with jax.set_mesh(mesh):
+    real = jax.jit(make, compiler_options={"xla_backend_optimization_level": 0})()
+  assert jax.tree.structure(state) == jax.tree.structure(real)
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(real), strict=True):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
