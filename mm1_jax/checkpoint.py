@@ -9,6 +9,7 @@ were saved from.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ class Checkpointer:
   """The checkpoints of one run."""
 
   def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig):
-    self._path = epath.Path(workdir) / STEPS
+    self._path = absolute(workdir) / STEPS
     self._manager = ocp.CheckpointManager(
       self._path,
       item_names=(PARAMS, TRAIN, DATA),
@@ -120,9 +121,9 @@ def read_run(workdir: epath.PathLike) -> RunConfig:
     )
   try:
     values = json.loads(path.read_text())
-  except json.JSONDecodeError as e:
-    raise CheckpointError(f"'{path}' is damaged: {e}.") from e
-  values["data"]["tokenizer"] = str(workdir / TOKENIZER)
+    values["data"]["tokenizer"] = str(workdir / TOKENIZER)
+  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    raise CheckpointError(f"'{path}' is damaged: {type(e).__name__}: {e}.") from e
   return RunConfig.from_dict(values)
 
 
@@ -132,7 +133,7 @@ def find_step(path: epath.PathLike) -> epath.Path:
   Raises:
     CheckpointError: there is none.
   """
-  path = epath.Path(path)
+  path = absolute(path)
   if (path / PARAMS).exists():
     return path
   folder = path / STEPS
@@ -180,6 +181,11 @@ def init_from(path: epath.PathLike, params: Any) -> Any:
     sorted(saved.keys() - fresh.keys()) or "none",
   )
   return from_names(params, fresh | _restore(where, loaded))
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+  """Returns a path that Orbax can find from its own threads; `gs://` ones are whole already."""
+  return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
 def to_names(tree: Any) -> dict[str, Any]:
