@@ -65,7 +65,8 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
       optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
     )
   peak = peak_learning_rate(run)
-  connector = (cfg.connector_learning_rate or peak) / peak if peak else 1.0
+  own = peak if cfg.connector_learning_rate is None else cfg.connector_learning_rate
+  connector = own / peak if peak else 1.0
   return optax.chain(
     optax.clip_by_global_norm(cfg.clip_norm),
     precondition,
