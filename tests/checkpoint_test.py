@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what comes back, onto which mesh, and what is said when it cannot."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import shutil
+import sys
+
+sys.path.append(str(pathlib.Path(__file__).parent / "models"))
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import mm1_jax.data
+from mm1_jax import checkpoint
+from mm1_jax.checkpoint import Checkpointer, CheckpointError, to_names
+from mm1_jax.config import CheckpointConfig, ConnectorConfig, OptimizerConfig, RunConfig
+from mm1_jax.models.mm1 import MM1
+from mm1_jax.sharding import abstract_state
+from mm1_jax.train.step import TrainState, init_state
+
+SAMPLE_TOKENIZER = pathlib.Path(mm1_jax.data.__file__).parent / "sample" / "tokenizer.model"
+ONE, EIGHT = (1, 1, 1, 1), (2, 2, 2, 1)
+DATA = {"batch": 7, "plan": {"window": 1, "carry": [[0, 5, 12], [1, 2, 3]]}, "fingerprint": "ab"}
+
+
+def run_config(moe=None, **changes) -> RunConfig:
+  run = tiny.run_config(moe, **changes)
+  connector = ConnectorConfig(kind="average_pool", token_grid=(1, 2), hidden=8)
+  data = dataclasses.replace(run.data, tokenizer=str(SAMPLE_TOKENIZER))
+  model = dataclasses.replace(run.model, connector=connector)
+  return dataclasses.replace(run, model=model, data=data)
+
+
+def abstract(run: RunConfig, sizes: tuple[int, ...]) -> TrainState:
+  return abstract_state(
+    lambda: init_state(MM1(jax.random.key(0), run.model), run), tiny.mesh(*sizes)
+  )
+
+
+def make_state(run: RunConfig, sizes: tuple[int, ...] = ONE, *, shift: float = 0.0) -> TrainState:
+  """Returns a state of random numbers, counters and moments too; nothing is compiled."""
+
+  def put(path, x):
+    value = tiny.draw(tiny.name(path), x.shape) + shift
+    value = 1000 * value if np.issubdtype(x.dtype, np.integer) else value
+    return jax.device_put(np.asarray(value).astype(x.dtype), x.sharding)
+
+  return jax.tree_util.tree_map_with_path(put, abstract(run, sizes))
+
+
+def save(workdir: pathlib.Path, run: RunConfig, *steps: int, **cfg) -> dict[int, TrainState]:
+  states = {step: make_state(run, shift=step) for step in steps}
+  checkpoint.write_run_files(workdir, run)
+  with Checkpointer(workdir, CheckpointConfig(**{"keep": 9, **cfg})) as checkpointer:
+    for step, state in states.items():
+      data = {**DATA, "batch": step}
+      checkpointer.save(step, params=state.model, train=state._replace(model=None), data=data)
+    checkpointer.wait()
+  return states
+
+
+def restore(workdir, run: RunConfig, step: int | None = None, sizes=ONE) -> TrainState:
+  like = abstract(run, sizes)
+  with Checkpointer(workdir, CheckpointConfig(keep=9)) as checkpointer:
+    step = checkpointer.latest_step if step is None else step
+    params, train = checkpointer.restore(step, params=like.model, train=like._replace(model=None))
+  return train._replace(model=params)
+
+
+def assert_same(actual, expected) -> None:
+  actual, expected = to_names(actual), to_names(expected)
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    assert actual[name].dtype == value.dtype, name
+    assert np.asarray(actual[name]).tobytes() == np.asarray(value).tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A sparse run of steps 3 and 5; tests that change it work on a copy."""
+  workdir = tmp_path_factory.mktemp("saved") / "run"
+  return workdir, save(workdir, run_config(tiny.SPARSE), 3, 5)
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> pathlib.Path:
+  return pathlib.Path(shutil.copytree(saved[0], tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("sizes", [ONE, EIGHT, (1, 2, 2, 2)], ids=str)
+def test_everything_comes_back_on_any_mesh(saved, sizes):
+  workdir, states = saved
+  run = run_config(tiny.SPARSE)
+  for step in (3, 5):
+    state = restore(workdir, run, step, sizes)
+    assert_same(state, states[step])
+    wanted = abstract(run, sizes)
+    for name, x in to_names(state).items():
+      assert x.sharding.is_equivalent_to(to_names(wanted)[name].sharding, x.ndim), name
+  gate = to_names(state)["model.decoder.units.layers.1.mlp.gate"]
+  assert len({str(s.index) for s in gate.addressable_shards}) == np.prod(sizes) // sizes[0]
+
+
+def test_from_eight_devices_to_one(tmp_path):
+  run = run_config()
+  state = make_state(run, EIGHT)
+  with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+    checkpointer.save(1, params=state.model, train=state._replace(model=None), data=DATA)
+    checkpointer.wait()
+  assert_same(restore(tmp_path, run), state)
+
+
+@pytest.mark.parametrize(
+  "optimizer",
+  [OptimizerConfig(name="adafactor"), OptimizerConfig(frozen=("vit", "decoder"))],
+  ids=["adafactor", "frozen"],
+)
+def test_other_optimizers_states_come_back(tmp_path, optimizer):
+  run = dataclasses.replace(run_config(), optimizer=optimizer)
+  states = save(tmp_path, run, 1)
+  assert_same(restore(tmp_path, run), states[1])
+
+
+def test_the_datas_state_comes_back(saved):
+  with Checkpointer(saved[0], CheckpointConfig()) as checkpointer:
+    assert checkpointer.latest_step == 5
+    assert checkpointer.restore_data(5) == {**DATA, "batch": 5}
+    assert checkpointer.restore_data(3) == {**DATA, "batch": 3}
+
+
+def test_a_saved_state_may_be_donated_at_once(tmp_path):
+  """The next step's arrays take the place of what is still being written."""
+  run = run_config()
+  state = make_state(run)
+  expected = jax.tree.map(np.array, state)
+  with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+    checkpointer.save(1, params=state.model, train=state._replace(model=None), data=DATA)
+    for x in jax.tree.leaves(state):
+      x.delete()
+    checkpointer.wait()
+  assert_same(restore(tmp_path, run), expected)
+
+
+@pytest.mark.parametrize(
+  ("cfg", "kept"),
+  [({"keep": 2}, [4, 5]), ({"keep": 1}, [5]), ({"keep": 1, "keep_period": 2}, [2, 4, 5])],
+  ids=str,
+)
+def test_old_checkpoints_go(tmp_path, cfg, kept):
+  small = {"x": jax.device_put(np.arange(3.0), tiny.mesh().devices.flat[0])}
+  with Checkpointer(tmp_path, CheckpointConfig(**cfg)) as checkpointer:
+    for step in range(1, 6):
+      checkpointer.save(step, params=small, train=small, data=DATA)
+    checkpointer.wait()
+  steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+  assert sorted(steps) == kept
+
+
+def test_an_unfinished_checkpoint_is_not_one(copy):
+  """A run that was killed while saving leaves a folder that is not yet named as a step."""
+  steps = copy / "checkpoints"
+  shutil.copytree(steps / "5", steps / "7.orbax-checkpoint-tmp-12")
+  shutil.rmtree(steps / "7.orbax-checkpoint-tmp-12" / "data")
+  with Checkpointer(copy, CheckpointConfig()) as checkpointer:
+    assert checkpointer.latest_step == 5
+  assert checkpoint.find_step(copy).name == "5"
+  restore(copy, run_config(tiny.SPARSE))
+
+
+def arrays_file(step: pathlib.Path, item: str) -> pathlib.Path:
+  """Returns the file that holds most of an item's bytes."""
+  return max(
+    (p for p in (step / item).rglob("*") if p.is_file() and "/d/" in str(p)),
+    key=lambda p: p.stat().st_size,
+  )
+
+
+def truncate(step):
+  path = arrays_file(step, "params")
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def delete_arrays(step):
+  arrays_file(step, "train").unlink()
+
+
+def delete_metadata(step):
+  (step / "params" / "_METADATA").unlink()
+
+
+def garble_metadata(step):
+  (step / "params" / "_METADATA").write_text('{"tree_metadata": {"decoder')
+
+
+def delete_item(step):
+  shutil.rmtree(step / "train")
+
+
+@pytest.mark.parametrize(
+  "damage", [truncate, delete_arrays, delete_metadata, garble_metadata, delete_item]
+)
+def test_a_damaged_step_is_named(copy, damage):
+  step = copy / "checkpoints" / "5"
+  damage(step)
+  run = run_config(tiny.SPARSE)
+  with pytest.raises(CheckpointError, match="delete this step's folder") as error:
+    restore(copy, run)
+  assert str(step) in str(error.value)
+  assert "\n" not in str(error.value)
+  # Doing what it says helps.
+  shutil.rmtree(step)
+  restore(copy, run)
+
+
+@pytest.mark.parametrize("what", ["delete", "garble"])
+def test_damaged_data_state_is_named(copy, what):
+  (path,) = [
+    p
+    for p in (copy / "checkpoints" / "5" / "data").iterdir()
+    if p.is_file() and p.name == "metadata"
+  ]
+  path.unlink() if what == "delete" else path.write_text("{")
+  with (
+    Checkpointer(copy, CheckpointConfig()) as checkpointer,
+    pytest.raises(CheckpointError, match="checkpoints/5/data' cannot be read"),
+  ):
+    checkpointer.restore_data(5)
+
+
+def test_another_shape_is_named_with_both(saved):
+  run = run_config(tiny.SPARSE)
+  decoder = dataclasses.replace(run.model.decoder, mlp_dim=40)
+  wider = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
+  with pytest.raises(CheckpointError) as error:
+    restore(saved[0], wider)
+  message = str(error.value)
+  assert "checkpoints/5/params' is of another model or optimizer" in message
+  assert "decoder.units.layers.0.mlp.gate is (1, 32, 24), not (1, 32, 40)" in message
+  assert "; and 1 more" in message  # 6 matrices of the two layers, 5 of them shown
+  assert "train.init_from" in message
+
+
+def test_another_optimizer_is_named(saved):
+  run = dataclasses.replace(run_config(tiny.SPARSE), optimizer=OptimizerConfig(name="adafactor"))
+  with pytest.raises(CheckpointError, match="checkpoints/5/train' is of another model or opti"):
+    restore(saved[0], run)
+
+
+def test_a_dense_model_is_not_a_sparse_one(saved):
+  """Two dense layers are one stack of two; a dense and a sparse one are two stacks of one."""
+  with pytest.raises(CheckpointError, match=r"attention\.key is \(1, 32, 2, 8\), not \(2, 32"):
+    restore(saved[0], run_config())
+
+
+def test_arrays_that_only_one_side_has_are_named(saved):
+  run = run_config(tiny.SPARSE)
+  decoder = dataclasses.replace(run.model.decoder, tie_embeddings=False)
+  untied = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
+  with pytest.raises(CheckpointError, match=r"decoder\.head is missing\. Use"):
+    restore(saved[0], untied)
+  with pytest.raises(CheckpointError, match=r"decoder\.head is not in this model\. Use"):
+    checkpoint.check_match({"decoder.head": (3, 2)}, {}, "here")
+
+
+def params(run: RunConfig, sizes=ONE, shift: float = 100.0) -> MM1:
+  return make_state(run, sizes, shift=shift).model
+
+
+def report(caplog) -> str:
+  (record,) = [r for r in caplog.records if ": loaded " in r.getMessage()]
+  return record.getMessage()
+
+
+@pytest.fixture
+def story(caplog):
+  caplog.set_level(logging.INFO, logger="absl")
+  return caplog
+
+
+@pytest.mark.parametrize("sizes", [ONE, EIGHT], ids=str)
+def test_init_from_takes_the_params_onto_its_mesh(saved, story, sizes):
+  workdir, states = saved
+  fresh = params(run_config(tiny.SPARSE), sizes)
+  taken = checkpoint.init_from(workdir, fresh)
+  assert_same(taken, states[5].model)
+  for name, x in to_names(taken).items():
+    assert x.sharding == to_names(fresh)[name].sharding, name
+  message = report(story)
+  assert f"loaded {len(to_names(fresh))} params; skipped for their shape: none" in message
+  assert "missing: none; unused: none" in message
+
+
+def test_init_from_a_step_of_a_run(saved):
+  workdir, states = saved
+  taken = checkpoint.init_from(workdir / "checkpoints" / "3", params(run_config(tiny.SPARSE)))
+  assert_same(taken, states[3].model)
+
+
+def test_init_from_reports_what_does_not_fit(tmp_path, story):
+  """A dense model's params start a sparse one with another vocabulary."""
+  old = save(tmp_path, run_config(), 1)[1].model
+  run = run_config(tiny.SPARSE)
+  decoder = dataclasses.replace(run.model.decoder, vocab_size=64, depth=2)
+  run = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
+  fresh = params(run)
+  taken = to_names(checkpoint.init_from(tmp_path, fresh))
+  old, fresh = to_names(old), to_names(fresh)
+  loaded = {n for n in fresh if n in old and fresh[n].shape == old[n].shape}
+  assert {n.split(".")[0] for n in loaded} == {"vit", "connector", "decoder"}
+  for name, value in taken.items():
+    expected = old if name in loaded else fresh
+    np.testing.assert_array_equal(value, expected[name], err_msg=name)
+  message = report(story)
+  assert f"loaded {len(loaded)} params" in message
+  assert "'decoder.embedding': '(48, 32), not (64, 32)'" in message
+  # Two dense layers were one stack; now each is a layer of the unit.
+  assert "'decoder.units.layers.0.attention.key': '(2, " in message
+  missing = message.split("missing: ")[1].split("; unused")[0]
+  assert "decoder.units.layers.1.mlp.router" in missing
+  assert "decoder.embedding" not in missing
+  assert message.endswith("unused: none")
+
+
+def test_init_from_leaves_out_what_only_the_checkpoint_has(saved, story):
+  workdir, states = saved
+  run = run_config()
+  decoder = dataclasses.replace(run.model.decoder, depth=1)
+  run = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
+  taken = checkpoint.init_from(workdir, params(run))
+  expected = to_names(states[5].model)
+  for name, value in to_names(taken).items():
+    np.testing.assert_array_equal(value, expected[name], err_msg=name)
+  message = report(story)
+  assert "missing: none" in message
+  assert "decoder.units.layers.1.mlp.router" in message.split("unused: ")[1]
+
+
+def test_init_from_something_else_entirely(tmp_path):
+  other = {"x": jax.device_put(np.arange(3.0), tiny.mesh().devices.flat[0])}
+  with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+    checkpointer.save(1, params=other, train=other, data=DATA)
+    checkpointer.wait()
+  with pytest.raises(CheckpointError, match="has no param of this model"):
+    checkpoint.init_from(tmp_path, params(run_config()))
+
+
+@pytest.mark.parametrize("damage", [truncate, delete_metadata])
+def test_init_from_a_damaged_checkpoint(copy, damage):
+  step = copy / "checkpoints" / "5"
+  damage(step)
+  with pytest.raises(CheckpointError, match=str(step / "params")):
+    checkpoint.init_from(copy, params(run_config(tiny.SPARSE)))
+
+
+def test_restore_params_wants_exactly_this_model(saved):
+  workdir, states = saved
+  like = abstract(run_config(tiny.SPARSE), EIGHT).model
+  assert_same(checkpoint.restore_params(workdir, like), states[5].model)
+  with pytest.raises(CheckpointError, match="another model"):
+    checkpoint.restore_params(workdir, abstract(run_config(), ONE).model)
+
+
+def test_find_step(saved, tmp_path):
+  steps = saved[0] / "checkpoints"
+  assert checkpoint.find_step(saved[0]) == steps / "5"
+  assert checkpoint.find_step(steps / "3") == steps / "3"
+  with pytest.raises(CheckpointError, match=f"no checkpoint under '{tmp_path}'"):
+    checkpoint.find_step(tmp_path)
+  with pytest.raises(CheckpointError, match="no checkpoint under"):
+    checkpoint.find_step(tmp_path / "nowhere")
+  (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp-0").mkdir(parents=True)
+  with pytest.raises(CheckpointError, match=r"Only unfinished ones: \['4\.orbax-checkpoint-tmp"):
+    checkpoint.find_step(tmp_path)
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+  for step in ("9", "10", "100"):
+    (tmp_path / "checkpoints" / step / "params").mkdir(parents=True)
+  assert checkpoint.find_step(tmp_path).name == "100"
+
+
+def test_config_and_tokenizer_travel(saved, tmp_path):
+  """A run is read where it was moved to, without the files it was trained from."""
+  moved = tmp_path / "moved"
+  shutil.copytree(saved[0], moved)
+  run = checkpoint.read_run(moved)
+  original = run_config(tiny.SPARSE)
+  tokenizer = str(moved / "tokenizer.model")
+  assert run == dataclasses.replace(
+    original, data=dataclasses.replace(original.data, tokenizer=tokenizer)
+  )
+  assert pathlib.Path(tokenizer).read_bytes() == SAMPLE_TOKENIZER.read_bytes()
+
+
+def test_a_run_can_be_written_over_itself(copy):
+  """As when a run is resumed with the tokenizer that travelled with it."""
+  run = checkpoint.read_run(copy)
+  checkpoint.write_run_files(copy, run)
+  assert checkpoint.read_run(copy) == run
+  assert (copy / "tokenizer.model").read_bytes() == SAMPLE_TOKENIZER.read_bytes()
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (None, "is not a run: it has no config.json"),
+    ("{", "config.json' is damaged"),
+    ("[]", "config.json' is damaged"),
+    ("{}", "config.json' is damaged"),
+  ],
+)
+def test_what_is_not_a_run(tmp_path, content, message):
+  if content is not None:
+    (tmp_path / "config.json").write_text(content)
+  with pytest.raises(CheckpointError, match=message):
+    checkpoint.read_run(tmp_path)
+
+
+def test_a_config_of_another_version_names_the_key(copy):
+  path = copy / "config.json"
+  values = json.loads(path.read_text())
+  values["model"]["decoder"]["widht"] = 3
+  path.write_text(json.dumps(values))
+  with pytest.raises(ValueError, match=r"unknown key 'model\.decoder\.widht'"):
+    checkpoint.read_run(copy)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chunked cross-entropy against float64 numpy, and what it never holds in memory.
+
+Letters: B rows, S positions, D width, V vocabulary, M sources.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tiny_step
+
+from mm1_jax.models.decoder import Decoder
+from mm1_jax.train import loss as loss_module
+from mm1_jax.train.loss import TokenSums, cross_entropy, loss_fn, split_rows
+from mm1_jax.train.step import train_step
+
+RUN = tiny_step.run_config()
+NUM_SOURCES = 2
+WEIGHTS = (1.0, 2.0), 0.3  # of the sources' sums and of z, so that each shows in the gradient
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+  return tiny_step.make_state(RUN).model.decoder
+
+
+@pytest.fixture(scope="module")
+def hidden() -> np.ndarray:
+  shape = (*tiny.BATCH.tokens.shape, RUN.model.decoder.width)
+  return (3 * np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+  with jax.set_mesh(tiny.mesh(*tiny_step.ONE)):
+    yield
+
+
+def dense(weight, hidden, batch) -> tuple[dict, dict]:
+  """Returns the sums, and the gradient of their sum weighted by WEIGHTS, in float64."""
+  weight, hidden = np.asarray(weight, np.float64), hidden.astype(np.float64)
+  logits = hidden @ weight.T
+  top = logits.max(axis=-1)
+  normaliser = top + np.log(np.exp(logits - top[..., None]).sum(axis=-1))
+  target = np.take_along_axis(logits, batch.targets[..., None].astype(int), axis=-1)[..., 0]
+  nll, mask = normaliser - target, batch.loss_mask.astype(np.float64)
+  of_source = [mask * (batch.source_ids == m) for m in range(NUM_SOURCES)]
+  sums = {
+    "nll": [(w * nll).sum() for w in of_source],
+    "count": [w.sum() for w in of_source],
+    "z": (mask * normaliser**2).sum(),
+  }
+  probs = np.exp(logits - normaliser[..., None])
+  one_hot = np.eye(logits.shape[-1])[batch.targets]
+  share = sum(a * w for a, w in zip(WEIGHTS[0], of_source, strict=True))
+  d_logits = share[..., None] * (probs - one_hot)
+  d_logits += (WEIGHTS[1] * mask * 2 * normaliser)[..., None] * probs
+  grads = {
+    "hidden": d_logits @ weight,
+    "weight": np.einsum("bsv,bsd->vd", d_logits, hidden),
+  }
+  return sums, grads
+
+
+def chunked(decoder, hidden, batch) -> tuple[TokenSums, dict]:
+  def total(decoder, hidden):
+    sums = cross_entropy(decoder, hidden, batch, NUM_SOURCES)
+    return jnp.sum(jnp.array(WEIGHTS[0]) * sums.nll) + WEIGHTS[1] * sums.z, sums
+
+  (d_decoder, d_hidden), sums = tiny.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(
+    decoder, jnp.asarray(hidden)
+  )
+  return sums, {"hidden": d_hidden, "weight": d_decoder.embedding[...]}
+
+
+@pytest.mark.parametrize("chunk", [512, 4, 12, 1], ids=str)
+def test_sums_and_gradients_are_the_dense_ones(decoder, hidden, chunk, monkeypatch):
+  """Also where a row is no whole number of chunks (12), and where it is one of them."""
+  monkeypatch.setattr(loss_module, "CHUNK", chunk)
+  sums, grads = chunked(decoder, hidden, tiny.BATCH)
+  expected, expected_grads = dense(decoder.embedding[...], hidden, tiny.BATCH)
+  np.testing.assert_allclose(sums.nll, expected["nll"], rtol=1e-5)
+  np.testing.assert_array_equal(sums.count, expected["count"])
+  np.testing.assert_allclose(sums.z, expected["z"], rtol=1e-5)
+  for name, grad in expected_grads.items():
+    assert tiny.largest_difference(grads[name], grad) < 1e-5, name
+
+
+def test_logits_far_from_zero_do_not_overflow(decoder, hidden):
+  sums, grads = chunked(decoder, 100 * hidden, tiny.BATCH)
+  expected, expected_grads = dense(decoder.embedding[...], 100 * hidden, tiny.BATCH)
+  np.testing.assert_allclose(sums.nll, expected["nll"], rtol=1e-5)
+  assert tiny.largest_difference(grads["hidden"], expected_grads["hidden"]) < 1e-4
+
+
+def test_masked_positions_change_nothing(decoder, hidden):
+  """Neither their targets nor their hidden states, and no gradient comes from them."""
+  masked = tiny.BATCH.loss_mask == 0
+  assert masked.any(axis=1).all()
+  other = tiny.BATCH._replace(
+    targets=np.where(masked, 7, tiny.BATCH.targets),
+    source_ids=np.where(masked, 1, tiny.BATCH.source_ids),
+  )
+  other_hidden = np.where(masked[..., None], 5.0, hidden).astype(np.float32)
+  sums, grads = chunked(decoder, hidden, tiny.BATCH)
+  other_sums, other_grads = chunked(decoder, other_hidden, other)
+  tiny_step.assert_same_bits(other_sums, sums)
+  tiny_step.assert_same_bits(other_grads, grads)
+  d_hidden = np.asarray(grads["hidden"])
+  assert not d_hidden[masked].any()
+  assert d_hidden[~masked].any(axis=-1).all()
+
+
+def test_the_losses_weights(decoder):
+  """total = nll / num_targets + z_loss * z / num_targets, and each sparse layer's router losses."""
+  run = tiny_step.run_config(tiny.SPARSE)
+  moe = run.model.decoder.moe
+  model = tiny_step.make_state(run).model
+  batch = tiny.put(tiny.BATCH, tiny.mesh(*tiny_step.ONE))
+  losses = tiny.jit(functools.partial(loss_fn, run=run, share=0.5))(
+    model, batch, num_targets=jnp.float32(50)
+  )
+  assert float(losses.tokens.z) > 0
+  expected = np.sum(losses.tokens.nll) / 50 + run.train.z_loss * float(losses.tokens.z) / 50
+  expected += 0.5 * moe.balance_loss * np.sum(losses.moe.balance_loss)
+  expected += 0.5 * moe.router_z_loss * np.sum(losses.moe.router_z_loss)
+  assert float(losses.total) == pytest.approx(float(expected), rel=1e-6)
+
+
+def arrays(jaxpr):
+  """Yields the shape and dtype of everything that a jaxpr computes, in its inner jaxprs too."""
+  for equation in jaxpr.eqns:
+    for out in equation.outvars:
+      if hasattr(out.aval, "shape"):
+        yield tuple(out.aval.shape), out.aval.dtype
+    for value in equation.params.values():
+      for inner in value if isinstance(value, list | tuple) else [value]:
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from arrays(inner)
+
+
+def logits_of_whole_rows() -> set:
+  """Returns the arrays of a train step that are as large as [B, S, V] and have V as a dim."""
+  jaxpr = jax.make_jaxpr(functools.partial(train_step.__wrapped__, run=RUN))(
+    tiny_step.make_state(RUN), tiny.put(tiny.BATCH, tiny.mesh(*tiny_step.ONE))
+  )
+  vocab = RUN.model.decoder.vocab_size
+  found = list(arrays(jaxpr.jaxpr))
+  assert any(vocab in shape for shape, _ in found), "no logits at all: the walk is wrong"
+  size = tiny.BATCH.tokens.size * vocab
+  return {(s, str(t)) for s, t in found if vocab in s and np.prod(s) >= size}
+
+
+def test_no_array_holds_the_logits_of_whole_rows(monkeypatch):
+  monkeypatch.setattr(loss_module, "CHUNK", 4)
+  assert logits_of_whole_rows() == set()
+
+
+def test_the_search_for_whole_logits_can_fail(monkeypatch):
+  """It finds rows of one chunk, and chunks that are kept for the backward pass."""
+  whole = (*tiny.BATCH.tokens.shape, RUN.model.decoder.vocab_size)
+  monkeypatch.setattr(loss_module, "CHUNK", tiny.BATCH.tokens.shape[1])
+  assert (whole, "float32") in logits_of_whole_rows()
+  monkeypatch.setattr(loss_module, "CHUNK", 4)
+  monkeypatch.setattr(jax, "checkpoint", lambda f: f)
+  assert (4, 8, 4, whole[2]) in {shape for shape, _ in logits_of_whole_rows()}
+
+
+def test_micro_batches_take_every_row_once():
+  batch = tiny.put(tiny.BATCH, tiny.mesh(*tiny_step.ONE))
+  for name, rows in split_rows(batch, 4)._asdict().items():
+    whole = getattr(tiny.BATCH, name)
+    assert rows.shape == (4, 2, *whole.shape[1:])
+    np.testing.assert_array_equal(np.swapaxes(rows, 0, 1).reshape(whole.shape), whole)

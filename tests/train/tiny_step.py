@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiny model's train step: one compiled program a config, and the old state is kept."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import tiny
+
+from mm1_jax.batch import Batch
+from mm1_jax.checkpoint import to_names
+from mm1_jax.config import ConnectorConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
+from mm1_jax.train.step import TrainState, init_state, train_step
+
+ONE = (1, 1, 1, 1)
+ADAMW = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip_norm=1e9)
+
+
+def run_config(
+  moe: MoEConfig | None = None,
+  *,
+  optimizer: OptimizerConfig = ADAMW,
+  train: TrainConfig = TrainConfig(num_steps=10),  # noqa: B008
+  c_abstractor: bool = False,
+) -> RunConfig:
+  """Returns a tiny run; its connector is the one that compiles fast unless `c_abstractor`."""
+  run = dataclasses.replace(tiny.run_config(moe), optimizer=optimizer, train=train)
+  if c_abstractor:
+    return run
+  connector = ConnectorConfig(kind="average_pool", token_grid=(1, 2), hidden=8)
+  return dataclasses.replace(run, model=dataclasses.replace(run.model, connector=connector))
+
+
+@functools.cache
+def make_state(run: RunConfig) -> TrainState:
+  """Returns the first state, on one device; it is shared, so do not donate it."""
+  mesh = tiny.mesh(*ONE)
+  with jax.set_mesh(mesh):
+    return jax.tree.map(jax.numpy.asarray, init_state(tiny.make_model(run.model, mesh), run))
+
+
+# Like `train_step`, but quick to compile, and it leaves its argument alone.
+_step = tiny.jit(train_step.__wrapped__, static_argnames="run")
+
+
+def step(state: TrainState, batch: Batch, run: RunConfig) -> tuple[TrainState, dict[str, float]]:
+  """Returns the next state and the metrics as numbers."""
+  mesh = tiny.mesh(*ONE)
+  with jax.set_mesh(mesh):
+    state, metrics = _step(state, tiny.put(batch, mesh), run=run)
+  return state, {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def change(tree: Any, **values: Any) -> Any:
+  """Returns a tree in which the leaves named (with __ for a dot) go through functions."""
+  wanted = {name.replace("__", "."): f for name, f in values.items()}
+  assert wanted.keys() <= to_names(tree).keys(), wanted.keys() - to_names(tree).keys()
+
+  def put(path, leaf):
+    f = wanted.get(tiny.name(path))
+    return leaf if f is None else jax.device_put(f(np.array(leaf)), leaf.sharding)
+
+  return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+  actual, expected = to_names(actual), to_names(expected)
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    assert np.asarray(actual[name]).tobytes() == np.asarray(value).tobytes(), name
