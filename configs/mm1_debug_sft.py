@@ -15,7 +15,7 @@ def get_config(kind: str = "dense") -> ConfigDict:
   data = config.data.copy_and_resolve_references()
   config = common.sft(config, data=str(common.SAMPLE))
   config.data.update(seq_len=data.seq_len, batch_size=data.batch_size)
-  config.data.images_per_row = data.images_per_row
+  config.data.images_per_row = 2
   config.train.update(num_steps=100, eval_every=50)
   config.optimizer.update(learning_rate=1e-3, warmup_steps=10)
   config.checkpoint.every = 50

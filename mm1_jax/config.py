@@ -231,6 +231,7 @@ class DataConfig:
   batch_size: int = 512  # rows in a global batch (B)
   images_per_row: int = 16  # image slots of a row (N)
   image_delimiters: bool = True  # <image_start>, <image_end> around an image's run
+  chat: bool = False  # conversations: generation then puts a prompt in the chat template
   window_rows: int = 128  # rows that are packed together; more fill better and shuffle further
   num_workers: int = 0  # processes that decode images; 0 decodes in the training process
   max_drop_fraction: float = 0.05  # of examples lost to unreadable images before the run stops

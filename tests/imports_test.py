@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mm1_jax.report",
   },
   "mm1_jax.inference": CONTRACTS
-  | {"mm1_jax.sharding", "mm1_jax.models", "mm1_jax.data", "mm1_jax.checkpoint"},
+  | {"mm1_jax.cli", "mm1_jax.sharding", "mm1_jax.models", "mm1_jax.data", "mm1_jax.checkpoint"},
   "mm1_jax.eval": CONTRACTS
   | {
     "mm1_jax.sharding",

@@ -14,16 +14,11 @@ import argparse
 import sys
 import time
 
-from absl import logging
 from etils import epath
 
-from mm1_jax.checkpoint import CheckpointError
-from mm1_jax.config import ConfigError
-from mm1_jax.data.sources import DataError
+from mm1_jax import cli
 from mm1_jax.inference.model import Model, PromptError
 from mm1_jax.inference.sampler import Sampling
-
-USER_ERRORS = (ConfigError, DataError, CheckpointError, PromptError)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -49,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     "--chat",
     action="store_true",
     default=None,
-    help="the content is a question to answer (default if the run has a train.init_from)",
+    help="the content is a question to answer (default if the run was trained on conversations)",
   )
   chat.add_argument(
     "--raw",
@@ -84,14 +79,5 @@ def _tell(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
 
 
-def run(argv: list[str] | None = None) -> None:
-  """Runs the program; a user's mistake ends it with one line and no traceback."""
-  logging.set_verbosity(logging.ERROR)  # Orbax warns of what is as it should be
-  try:
-    main(argv)
-  except USER_ERRORS as e:
-    sys.exit(f"error: {e}")
-
-
 if __name__ == "__main__":
-  run()
+  cli.run(main)

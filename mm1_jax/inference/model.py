@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mm1_jax import checkpoint
-from mm1_jax.config import MESH_AXES, ConfigError, MeshConfig, RunConfig
+from mm1_jax.config import MESH_AXES, ConfigError, MeshConfig, RunConfig, UserError
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.image import ImageError, decode_image, on_white
 from mm1_jax.data.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ LENGTH_STEP = 64  # prompts and answers get room in multiples of this, so that p
 IN_FLOAT32 = {"scale", "bias", "positions", "class_token", "class_position", "router"}
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
   """A prompt or a setting that cannot be used; the message says what is wrong with it."""
 
 
@@ -67,8 +67,7 @@ class Model:
     self.encoder = Encoder(
       self.tokenizer, run.model.connector.num_tokens, run.data.image_delimiters
     )
-    # A run that began from another's params is taken for a fine-tuned one.
-    self.chat = run.train.init_from is not None
+    self.chat = run.data.chat
     # The vocabulary may be rounded up beyond the tokenizer's.
     self._allowed = np.arange(run.model.decoder.vocab_size) < self.tokenizer.vocab_size
     self._allowed[sorted(self.tokenizer.special_ids - {self.tokenizer.eos_id})] = False
@@ -87,9 +86,7 @@ class Model:
       ConfigError: there are not enough devices, or the model does not divide over them.
       DataError: the run's tokenizer is missing or damaged.
     """
-    path = epath.Path(path)
-    if "://" not in os.fspath(path):
-      path = path.resolve()  # Orbax reads nothing at a relative path
+    path = checkpoint.absolute(path)
     workdir = path.parent.parent if (path / checkpoint.PARAMS).exists() else path
     run = checkpoint.read_run(workdir)
     mesh = _make_mesh(run, data, tensor)
@@ -116,7 +113,7 @@ class Model:
       max_new_tokens: tokens after which an answer is cut off.
       sampling: how tokens are drawn.
       chat: whether a prompt is a user's turn that the assistant answers, or the beginning of a
-        document to go on with; None takes it for a turn if the run has a `train.init_from`.
+        document to go on with; None goes by what the run was trained on, `data.chat`.
       seed: of what is drawn.
       batch_size: prompts that are read at once.
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mm1_jax import cli
 from mm1_jax.inference import generate
 
 MODULE = [sys.executable, "-m", "mm1_jax.inference.generate"]
@@ -42,10 +43,10 @@ def test_the_answer_is_alone_on_stdout(model, workdir, pictures):
 
 
 def test_settings_reach_the_model(model, workdir, capsys):
-  generate.run([f"--checkpoint={workdir}", "--prompt=Hi", "--max-new-tokens=5", "--chat"])
+  cli.run(generate.main, [f"--checkpoint={workdir}", "--prompt=Hi", "--max-new-tokens=5", "--chat"])
   assert capsys.readouterr().out == model.generate([["Hi"]], max_new_tokens=5, chat=True)[0] + "\n"
   flags = ["--temperature=2", "--top-k=40", "--top-p=0.9", "--seed=3"]
-  generate.run([f"--checkpoint={workdir}", "--prompt=Hi", "--max-new-tokens=5", *flags])
+  cli.run(generate.main, [f"--checkpoint={workdir}", "--prompt=Hi", "--max-new-tokens=5", *flags])
   drawn = model.generate(
     [["Hi"]], max_new_tokens=5, sampling=generate.Sampling(2.0, 40, 0.9), seed=3
   )
@@ -76,7 +77,7 @@ def test_a_mistake_ends_the_program_with_one_line():
 )
 def test_each_mistake_has_its_message(workdir: pathlib.Path, capsys, flags, message: str):
   with pytest.raises(SystemExit) as exit:
-    generate.run([f"--checkpoint={workdir}", *flags])
+    cli.run(generate.main, [f"--checkpoint={workdir}", *flags])
   assert isinstance(exit.value.code, str)  # Python prints it on stderr and exits with 1
   assert message in exit.value.code
   assert "\n" not in exit.value.code
@@ -85,6 +86,6 @@ def test_each_mistake_has_its_message(workdir: pathlib.Path, capsys, flags, mess
 
 def test_help_has_an_example(capsys):
   with pytest.raises(SystemExit) as exit:
-    generate.run(["--help"])
+    cli.run(generate.main, ["--help"])
   assert exit.value.code == 0
   assert '--image=a.jpg --prompt="What is this?"' in capsys.readouterr().out

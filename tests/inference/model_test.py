@@ -118,9 +118,9 @@ def test_a_prompt_is_a_documents_beginning_or_a_users_turn(model, pictures):
   assert model.tokenizer.decode(chat).endswith("ASSISTANT:")
 
 
-def test_a_run_that_began_from_another_is_asked_in_turns(copy):
+def test_a_run_on_conversations_is_asked_in_turns(copy):
   assert not Model.load(copy).chat
-  change_config(copy, "train", init_from="runs/other")
+  change_config(copy, "data", chat=True)
   assert Model.load(copy).chat
 
 

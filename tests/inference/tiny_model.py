@@ -17,7 +17,6 @@ from mm1_jax.config import (
   ModelConfig,
   MoEConfig,
   RunConfig,
-  TrainConfig,
   VisionConfig,
 )
 from mm1_jax.models.mm1 import MM1
@@ -27,7 +26,7 @@ TOKENS_PER_IMAGE = 4
 SEQ_LEN = 192
 
 
-def run_config(*, moe: bool = False, init_from: str | None = None) -> RunConfig:
+def run_config(*, moe: bool = False) -> RunConfig:
   """Returns a tiny run; its vocabulary is larger than the tokenizer's 4096."""
   decoder = DecoderConfig(
     vocab_size=4160,
@@ -55,7 +54,6 @@ def run_config(*, moe: bool = False, init_from: str | None = None) -> RunConfig:
     name="tiny",
     model=ModelConfig(vision, connector, decoder, dtype="float32", remat="none"),
     data=DataConfig(tokenizer=str(TOKENIZER), seq_len=SEQ_LEN, batch_size=8, images_per_row=2),
-    train=TrainConfig(init_from=init_from),
   )
 
 
