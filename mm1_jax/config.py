@@ -35,6 +35,12 @@ def _require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
+def _require_positive(group: Any, path: str, *fields: str) -> None:
+  for field in fields:
+    value = getattr(group, field)
+    _require(value > 0, f"{path}.{field} {value} must be positive.")
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
   """ViT image encoder, CLIP-compatible (MM1 section 3.1: ViT-H/14 at 378 pixels)."""
@@ -69,6 +75,8 @@ class VisionConfig:
     return self.depth + 1 + self.feature_layer
 
   def __post_init__(self):
+    counts = ("patch_size", "width", "depth", "num_heads", "mlp_dim")
+    _require_positive(self, "model.vision", *counts)
     for side in self.image_size:
       _require(
         side > 0 and side % self.patch_size == 0,
@@ -103,6 +111,8 @@ class ConnectorConfig:
     return self.token_grid[0] * self.token_grid[1]
 
   def __post_init__(self):
+    counts = ("hidden", "depth", "mlp_depth", "num_heads")
+    _require_positive(self, "model.connector", *counts)
     _require(
       min(self.token_grid) > 0,
       f"model.connector.token_grid {self.token_grid} must have positive sides, such as (12, 12).",
@@ -126,6 +136,7 @@ class MoEConfig:
   router_z_loss: float = 0.001
 
   def __post_init__(self):
+    _require_positive(self, "model.decoder.moe", "num_experts", "every")
     _require(
       1 <= self.top_k <= self.num_experts,
       f"model.decoder.moe.top_k {self.top_k} must lie in [1, num_experts = {self.num_experts}].",
@@ -159,6 +170,8 @@ class DecoderConfig:
     return self.moe.every if self.moe else 1
 
   def __post_init__(self):
+    counts = ("vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+    _require_positive(self, "model.decoder", *counts)
     _require(
       self.num_heads % self.num_kv_heads == 0,
       f"model.decoder.num_heads {self.num_heads} must be a multiple of num_kv_heads "
@@ -242,8 +255,7 @@ class DataConfig:
       names = [s.name for s in getattr(self, kind)]
       twice = sorted({n for n in names if names.count(n) > 1})
       _require(not twice, f"data.{kind} names {twice} more than once; names must differ.")
-    for field in ("seq_len", "batch_size", "window_rows"):
-      _require(getattr(self, field) > 0, f"data.{field} {getattr(self, field)} must be positive.")
+    _require_positive(self, "data", "seq_len", "batch_size", "window_rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,8 +298,8 @@ class TrainConfig:
   max_skipped: int = 10
 
   def __post_init__(self):
-    for field in ("num_steps", "accumulation_steps", "log_every", "eval_every", "max_skipped"):
-      _require(getattr(self, field) > 0, f"train.{field} {getattr(self, field)} must be positive.")
+    counts = ("num_steps", "accumulation_steps", "log_every", "eval_every", "max_skipped")
+    _require_positive(self, "train", *counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,10 +311,7 @@ class CheckpointConfig:
   keep_period: int | None = None  # steps that are kept for good
 
   def __post_init__(self):
-    for field in ("every", "keep"):
-      _require(
-        getattr(self, field) > 0, f"checkpoint.{field} {getattr(self, field)} must be positive."
-      )
+    _require_positive(self, "checkpoint", "every", "keep")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -334,6 +334,13 @@ source = functools.partial(SourceConfig, path="x")
     (lambda: VisionConfig(num_heads=17), r"width 1280 must be a multiple of num_heads 17"),
     (lambda: VisionConfig(feature_layer=0), r"feature_layer 0 must lie in \[-32, -1\]"),
     (lambda: VisionConfig(feature_layer=-33), r"feature_layer -33 must lie in \[-32, -1\]"),
+    (lambda: VisionConfig(patch_size=0), r"model\.vision\.patch_size 0 must be positive"),
+    (lambda: VisionConfig(num_heads=0), r"model\.vision\.num_heads 0 must be positive"),
+    (lambda: ConnectorConfig(depth=0), r"model\.connector\.depth 0 must be positive"),
+    (lambda: ConnectorConfig(mlp_depth=0), r"model\.connector\.mlp_depth 0 must be positive"),
+    (lambda: MoEConfig(every=0), r"model\.decoder\.moe\.every 0 must be positive"),
+    (lambda: DecoderConfig(num_kv_heads=0), r"model\.decoder\.num_kv_heads 0 must be positive"),
+    (lambda: DecoderConfig(depth=-2), r"model\.decoder\.depth -2 must be positive"),
     (lambda: ConnectorConfig(token_grid=(0, 12)), r"token_grid \(0, 12\) must have positive sides"),
     (
       lambda: ConnectorConfig(kind="attention_pool", hidden=100),
