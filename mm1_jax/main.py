@@ -5,6 +5,8 @@ Any value of the config can be overridden, such as `--config.train.num_steps=20`
 command again to go on from the newest checkpoint. This file only connects: see `train/loop.py`.
 """
 
+import traceback
+
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -36,14 +38,21 @@ def parse(argv: list[str]) -> list[str]:
   """Parses flags; a config file or an override that is wrong is a ConfigError like any other."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
+  except Exception as e:  # a config file is a program, and may raise anything
     raise ConfigError(f"{_reason(e)} See --help.") from e
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
   """Returns the last line of a message: a config file's own exception comes with its traceback."""
+  while error.args and isinstance(error.args[0], Exception):  # a KeyError of a KeyError
+    error = error.args[0]
   lines = str(error.args[0] if len(error.args) == 1 else error).splitlines()
-  return [line.strip() for line in lines if line.strip()][-1]
+  reason = next((line.strip() for line in reversed(lines) if line.strip()), "")
+  if isinstance(error, flags.Error | OSError | AttributeError | KeyError | TypeError | ValueError):
+    return reason
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  where = "" if isinstance(error, SyntaxError) else f" ({frame.filename}, line {frame.lineno})"
+  return f"{type(error).__name__}: {reason}{where}."
 
 
 if __name__ == "__main__":
