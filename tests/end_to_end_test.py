@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of the command on the shipped sample: killed, stopped, resumed, and fine-tuned.
+
+However a run of ten steps is cut up, its losses and its last checkpoint are the same, bit for bit.
+"""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mm1_jax.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[1]
+NUM_STEPS = 10
+SMALL = {
+  "model.vision.image_size": "(32, 32)",
+  "model.vision.width": 32,
+  "model.vision.depth": 1,
+  "model.vision.mlp_dim": 32,
+  "model.connector.kind": "average_pool",
+  "model.connector.token_grid": "(2, 2)",
+  "model.decoder.width": 32,
+  "model.decoder.depth": 2,
+  "model.decoder.head_dim": 8,
+  "model.decoder.mlp_dim": 64,
+  "data.batch_size": 4,
+  "data.seq_len": 128,
+  "data.images_per_row": 2,
+  "data.window_rows": 32,
+  "train.num_steps": NUM_STEPS,
+  "train.log_every": 1,
+  "train.eval_every": 5,
+  "train.eval_batches": 1,
+  "optimizer.warmup_steps": 2,
+  "checkpoint.every": 5,
+}
+
+# The command itself, with a blow in the middle: at the batch of step AT, before it is trained on.
+INTERRUPTED = """
+import os, pathlib, runpy, signal, sys, time
+import mm1_jax.train.loop as loop
+how, at, workdir = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+device_batch, calls = loop.device_batch, []
+
+def interrupt(batch, mesh):
+  calls.append(None)
+  # Evaluation puts batches on the mesh too; those of training are counted by their caller.
+  if sys._getframe(1).f_code.co_name != "held_out_loss":
+    interrupt.step += 1
+    if interrupt.step == at:
+      if how == "SIGKILL":
+        deadline = time.time() + 60
+        while not (workdir / "checkpoints" / "5").exists() and time.time() < deadline:
+          time.sleep(0.05)
+      if how == "SIGINT":
+        os.killpg(os.getpgid(0), signal.SIGINT)  # as a terminal's Ctrl-C does, workers included
+      else:
+        os.kill(os.getpid(), getattr(signal, how))
+  return device_batch(batch, mesh)
+
+interrupt.step = 0
+loop.device_batch = interrupt
+sys.argv = ["main.py", *sys.argv[4:]]
+runpy.run_module("mm1_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def run(
+  workdir: pathlib.Path,
+  config: str = "mm1_debug.py:moe",
+  *,
+  interrupt: tuple[str, int] | None = None,
+  **overrides,
+) -> subprocess.CompletedProcess:
+  """Runs the command on one device; `interrupt` is a signal and the step that it comes in."""
+  values = SMALL | {name.replace("__", "."): value for name, value in overrides.items()}
+  args = [f"--config=configs/{config}", f"--workdir={workdir}"]
+  args += [f"--config.{name}={value}" for name, value in values.items()]
+  program = ["-m", "mm1_jax.main"]
+  if interrupt:
+    program = ["-c", INTERRUPTED, interrupt[0], str(interrupt[1]), str(workdir)]
+  flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+  return subprocess.run(
+    [sys.executable, *program, *args],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": flags},
+    capture_output=True,
+    text=True,
+    timeout=400,
+    check=False,
+    start_new_session=True,
+  )
+
+
+def check_ok(result: subprocess.CompletedProcess) -> None:
+  assert result.returncode == 0, result.stderr[-3000:]
+  assert "Traceback" not in result.stderr
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+  return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+  """Returns all arrays of a checkpoint: params, optimizer state and counters."""
+  import orbax.checkpoint as ocp
+
+  found = {}
+  for item in ("params", "train"):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      path = workdir / "checkpoints" / str(step) / item
+      restored = checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=None))
+      found |= {f"{item}.{name}": np.asarray(x) for name, x in restored.items()}
+  return found
+
+
+UNEQUAL = ("speed/", "memory/")  # names of metrics that are of the machine
+
+
+def assert_same_run(actual: pathlib.Path, expected: pathlib.Path) -> None:
+  a, b = arrays(actual, NUM_STEPS), arrays(expected, NUM_STEPS)
+  assert a.keys() == b.keys()
+  for name, value in b.items():
+    assert a[name].tobytes() == value.tobytes(), name
+  a, b = read_metrics(actual), read_metrics(expected)
+  names = {name for name in b if not name.startswith(UNEQUAL)}
+  assert names == {name for name in a if not name.startswith(UNEQUAL)}
+  assert len(b["loss"]) == NUM_STEPS
+  for name in names:
+    assert a[name] == b[name], name
+  states = [
+    (w / "checkpoints" / str(NUM_STEPS) / "data" / "metadata").read_text()
+    for w in (actual, expected)
+  ]
+  assert states[0] == states[1]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("straight") / "run"
+  result = run(workdir)
+  check_ok(result)
+  return workdir, result
+
+
+def test_killed_and_resumed_is_the_same_run(straight, tmp_path):
+  """kill -9 in step 8: the checkpoint of step 5 stands, and steps 6 and 7 are taken again."""
+  result = run(tmp_path, interrupt=("SIGKILL", 8))
+  assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+  assert saved_steps(tmp_path) == [5]
+  assert max(read_metrics(tmp_path)["loss"]) >= 6
+  result = run(tmp_path)
+  check_ok(result)
+  assert "resuming at step 5" in result.stderr
+  assert_same_run(tmp_path, straight[0])
+
+
+@pytest.mark.parametrize(("name", "workers"), [("SIGTERM", 0), ("SIGINT", 2)])
+def test_stopped_and_resumed_is_the_same_run(straight, tmp_path, name, workers):
+  """The step is finished and saved, wherever it falls; Ctrl-C reaches the data workers as well."""
+  result = run(tmp_path, interrupt=(name, 3), data__num_workers=workers)
+  check_ok(result)
+  assert f"stopped by {name}; saved at step 3, run again to go on" in result.stderr
+  assert saved_steps(tmp_path) == [3]
+  assert max(read_metrics(tmp_path)["loss"]) == 3
+  result = run(tmp_path, data__num_workers=workers)
+  check_ok(result)
+  assert_same_run(tmp_path, straight[0])
+
+
+def test_a_finished_run_has_nothing_to_do(straight, tmp_path):
+  before = read_metrics(straight[0])
+  check_ok(run(straight[0]))
+  assert read_metrics(straight[0]) == before
+  assert saved_steps(straight[0]) == [5, 10]
+
+
+def test_another_seed_is_another_run(straight, tmp_path):
+  """Else the comparisons above would hold for any run."""
+  check_ok(run(tmp_path, train__seed=1))
+  assert read_metrics(tmp_path)["loss"] != read_metrics(straight[0])["loss"]
+
+
+def test_what_a_run_writes(straight):
+  workdir, result = straight
+  metrics = read_metrics(workdir)
+  steps = list(range(1, NUM_STEPS + 1))
+  every_step = [
+    *("loss", "z_loss", "lr", "grad_norm", "skipped", "skipped_in_a_row"),
+    *(f"grad_norm/{part}" for part in ("vit", "connector", "decoder")),
+    *(f"moe/load/0/{expert}" for expert in range(8)),
+    *("moe/balance_loss", "moe/router_z_loss", "moe/dropped"),
+    *("data/padded_fraction", "data/empty_slot_fraction", "data/dropped", "memory/peak_gib"),
+  ]
+  for name in every_step:
+    assert list(metrics[name]) == steps, name
+    assert np.isfinite(list(metrics[name].values())).all(), name
+  for source in ("captions", "interleaved", "text"):
+    assert metrics[f"loss/{source}"], source
+    assert list(metrics[f"eval/loss/{source}"]) == [5, 10], source
+  for name in ("step_seconds", "tokens_per_second", "images_per_second", "data_wait"):
+    assert list(metrics[f"speed/{name}"]) == steps[1:], name
+  assert metrics["loss"][10] < metrics["loss"][1]
+  assert metrics["skipped"][10] == 0
+  lines = [line for line in result.stdout.splitlines() if line.startswith("step")]
+  assert len(lines) == NUM_STEPS
+  assert "10/10 (100%)" in lines[-1]
+
+
+def test_what_lies_beside_the_metrics(straight):
+  workdir, _ = straight
+  assert {"config.json", "tokenizer.model", "metrics.jsonl", "tensorboard", "checkpoints"} <= {
+    p.name for p in workdir.iterdir()
+  }
+  assert saved_steps(workdir) == [5, 10]
+  assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name]
+
+
+def events(workdir: pathlib.Path):
+  """Yields the events of a workdir's TensorBoard files, each record's checksum left alone."""
+  from tensorboardX.proto import event_pb2
+
+  for path in sorted((workdir / "tensorboard").iterdir()):
+    data = path.read_bytes()
+    while data:
+      size = int.from_bytes(data[:8], "little")  # then 4 bytes of checksum, record, 4 more
+      yield event_pb2.Event.FromString(data[12 : 12 + size])
+      data = data[16 + size :]
+
+
+def test_tensorboard_can_read_it(straight):
+  import io
+
+  import PIL.Image
+
+  losses, pictures = {}, {}
+  for event in events(straight[0]):
+    for value in event.summary.value:
+      if value.tag == "loss":
+        losses[event.step] = value.simple_value
+      elif value.HasField("image"):
+        pictures[value.tag, event.step] = value.image.encoded_image_string
+  assert losses == pytest.approx(read_metrics(straight[0])["loss"], rel=1e-6)
+  assert list(pictures) == [("first_batch", 0)]
+  picture = np.asarray(PIL.Image.open(io.BytesIO(pictures["first_batch", 0])))
+  assert min(picture.shape[:2]) > 100
+  assert picture.std() > 10
+
+
+def test_fine_tuning_takes_the_pretrained_params(straight, tmp_path):
+  result = run(
+    tmp_path,
+    "mm1_debug_sft.py:moe",
+    train__init_from=straight[0],
+    train__num_steps=2,
+    train__eval_every=2,
+    optimizer__learning_rate=0.0,
+  )
+  check_ok(result)
+  (line,) = [line for line in result.stderr.splitlines() if ": loaded " in line]
+  pretrained = arrays(straight[0], NUM_STEPS)
+  params = {name: x for name, x in pretrained.items() if name.startswith("params.")}
+  assert f"{straight[0]}/checkpoints/10/params': loaded {len(params)} params" in line
+  assert "skipped for their shape: none; missing: none; unused: none" in line
+  # At a rate of 0 they are still the same: nothing was initialised over them.
+  tuned = arrays(tmp_path, 2)
+  for name, value in params.items():
+    assert tuned[name].tobytes() == value.tobytes(), name
+  # And the optimizer starts anew: Adafactor's, after two steps.
+  assert not any(".mu." in name for name in tuned)
+  assert tuned["train.guard.accepted"] == 2
+  metrics = read_metrics(tmp_path)
+  assert list(metrics["loss/sft"]) == [1, 2]
+  assert list(metrics["eval/loss/sft"]) == [2]

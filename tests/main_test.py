@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: what it says to a user's mistakes. One line, exit code 1, and no traceback.
+
+One process imports everything and forks for each command: an import takes seconds, a fork does not.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEBUG = "--config=configs/mm1_debug.py"
+
+# Reads a list of command lines; the child of each becomes `python -m mm1_jax.main`.
+FORKS = """
+import json, os, runpy, sys
+import configs.mm1_debug, jax, mm1_jax.cli, mm1_jax.train.loop
+folder, commands = sys.argv[1], json.load(sys.stdin)
+for name, args in commands.items():
+  pid = os.fork()
+  if pid == 0:
+    for fd, stream in ((1, "out"), (2, "err")):
+      os.dup2(os.open(f"{folder}/{name}.{stream}", os.O_WRONLY | os.O_CREAT), fd)
+    sys.argv = ["main.py", *args]
+    runpy.run_module("mm1_jax.main", run_name="__main__", alter_sys=True)
+    sys.exit(0)
+  code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+  with open(f"{folder}/{name}.code", "w") as f:
+    f.write(str(code))
+"""
+
+
+class Case(NamedTuple):
+  args: list[str]  # WORK stands for a folder of the case's own
+  says: list[str]  # in the error's line
+  workdir: bool = True  # whether --workdir is added
+
+
+CASES = {
+  "nothing": Case([], ["both --config=FILE and --workdir=FOLDER"], workdir=False),
+  "no_workdir": Case([DEBUG], ["--workdir=FOLDER"], workdir=False),
+  "no_config": Case([], ["--config=FILE"]),
+  "missing_config": Case(["--config=configs/mm1_5b.py"], ["configs/mm1_5b.py"]),
+  "config_raises": Case(
+    ["--config=WORK/raises.py"], ["ZeroDivisionError: division by zero", "raises.py, line 2"]
+  ),
+  "config_is_no_python": Case(["--config=WORK/syntax.py"], ["SyntaxError: ", "syntax.py, line 1"]),
+  "config_imports_nothing": Case(
+    ["--config=WORK/imports.py"], ["no_such_module", "imports.py, line 1"]
+  ),
+  "config_without_get_config": Case(["--config=WORK/empty.py"], ["get_config"]),
+  "bad_argument": Case([f"{DEBUG}:foo"], ["mm1_debug is 'dense' or 'moe', not 'foo'"]),
+  "unknown_key": Case(
+    [DEBUG, "--config.train.num_step=3"], ['Did you mean "num_steps" instead of "num_step"?']
+  ),
+  "unknown_group": Case([DEBUG, "--config.trian.num_steps=3"], ["trian"]),
+  "wrong_type": Case([DEBUG, "--config.train.num_steps=many"], ["num_steps", "many"]),
+  "wrong_value": Case(
+    [DEBUG, "--config.optimizer.name=lion"], ["optimizer.name is 'lion'", "'adamw', 'adafactor'"]
+  ),
+  "unknown_flag": Case([DEBUG, "--wrkdir=x"], ["wrkdir"]),
+  "stray_argument": Case([DEBUG, "train"], ["['train']", "--config.key=value"]),
+  "does_not_fit": Case(
+    [DEBUG, "--config.model.decoder.num_heads=3"], ["num_heads 3", "num_kv_heads 2"]
+  ),
+  "no_tokenizer": Case(
+    [DEBUG, "--config.data.tokenizer=WORK/none.model"], ["data.tokenizer", "none.model"]
+  ),
+  "tokenizer_is_none": Case([DEBUG, "--config.data.tokenizer=WORK/empty.py"], ["data.tokenizer"]),
+  "no_shards": Case(
+    [DEBUG, "--config.data.sources.text.path=WORK/text-*.arrayrecord"],
+    ["source 'text'", "no file matches", "text-*.arrayrecord"],
+  ),
+  "broken_shard": Case(
+    [DEBUG, "--config.data.sources.text.path=WORK/broken.arrayrecord"],
+    ["source 'text'", "not a whole ArrayRecord file"],
+  ),
+  "mesh": Case(
+    [DEBUG, "--config.data.batch_size=12"],
+    ["data.batch_size", "12 does not divide over", "= 8", "8 or 16 would fit"],
+  ),
+  "too_many_devices": Case([DEBUG, "--config.mesh.data=3"], ["3", "8 devices"]),
+  "no_init_from": Case([DEBUG, "--config.train.init_from=WORK/none"], ["no checkpoint under"]),
+  "another_shape": Case(
+    [DEBUG, "--config.model.decoder.mlp_dim=64"],
+    ["of another model", "decoder.units.layers.0.mlp.down is (4, 384, 128), not (4, 64, 128)"],
+  ),
+  "another_mixture": Case(
+    [DEBUG, "--config.data.seed=1"], ["seed: 0 then, 1 now", "train.init_from"]
+  ),
+}
+SLOW = {"no_init_from"}  # compiles the initialisation
+
+
+def write_run(workdir: pathlib.Path) -> None:
+  """Leaves a run of mm1_debug at step 3 there, its arrays all zeros; nothing is compiled."""
+  import jax
+  import numpy as np
+
+  from configs import mm1_debug
+  from mm1_jax import checkpoint
+  from mm1_jax.config import RunConfig
+  from mm1_jax.data.pipeline import make_pipeline
+  from mm1_jax.models.mm1 import MM1
+  from mm1_jax.sharding import abstract_state, make_mesh
+  from mm1_jax.train.step import init_state
+
+  run = RunConfig.from_dict(mm1_debug.get_config().to_dict())
+  state = abstract_state(lambda: init_state(MM1(jax.random.key(0), run.model), run), make_mesh(run))
+  state = jax.tree.map(
+    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), jax.devices()[0]), state
+  )
+  pipeline = make_pipeline(
+    run.data,
+    image_size=run.model.vision.image_size,
+    tokens_per_image=run.model.connector.num_tokens,
+    image_token_id=run.model.image_token_id,
+  )
+  checkpoint.write_run_files(workdir, run)
+  with checkpoint.Checkpointer(workdir, run.checkpoint) as checkpointer:
+    train = state._replace(model=None)
+    checkpointer.save(3, params=state.model, train=train, data=pipeline.state())
+    checkpointer.wait()
+  pipeline.close()
+
+
+def write_files(work: pathlib.Path) -> None:
+  work.mkdir()
+  (work / "raises.py").write_text("def get_config():\n  return 1 / 0\n")
+  (work / "syntax.py").write_text("def get_config(:\n")
+  (work / "imports.py").write_text("import no_such_module\n")
+  (work / "empty.py").write_text("")
+  (work / "broken.arrayrecord").write_bytes(b"no records")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+  folder = tmp_path_factory.mktemp("main")
+  for name in CASES:
+    write_files(folder / name)
+  write_run(folder / "another_shape" / "run")
+  shutil.copytree(folder / "another_shape" / "run", folder / "another_mixture" / "run")
+  return folder
+
+
+def run_all(folder: pathlib.Path, names) -> None:
+  commands = {}
+  for name in names:
+    case = CASES[name]
+    args = [arg.replace("WORK", str(folder / name)) for arg in case.args]
+    commands[name] = args + [f"--workdir={folder / name / 'run'}"] * case.workdir
+  subprocess.run(
+    [sys.executable, "-c", FORKS, str(folder)],
+    input=json.dumps(commands),
+    text=True,
+    cwd=ROOT,
+    check=True,
+    timeout=300,
+  )
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> pathlib.Path:
+  run_all(folder, CASES.keys() - SLOW)
+  return folder
+
+
+def check(results: pathlib.Path, name: str) -> None:
+  stdout, stderr = ((results / f"{name}.{stream}").read_text() for stream in ("out", "err"))
+  assert int((results / f"{name}.code").read_text()) == 1, stderr
+  assert "Traceback" not in stdout + stderr
+  errors = [line for line in stderr.splitlines() if line.startswith("error:")]
+  assert len(errors) == 1, stderr
+  assert stderr.splitlines()[-1] == errors[0]
+  for text in CASES[name].says:
+    assert text in errors[0]
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - SLOW))
+def test_a_mistake_is_one_line(results, name):
+  check(results, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_a_mistake_found_late_is_one_line(folder, name):
+  run_all(folder, [name])
+  check(folder, name)
+
+
+def test_a_mistake_leaves_no_run_behind(results):
+  """Else the corrected command would find a half-made workdir."""
+  for name in ("missing_config", "wrong_value", "no_tokenizer", "no_shards", "mesh"):
+    assert not (results / name / "run" / "config.json").exists(), name
+
+
+@pytest.mark.parametrize("name", ["another_shape", "another_mixture"])
+def test_a_mistake_leaves_the_run_as_it_is(results, name):
+  """What is said to be wrong must not be written over what was right."""
+  from configs import mm1_debug
+  from mm1_jax import checkpoint
+  from mm1_jax.config import RunConfig
+
+  workdir = results / name / "run"
+  run = RunConfig.from_dict(mm1_debug.get_config().to_dict())
+  found = checkpoint.read_run(workdir)
+  assert dataclasses.replace(found.data, tokenizer=run.data.tokenizer) == run.data
+  assert found.model == run.model
+  assert (workdir / "checkpoints" / "3" / "params").exists()
+
+
+def command(*args: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-m", "mm1_jax.main", *args],
+    cwd=ROOT,
+    env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+
+
+def test_help_names_the_flags():
+  result = command("--help")
+  assert "python -m mm1_jax.main --config=configs/mm1_debug.py" in result.stdout
+  for text in ("--config:", "--workdir:", "--config.train.num_steps=20", "gs:// path"):
+    assert text in result.stdout
+  assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_the_module_itself_reports_a_mistake(tmp_path):
+  """The forks above are what this is."""
+  result = command(DEBUG, f"--workdir={tmp_path}", "--config.train.num_step=3")
+  assert result.returncode == 1
+  assert result.stderr.splitlines()[-1].startswith("error: ")
+  assert "num_step" in result.stderr
+  assert "Traceback" not in result.stderr
