@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The story of a run, for every stage: restore or initialise, then step, log, evaluate, save."""
 
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import PIL.Image
 from absl import logging
 from clu import parameter_overview
 from etils import epath
@@ -48,48 +50,65 @@ def train(run: RunConfig, workdir: epath.PathLike) -> TrainState:
       before them stands.
   """
   mesh = make_mesh(run)
-  with jax.set_mesh(mesh), Stop() as stop, Checkpointer(workdir, run.checkpoint) as checkpointer:
+  with jax.set_mesh(mesh), Checkpointer(workdir, run.checkpoint) as checkpointer:
     # Data first: a wrong path is found before any param is made.
     latest = checkpointer.latest_step
-    pipeline = _pipeline(run, None if latest is None else checkpointer.restore_data(latest))
-    checkpoint.write_run_files(workdir, run)
-    state = restore_or_init(run, mesh, checkpointer)
-    step = int(state.step)
-    logging.info("%s", parameter_overview.get_parameter_overview(checkpoint.to_names(state.model)))
-    logging.info("mesh %s on %s; step %d", dict(mesh.shape), jax.devices()[0].device_kind, step)
-    with MetricWriter(workdir, start_step=step) as writer:
-      log = StepLog(run, writer)
+    data_state = None if latest is None else checkpointer.restore_data(latest)
+    with contextlib.closing(_pipeline(run, data_state)) as pipeline:
+      state = restore_or_init(run, mesh, checkpointer)
+      checkpoint.write_run_files(workdir, run)
+      names = checkpoint.to_names(state.model)
+      logging.info("%s", parameter_overview.get_parameter_overview(names))
+      logging.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
+      with MetricWriter(workdir, start_step=int(state.step)) as writer:
+        return _run_steps(run, workdir, mesh, state, pipeline, checkpointer, writer)
 
-      def evaluate() -> None:
-        with log.timer.excluded():
-          log.write(step, held_out_loss(state.model, run, mesh))
 
-      def save() -> None:
-        with log.timer.excluded():
-          train = state._replace(model=None)
-          checkpointer.save(step, params=state.model, train=train, data=pipeline.state())
+def _run_steps(
+  run: RunConfig,
+  workdir: epath.PathLike,
+  mesh: Mesh,
+  state: TrainState,
+  pipeline: Pipeline,
+  checkpointer: Checkpointer,
+  writer: MetricWriter,
+) -> TrainState:
+  """Takes the steps that are left. The order inside is a contract.
 
-      # The order is a contract: the state of step n is evaluated and saved with the data that comes
-      # next, and only then is a batch drawn. Metrics of a step are read while the next one runs.
-      while step < run.train.num_steps and not stop.requested:
-        batch, stats = log.fetch(pipeline)
-        if step == 0:
-          _draw(batch, pipeline, run, writer)
-        state, metrics = train_step(state, device_batch(batch, mesh), run=run)
-        step += 1
-        log.step(step, metrics, stats)
-        if step % run.train.eval_every == 0:
-          evaluate()
-        if step % run.checkpoint.every == 0:
-          save()
-      log.flush()
-      if step % run.train.eval_every and not stop.requested:
+  The state of step n is evaluated and saved with the data that comes next, and only then is a batch
+  drawn. Metrics of a step are read while the next one runs.
+  """
+  log, step = StepLog(run, writer), int(state.step)
+
+  def evaluate() -> None:
+    with log.timer.excluded():
+      log.write(step, held_out_loss(state.model, run, mesh))
+
+  def save() -> None:
+    with log.timer.excluded():
+      train = state._replace(model=None)
+      checkpointer.save(step, params=state.model, train=train, data=pipeline.state())
+
+  with Stop() as stop:
+    while step < run.train.num_steps and not stop.requested:
+      batch, stats = log.fetch(pipeline)
+      if step == 0:
+        _draw(batch, pipeline, run, writer, workdir)
+      state, metrics = train_step(state, device_batch(batch, mesh), run=run)
+      step += 1
+      log.step(step, metrics, stats)
+      if step % run.train.eval_every == 0:
         evaluate()
-      if checkpointer.latest_step != step:
+      if step % run.checkpoint.every == 0:
         save()
-      checkpointer.wait()
-      if stop.requested:
-        logging.info("stopped by %s; saved at step %d, run again to go on", stop.requested, step)
+    log.flush()
+    if step % run.train.eval_every and not stop.requested:
+      evaluate()
+    if checkpointer.latest_step != step:
+      save()
+    checkpointer.wait()
+    if stop.requested:
+      logging.info("stopped by %s; saved at step %d, run again to go on", stop.requested, step)
   return state
 
 
@@ -234,7 +253,9 @@ def _pipeline(run: RunConfig, state: dict[str, Any] | None) -> Pipeline:
   )
 
 
-def _draw(batch: Batch, pipeline: Pipeline, run: RunConfig, writer: MetricWriter) -> None:
+def _draw(
+  batch: Batch, pipeline: Pipeline, run: RunConfig, writer: MetricWriter, workdir: epath.PathLike
+) -> None:
   """Draws the first batch: the cheapest way to see a mistake in the data."""
   if jax.process_index() == 0:
     picture = draw_batch(
@@ -244,3 +265,5 @@ def _draw(batch: Batch, pipeline: Pipeline, run: RunConfig, writer: MetricWriter
       source_names=[source.name for source in run.data.sources],
     )
     writer.write_images(0, {"first_batch": picture})
+    with (epath.Path(workdir) / "first_batch.png").open("wb") as file:
+      PIL.Image.fromarray(picture).save(file, "PNG")
