@@ -131,6 +131,8 @@ def restore_or_init(run: RunConfig, mesh: Mesh, checkpointer: Checkpointer) -> T
     )
     logging.info("resuming at step %d", latest)
     return train._replace(model=params)
+  if run.train.init_from:
+    checkpoint.find_step(run.train.init_from)  # a wrong path is found before any param is made
   # Initialisation runs once: on a CPU its compile time is what counts.
   options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
   state = jax.jit(make, compiler_options=options)()
