@@ -166,7 +166,8 @@ def test_killed_and_resumed_is_the_same_run(straight, tmp_path):
 def test_stopped_and_resumed_is_the_same_run(straight, tmp_path, name, workers):
   """The step is finished and saved, wherever it falls; Ctrl-C reaches the data workers as well."""
   result = run(tmp_path, interrupt=(name, 3), data__num_workers=workers)
-  check_ok(result)
+  # Interrupted workers may still say so on stderr; the run itself goes on to save.
+  assert result.returncode == 0, result.stderr[-3000:]
   assert f"stopped by {name}; saved at step 3, run again to go on" in result.stderr
   assert saved_steps(tmp_path) == [3]
   assert max(read_metrics(tmp_path)["loss"]) == 3

@@ -96,7 +96,6 @@ CASES = {
     [DEBUG, "--config.data.seed=1"], ["seed: 0 then, 1 now", "train.init_from"]
   ),
 }
-SLOW = {"no_init_from"}  # compiles the initialisation
 
 
 def write_run(workdir: pathlib.Path) -> None:
@@ -168,7 +167,7 @@ def run_all(folder: pathlib.Path, names) -> None:
 
 @pytest.fixture(scope="module")
 def results(folder) -> pathlib.Path:
-  run_all(folder, CASES.keys() - SLOW)
+  run_all(folder, CASES)
   return folder
 
 
@@ -183,21 +182,21 @@ def check(results: pathlib.Path, name: str) -> None:
     assert text in errors[0]
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - SLOW))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_a_mistake_is_one_line(results, name):
   check(results, name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(SLOW))
-def test_a_mistake_found_late_is_one_line(folder, name):
-  run_all(folder, [name])
-  check(folder, name)
-
-
 def test_a_mistake_leaves_no_run_behind(results):
   """Else the corrected command would find a half-made workdir."""
-  for name in ("missing_config", "wrong_value", "no_tokenizer", "no_shards", "mesh"):
+  for name in (
+    "missing_config",
+    "wrong_value",
+    "no_tokenizer",
+    "no_shards",
+    "mesh",
+    "no_init_from",
+  ):
     assert not (results / name / "run" / "config.json").exists(), name
 
 
