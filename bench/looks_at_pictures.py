@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from jax.sharding import reshard
 
 from configs import mm1_debug
 from mm1_jax import cli
@@ -32,7 +33,7 @@ from mm1_jax.data.packing import Segment, assemble
 from mm1_jax.data.sources import Source
 from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import abstract_state, device_batch, make_mesh
+from mm1_jax.sharding import LAYOUT, abstract_state, device_batch, make_mesh
 from mm1_jax.train.loop import train
 
 ROWS = 32  # captions scored at a time, each in a row of its own
@@ -78,7 +79,7 @@ def held_out_captions(run: RunConfig) -> tuple[list[Batch], np.ndarray]:
 def caption_nll(model: MM1, batch: Batch) -> jax.Array:
   """Returns nats per target of each row; 0 for an empty one."""
   decoder = model.decoder
-  logits = decoder.logits(model(batch).hidden, decoder.head_weight())
+  logits = reshard(decoder.logits(model(batch).hidden, decoder.head_weight()), LAYOUT.act_b)
   nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
   return jnp.sum(nll * batch.loss_mask, axis=1) / jnp.maximum(jnp.sum(batch.loss_mask, axis=1), 1)
 
