@@ -4,6 +4,7 @@
 However a run of ten steps is cut up, its losses and its last checkpoint are the same, bit for bit.
 """
 
+import io
 import os
 import pathlib
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from mm1_jax.metrics import read_metrics
@@ -222,6 +224,8 @@ def test_what_lies_beside_the_metrics(straight):
   }
   assert saved_steps(workdir) == [5, 10]
   assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name]
+  picture = np.asarray(PIL.Image.open(workdir / "first_batch.png"))
+  assert min(picture.shape[:2]) > 100
 
 
 def events(workdir: pathlib.Path):
@@ -237,10 +241,6 @@ def events(workdir: pathlib.Path):
 
 
 def test_tensorboard_can_read_it(straight):
-  import io
-
-  import PIL.Image
-
   losses, pictures = {}, {}
   for event in events(straight[0]):
     for value in event.summary.value:
