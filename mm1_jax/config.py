@@ -275,6 +275,9 @@ class OptimizerConfig:
   frozen: tuple[str, ...] = ()  # parts with no gradient, no optimizer state and no decay
 
   def __post_init__(self):
+    for field in ("learning_rate", "connector_learning_rate"):
+      rate = getattr(self, field)
+      _require(rate is None or rate >= 0, f"optimizer.{field} {rate} must not be negative.")
     for part in self.frozen:
       _require(part in PARTS, f"optimizer.frozen names '{part}'; the parts are {PARTS}.")
     _require(len(set(self.frozen)) < len(PARTS), "optimizer.frozen leaves nothing to train.")

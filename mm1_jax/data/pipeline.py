@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import json
+import signal
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -205,7 +206,7 @@ def make_pipeline(
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's worker pool reads flags, also outside of app.run
     options = grain.MultiprocessingOptions(num_workers=data.num_workers)
-    batches = batches.mp_prefetch(options)
+    batches = batches.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
   return Pipeline(
     iter(batches),
     tokenizer=encoder.tokenizer,
@@ -213,6 +214,11 @@ def make_pipeline(
     state=state,
     max_drop_fraction=data.max_drop_fraction,
   )
+
+
+def _ignore_interrupts(_worker: int, _num_workers: int) -> None:
+  """Leaves Ctrl-C, which reaches the whole process group, to the training process."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_eval_batches(

@@ -109,7 +109,7 @@ def join_frozen(trainable: Params, frozen: Params) -> MM1:
 
 def part_norms(tree: Params) -> dict[str, jax.Array]:
   """Returns the global norm of each part's arrays; 0 for a part that is frozen."""
-  return {part: optax.global_norm(getattr(tree, part)) for part in PARTS}
+  return {part: optax.tree.norm(getattr(tree, part)) for part in PARTS}
 
 
 def _scale_part(updates: Any, part: str, factor: float) -> Any:

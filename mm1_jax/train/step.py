@@ -59,7 +59,7 @@ def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[Trai
   """Takes one step; a step whose gradient is not finite or far too large changes no param."""
   trainable, frozen = split_frozen(state.model, run.optimizer.frozen)
   losses, grads = _gradients(trainable, frozen, batch, run)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   accept = jnp.isfinite(norm) & jnp.isfinite(losses.total) & ~_is_spike(state.guard, norm, run)
   updates, opt_state = make_optimizer(run).update(grads, state.opt_state, trainable)
 
