@@ -38,8 +38,8 @@ def pretrain(name: str, *, data: str = "data") -> ConfigDict:
   config.data.tokenizer = f"{data}/tokenizer.model"
   config.data.sources = sources(data, captions=0.45, interleaved=0.45, text=0.10, part="train")
   config.data.eval_sources = sources(data, captions=1.0, interleaved=1.0, text=1.0, part="heldout")
-  # MM1 allows 16 pictures in a row of one source. In rows that are packed from all sources, 12 fill
-  # nine slots in ten at 98.9% of the positions; 16 would leave a third of the ViT's work to padding.
+  # MM1 allows 16 pictures in a row of one source. In rows packed from all sources, 12 are enough to
+  # fill 98.9% of the positions; with 16 a third of the ViT's work would be padding.
   config.data.images_per_row = 12
   config.train.eval_batches = 8
   config.checkpoint.keep_period = 20_000

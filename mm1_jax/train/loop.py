@@ -5,7 +5,6 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ from mm1_jax import checkpoint
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer
 from mm1_jax.config import RunConfig, UserError
-from mm1_jax.data.pipeline import BatchStats, Pipeline, make_pipeline
+from mm1_jax.data.pipeline import BatchStats, Pipeline
 from mm1_jax.metrics import (
   MetricWriter,
   StepTimer,
@@ -31,6 +30,7 @@ from mm1_jax.metrics import (
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.report import draw_batch
 from mm1_jax.sharding import abstract_state, device_batch, make_mesh
+from mm1_jax.train.feed import training_batches
 from mm1_jax.train.heldout import held_out_loss
 from mm1_jax.train.step import Metrics, TrainState, init_state, train_step
 
@@ -54,7 +54,7 @@ def train(run: RunConfig, workdir: epath.PathLike) -> TrainState:
     # Data first: a wrong path is found before any param is made.
     latest = checkpointer.latest_step
     data_state = None if latest is None else checkpointer.restore_data(latest)
-    with contextlib.closing(_pipeline(run, data_state)) as pipeline:
+    with contextlib.closing(training_batches(run, data_state)) as pipeline:
       state = restore_or_init(run, mesh, checkpointer)
       checkpoint.write_run_files(workdir, run)
       names = checkpoint.to_names(state.model)
@@ -241,18 +241,6 @@ class Stop:
     self.requested = signal.Signals(number).name
     for s, handler in self._handlers.items():
       signal.signal(s, handler)
-
-
-def _pipeline(run: RunConfig, state: dict[str, Any] | None) -> Pipeline:
-  return make_pipeline(
-    run.data,
-    image_size=run.model.vision.image_size,
-    tokens_per_image=run.model.connector.num_tokens,
-    image_token_id=run.model.image_token_id,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    state=state,
-  )
 
 
 def _draw(
