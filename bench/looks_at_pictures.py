@@ -14,7 +14,6 @@ that was interrupted goes on where it was.
 import argparse
 import json
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
@@ -137,10 +136,7 @@ def main() -> None:
   config.train.update(num_steps=args.num_steps, eval_every=args.every)
   config.checkpoint.update(every=args.every, keep_period=args.every)
   run = RunConfig.from_dict(config.to_dict())
-  start = time.perf_counter()
   train(run, args.workdir)
-  minutes = (time.perf_counter() - start) / 60
-
   mesh = make_mesh(run)
   batches, other = held_out_captions(run)
   rows = []
@@ -152,7 +148,7 @@ def main() -> None:
       rows.append({"step": step, **score(model, mesh, batches, other)})
       print(json.dumps(rows[-1]), flush=True)
   (args.workdir / "looks.json").write_text(
-    json.dumps({"kind": args.kind, "train_minutes": minutes, "rows": rows}, indent=2) + "\n"
+    json.dumps({"kind": args.kind, "rows": rows}, indent=2) + "\n"
   )
   draw(rows, args.workdir / "looks.png", f"mm1_debug, {args.kind}")
 

@@ -32,8 +32,8 @@ NUM_PICTURES = 12
 def main() -> None:
   parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
-  parser.add_argument("--pretrain-steps", type=int, default=200)
-  parser.add_argument("--sft-steps", type=int, default=60)
+  parser.add_argument("--pretrain-steps", type=int, default=280)
+  parser.add_argument("--sft-steps", type=int, default=80)
   args = parser.parse_args()
   story = Story()
   pretrained, tuned = args.workdir / "pretrain", args.workdir / "sft"
@@ -62,6 +62,7 @@ def make_run(
   config = config_file.get_config("moe")
   config.train.update(num_steps=num_steps, init_from=init_from, eval_every=num_steps // 2)
   config.checkpoint.every = num_steps
+  config.data.batch_size = 8  # in so few steps, more of them teach more than larger ones
   config.optimizer.warmup_steps = num_steps // 10
   return RunConfig.from_dict(config.to_dict())
 
