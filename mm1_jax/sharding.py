@@ -41,8 +41,6 @@ class Layout:
   expert_efd: P = P("expert", "tensor", "fsdp")
   # Activations.
   act_b: P = P(BATCH_AXES)  # rows split, everything else whole: [B, S], [B, S, D], [B, N, H, W, 3]
-  act_bshk: P = P(BATCH_AXES, None, "tensor", None)
-  act_bsf: P = P(BATCH_AXES, None, "tensor")
   act_bsv: P = P(BATCH_AXES, None, "tensor")
   cache_ubckh: P = P(None, BATCH_AXES, None, "tensor", None)
   act_becd: P = P(("data", "fsdp"), "expert", None, None)  # after the all-to-all to the experts
