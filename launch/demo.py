@@ -32,7 +32,7 @@ NUM_PICTURES = 12
 def main() -> None:
   parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
-  parser.add_argument("--pretrain-steps", type=int, default=280)
+  parser.add_argument("--pretrain-steps", type=int, default=360)
   parser.add_argument("--sft-steps", type=int, default=80)
   args = parser.parse_args()
   story = Story()
@@ -47,8 +47,9 @@ def main() -> None:
   train(sft, tuned)
 
   story.tell("3/4 describing held-out pictures, with both models")
-  answers = describe(Model.load(pretrained), run, prompt=None)
-  answers += describe(Model.load(tuned), run, prompt="Describe the image.")
+  captioned = describe(Model.load(pretrained), run, prompt=None)
+  described = describe(Model.load(tuned), run, prompt="Describe the image.")
+  answers = [a for pair in zip(captioned, described, strict=True) for a in pair]
 
   story.tell("4/4 drawing the report")
   picture, page = write_report(args.workdir, {"pretrain": pretrained, "sft": tuned}, answers)
@@ -84,7 +85,12 @@ def describe(model: Model, run: RunConfig, *, prompt: str | None) -> list[Answer
     batch_size=NUM_PICTURES,
   )
   return [
-    Answer(np.asarray(PIL.Image.open(io.BytesIO(i)).convert("RGB")), prompt or "(caption)", s, t)
+    Answer(
+      np.asarray(PIL.Image.open(io.BytesIO(i)).convert("RGB")),
+      prompt or "(nothing: it captions)",
+      s,
+      t,
+    )
     for i, s, t in zip(images, said, truths, strict=True)
   ]
 

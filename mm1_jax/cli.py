@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import logging
+from absl import flags, logging
 
 from mm1_jax.config import UserError
 
@@ -23,6 +23,7 @@ def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 def show_story() -> None:
   """Logs what this package says, bare; of the libraries, errors only."""
+  flags.FLAGS.mark_as_parsed()  # absl logs before that with a warning; app.run parses all the same
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
