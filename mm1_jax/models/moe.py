@@ -79,8 +79,14 @@ class MoE(nnx.Module):
     return min(num_positions, max(1, math.ceil(share)))
 
   def _route(self, x, valid) -> tuple[Routing, Float[Array, "B S E"], Float[Array, "B S E"]]:
-    # Float32 throughout: in bfloat16 near ties change sides and the losses lose their gradient.
-    logits = jnp.einsum("bsd,de->bse", x.astype(jnp.float32), self.router[...])
+    # Float32 throughout: in bfloat16 near ties change sides, and the losses lose their gradient. A
+    # TPU multiplies float32 in bfloat16 unless it is asked not to.
+    logits = jnp.einsum(
+      "bsd,de->bse",
+      x.astype(jnp.float32),
+      self.router[...],
+      precision=jax.lax.Precision.HIGHEST,
+    )
     probs = jax.nn.softmax(logits)
     weights, experts = jax.lax.top_k(probs, self.cfg.top_k)
     weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-9
