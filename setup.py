@@ -27,11 +27,18 @@ EXTRAS = {
   # The libtpu that matches the installed jax, and workdirs on gs://.
   "tpu": ["gcsfs", "google-cloud-storage", "jax[tpu]"],
   "cuda": ["jax[cuda13]"],  # drivers older than 580: jax[cuda12] by hand
-  # Beam pins an older protobuf than training uses: give it an environment of its own.
-  "data": ["apache-beam"],
+  "data": ["apache-beam"],  # python -m mm1_jax.data.build
   "convert": ["safetensors", "torch", "transformers"],
   "serve": ["gradio"],
-  "dev": ["pre-commit", "psutil", "pyright[nodejs]", "pytest", "pytest-xdist", "ruff"],
+  "dev": [
+    "apache-beam",
+    "pre-commit",
+    "psutil",
+    "pyright[nodejs]",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+  ],
 }
 
 setup(
