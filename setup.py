@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 REQUIRES = [
   "absl-py",
   "clu",
+  "cykooz-resizer",
   "etils[epath]",
   "flax>=0.12",
   "grain>=0.2.18",
@@ -19,6 +20,7 @@ REQUIRES = [
   "orbax-checkpoint>=0.12",
   "pillow",
   "sentencepiece",
+  "simplejpeg",
   "tensorboardX",
   "tensorflow-datasets",
 ]

@@ -243,6 +243,9 @@ class DataConfig:
   seq_len: int = 4096  # positions in a row (S)
   batch_size: int = 512  # rows in a global batch (B)
   images_per_row: int = 16  # image slots of a row (N)
+  # How a picture gets the encoder's size: out of shape, or whole, with a border.
+  image_fit: Literal["squash", "pad"] = "squash"
+  max_image_pixels: int = 64_000_000  # a picture of more is dropped before it is decoded
   image_delimiters: bool = True  # <image_start>, <image_end> around an image's run
   chat: bool = False  # conversations: generation then puts a prompt in the chat template
   window_rows: int = 128  # rows that are packed together; more fill better and shuffle further
@@ -255,7 +258,7 @@ class DataConfig:
       names = [s.name for s in getattr(self, kind)]
       twice = sorted({n for n in names if names.count(n) > 1})
       _require(not twice, f"data.{kind} names {twice} more than once; names must differ.")
-    _require_positive(self, "data", "seq_len", "batch_size", "window_rows")
+    _require_positive(self, "data", "seq_len", "batch_size", "window_rows", "max_image_pixels")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -340,6 +340,9 @@ class BatchLoader:
     self._indexes = indexes
     self._encoder = encoder
     self._image_size = image_size
+    self._decode = functools.partial(
+      decode_image, size=image_size, fit=data.image_fit, max_pixels=data.max_image_pixels
+    )
     self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
 
   def __call__(self, planned: tuple[list[Row], WindowState | None]) -> _Loaded:
@@ -372,7 +375,7 @@ class BatchLoader:
     encode = self._encode if whole else self._encode_cached
     try:
       example = cut(encode(piece.source, piece.example), piece.start, piece.stop)
-      pixels = [decode_image(image, self._image_size) for image in example.images]
+      pixels = [self._decode(image) for image in example.images]
     except ImageError as e:
       drops[e.reason] += 1
     except RecordError as e:

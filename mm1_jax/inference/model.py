@@ -144,8 +144,7 @@ class Model:
     Raises:
       PromptError: a picture cannot be read.
     """
-    size = self.run.model.vision.image_size
-    pixels = [_pixels(item, size) for item in prompt if not isinstance(item, str)]
+    pixels = [_pixels(item, self.run) for item in prompt if not isinstance(item, str)]
     # The encoder only counts and passes on what stands for a picture.
     items = [{"text": item} if isinstance(item, str) else {"image": b""} for item in prompt]
     if self._is_chat(chat):
@@ -273,15 +272,20 @@ def _pad(
   return tokens, images, lengths
 
 
-def _pixels(image: Image, size: tuple[int, int]) -> np.ndarray:
-  """Returns uint8[H, W, 3] in the model's size, from any of the forms that an image may have.
+def _pixels(image: Image, run: RunConfig) -> np.ndarray:
+  """Returns uint8[H, W, 3] as training has them, from any of the forms that an image may have.
 
   Raises:
     PromptError: naming the file, if it is one.
   """
   name = f"image '{os.fspath(image)}'" if isinstance(image, os.PathLike) else "an image"
   try:
-    return decode_image(_encoded(image), size)
+    return decode_image(
+      _encoded(image),
+      run.model.vision.image_size,
+      fit=run.data.image_fit,
+      max_pixels=run.data.max_image_pixels,
+    )
   except OSError as e:
     raise PromptError(f"{name} cannot be read: {e.strerror or e}.") from e
   except ImageError as e:
