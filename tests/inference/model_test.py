@@ -160,7 +160,7 @@ def test_all_forms_of_a_picture_are_the_same_pixels(model, pictures):
 def test_a_picture_that_cannot_be_used_is_named(model, pictures, tmp_path):
   broken = tmp_path / "broken.png"
   broken.write_bytes(pictures[0].read_bytes()[:-500])
-  with pytest.raises(PromptError, match=r"image '.*broken.png' cannot be used: unreadable image"):
+  with pytest.raises(PromptError, match=r"image '.*broken.png' cannot be used: truncated image"):
     model.generate([[broken]])
   with pytest.raises(PromptError, match=r"missing.png' cannot be read: No such file"):
     model.generate([[tmp_path / "missing.png"]])
