@@ -1,37 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures for people: what a batch holds, how a run went, what the model says about images.
+"""Pictures for people: how a run went, and what the model says about images.
 
-Everything is drawn on matplotlib's Agg canvas, without pyplot and its global state. What a model
-says is untrusted: it is drawn as plain text (no mathtext) and escaped in HTML.
+Everything is drawn on matplotlib's Agg canvas, without pyplot and its global state.
 """
 
-import base64
 import dataclasses
 import html
 import io
 import itertools
 import textwrap
-import unicodedata
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import TwoSlopeNorm, to_rgb
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
-from mm1_jax.batch import Batch
+from mm1_jax.drawing import (
+  COLORS,
+  DPI,
+  INK,
+  MUTED,
+  PADDING,
+  PAPER,
+  img,
+  page,
+  printable,
+  printable_lines,
+  to_png,
+)
 from mm1_jax.metrics import read_metrics
-
-COLORS = (
-  "#3b76b0", "#e08a2e", "#4c9a5a", "#c44e52", "#8471b3", "#8c6d54", "#d483b5", "#4fa9b8",
-)  # fmt: skip
-INK, MUTED, PADDING, PAPER = "#1f2430", "#737985", "#d9dbe0", "#ffffff"
-DPI = 110
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +60,10 @@ def write_report(
   out_dir = epath.Path(out_dir)
   out_dir.mkdir(parents=True, exist_ok=True)
   runs = {name: read_metrics(workdir) for name, workdir in stages.items()}
-  png, page = out_dir / "report.png", out_dir / "report.html"
+  png, html_page = out_dir / "report.png", out_dir / "report.html"
   png.write_bytes(_draw_overview(runs, answers[:8]))
-  page.write_text(_page(runs, answers))
-  return png, page
+  html_page.write_text(_page(runs, answers))
+  return png, html_page
 
 
 # Curves.
@@ -88,7 +89,7 @@ def _draw_overview(runs: Mapping[str, dict[str, dict[int, float]]], answers) -> 
       _draw_panel(panel, band, ax, name, run)
   if answers:
     _draw_answers(bands[-1], answers, answer_rows)
-  return _to_png(figure)
+  return to_png(figure)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,52 +290,26 @@ def _put(ax: Axes, right: float, down: float, text: str, **style) -> None:
 
 def _wrap(text: str, width: int, num_lines: int) -> list[str]:
   """Returns at most `num_lines` lines of printable text, the last one cut with an ellipsis."""
-  lines = textwrap.wrap(_printable(text), width, max_lines=num_lines, placeholder=" …")
+  lines = textwrap.wrap(printable(text), width, max_lines=num_lines, placeholder=" …")
   return lines or ["(nothing)"]
-
-
-def _printable(text: str) -> str:
-  """Returns text without control characters, white space collapsed."""
-  return " ".join("".join(c if unicodedata.category(c)[0] != "C" else " " for c in text).split())
-
-
-def _printable_lines(text: str) -> str:
-  return "\n".join(_printable(line) for line in text.strip().splitlines())
-
-
-def _to_png(figure: Figure) -> bytes:
-  canvas = FigureCanvasAgg(figure)
-  out = io.BytesIO()
-  with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="Glyph .* missing from")
-    canvas.print_png(out)
-  return out.getvalue()
 
 
 # The page.
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2430; background: #f5f6f8; margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 20px 60px; }
-h1 { font-size: 28px; margin: 12px 0; } h2 { font-size: 20px; margin: 40px 0 12px; }
 section > img { width: 100%; background: #fff; border-radius: 8px; margin-bottom: 12px; }
-table { border-collapse: collapse; background: #fff; border-radius: 8px; }
-th, td { padding: 6px 16px; text-align: right; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; } th { color: #737985; font-weight: 500; }
-tr + tr td { border-top: 1px solid #eceef1; }
 .answers { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
 figure { flex: 0 1 336px; margin: 0; background: #fff; border-radius: 8px; overflow: hidden; }
 figure img { width: 100%; aspect-ratio: 4 / 3; object-fit: contain; background: #e9ebef; }
 figcaption { padding: 8px 16px 14px; overflow-wrap: anywhere; }
 dl { margin: 0; display: grid; grid-template-columns: 52px 1fr; gap: 4px 8px; }
-dt { color: #737985; font-size: 13px; line-height: 24px; } dd { margin: 0; white-space: pre-wrap; }
-.said { font-weight: 600; } .truth { color: #2f7a3f; } .prompt { color: #737985; }
+dt { color: #5f6570; font-size: 13px; line-height: 24px; } dd { margin: 0; white-space: pre-wrap; }
+.said { font-weight: 600; } .truth { color: #2f7a3f; } .prompt { color: #5f6570; }
 """
 
 
 def _page(runs, answers: Sequence[Answer]) -> str:
-  """Returns the HTML page: no scripts, nothing from outside (its policy forbids both)."""
-  title = html.escape("MM1: " + " → ".join(runs))
+  """Returns the HTML page."""
   sections = []
   for name, run in runs.items():
     images = []
@@ -342,20 +317,13 @@ def _page(runs, answers: Sequence[Answer]) -> str:
       if panel.keys(run):
         figure = Figure((10, panel.height + 0.3), dpi=DPI, facecolor=PAPER, layout="constrained")
         _draw_panel(panel, figure, figure.subplots(), name, run)
-        images.append(_img(_to_png(figure), f"{name}: {panel.title}"))
+        images.append(img(to_png(figure), f"{name}: {panel.title}"))
     sections.append(f"<h2>{html.escape(name)}</h2>{_loss_table(run)}{''.join(images)}")
   if answers:
     cards = "".join(_card(answer) for answer in answers)
     sections.append(f'<h2>Held-out pictures</h2><div class="answers">{cards}</div>')
   body = "".join(f"<section>{section}</section>\n" for section in sections)
-  policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-  return (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-    f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-    '<meta name="viewport" content="width=device-width">\n'
-    f"<title>{title}</title><style>{STYLE}</style></head>\n"
-    f"<body><main><h1>{title}</h1>\n{body}</main></body></html>\n"
-  )
+  return page("MM1: " + " → ".join(runs), body, STYLE)
 
 
 def _loss_table(run) -> str:
@@ -375,7 +343,7 @@ def _card(answer: Answer) -> str:
   out = io.BytesIO()
   Image.fromarray(answer.image).save(out, "PNG")
   lines = "".join(
-    f'<dt>{label}<dd class="{kind}">{html.escape(_printable_lines(text)) or "(nothing)"}'
+    f'<dt>{label}<dd class="{kind}">{html.escape(printable_lines(text)) or "(nothing)"}'
     for label, kind, text in (
       ("asked", "prompt", answer.prompt),
       ("said", "said", answer.said),
@@ -383,138 +351,6 @@ def _card(answer: Answer) -> str:
     )
   )
   return (
-    f"<figure>{_img(out.getvalue(), 'held-out picture')}"
+    f"<figure>{img(out.getvalue(), 'held-out picture')}"
     f"<figcaption><dl>{lines}</dl></figcaption></figure>"
   )
-
-
-def _img(png: bytes, alt: str) -> str:
-  data = base64.b64encode(png).decode()
-  return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-
-
-# A batch.
-
-
-def draw_batch(
-  batch: Batch,
-  decode: Callable[[list[int]], str],
-  *,
-  image_token_id: int | None = None,
-  source_names: Sequence[str] = (),
-  num_rows: int = 4,
-) -> np.ndarray:
-  """Returns `uint8[H, W, 3]`: what the first rows of a batch (numpy arrays) hold.
-
-  Of each row: its positions, one colour for each packed example, grey where padding, darker on
-  image tokens; below them, in black, the positions with loss; its image slots, framed in the
-  colour of their example; and how each example begins.
-
-  Args:
-    batch: the rows, on the host.
-    decode: token ids to text.
-    image_token_id: the `<image>` id; without it image tokens are neither marked nor framed.
-    source_names: `data.sources` in order, to say where an example is from.
-    num_rows: how many rows to draw, at most.
-  """
-  num_rows = min(num_rows, len(batch.tokens))
-  inches = 2.6 * num_rows + 0.4
-  figure = Figure(figsize=(13, inches), dpi=DPI, facecolor=PAPER)
-  legend = "one colour for each example, pale where text, full where image tokens;  grey: padding"
-  figure.text(0.02, 0.1 / inches, f"{legend};  black below: positions with loss", color=MUTED)
-  height = 2.6 / inches
-  for row in range(num_rows):
-    band = Batch(*(np.asarray(field[row]) for field in batch))
-    bottom = 1 - (row + 1) * height
-    _draw_row(figure, bottom, height, row, band, decode, image_token_id, source_names)
-  canvas = FigureCanvasAgg(figure)
-  with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="Glyph .* missing from")
-    canvas.draw()
-  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _draw_row(
-  figure: Figure, bottom: float, height: float, index: int, row: Batch, decode, image_id, names
-) -> None:
-  """Draws one row into the band of the figure that begins at `bottom`; lengths are fractions."""
-  segments = row.segment_ids
-  is_image = (row.tokens == image_id) & (segments > 0)
-  num_examples, filled = int(segments.max(initial=0)), np.mean(segments > 0)
-  figure.text(
-    0.02,
-    bottom + 0.955 * height,
-    f"row {index}:  {num_examples} examples,  {filled:.0%} of {len(segments)} positions filled,  "
-    f"{int(row.image_mask.sum())} of {len(row.image_mask)} image slots,  "
-    f"{int(np.sum(row.loss_mask > 0))} positions with loss",
-    fontsize=10, color=INK, weight="bold", va="top",
-  )  # fmt: skip
-  ax = figure.add_axes((0.02, bottom + 0.68 * height, 0.96, 0.17 * height))
-  ax.imshow(_strip(segments, is_image, row.loss_mask), aspect="auto", interpolation="nearest")
-  ax.set_axis_off()
-  owners = _owners(segments, is_image, int(row.image_mask.sum()))
-  columns = min(len(row.images), max(4, -(-len(row.images) // 2)))
-  lines = -(-len(row.images) // columns) if columns else 0
-  width = 0.46 / columns if columns else 0.0
-  for slot, (image, used) in enumerate(zip(row.images, row.image_mask, strict=True)):
-    i, j = divmod(slot, columns)
-    cell = (0.02 + j * width, bottom + (0.64 - 0.6 * (i + 1) / lines) * height)
-    ax = figure.add_axes((*cell, 0.95 * width, 0.57 * height / lines), xticks=[], yticks=[])
-    ax.set_anchor("NW")
-    ax.imshow(image if used else np.array([[to_rgb(PADDING)]]))
-    owner = owners[slot] if used and slot < len(owners) else 0
-    ax.spines[:].set(color=_color(owner), linewidth=3 if owner else 0.8)
-    if not used:
-      ax.text(0, 0, "empty", ha="center", va="center", fontsize=8, color=MUTED)
-  left = 0.5 if columns else 0.02
-  room = 9
-  ax = figure.add_axes((left, bottom + 0.02 * height, 0.98 - left, 0.62 * height))
-  ax.set_axis_off()
-  for line in range(min(num_examples, room)):
-    segment = line + 1
-    y = 1 - line / room
-    if line == room - 1 and num_examples > room:
-      ax.text(0.03, y, f"and {num_examples - line} more", fontsize=8.5, color=MUTED, va="top")
-      break
-    where = np.flatnonzero(segments == segment)
-    source = int(row.source_ids[where[0]])
-    label = f"{names[source]}:  " if source < len(names) else ""
-    ids = row.tokens[where]
-    text = _printable(_beginning(ids, decode, image_id))
-    ax.text(0, y, "■", fontsize=9, color=_color(segment), va="top")
-    ax.text(
-      0.03, y, textwrap.shorten(label + text, 84 if columns else 170, placeholder=" …"),
-      fontsize=8.5, color=INK, va="top", parse_math=False,
-    )  # fmt: skip
-
-
-def _color(segment: int) -> str:
-  return COLORS[(segment - 1) % len(COLORS)] if segment else PADDING
-
-
-def _strip(segments: np.ndarray, is_image: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
-  """Returns `float[10, S, 3]`: seven lines of examples, a white one, two of the loss mask."""
-  colors = np.array([to_rgb(_color(s)) for s in segments])
-  text = (segments > 0) & ~is_image
-  colors[text] = 0.5 + 0.5 * colors[text]
-  loss = np.where((loss_mask > 0)[:, None], to_rgb(INK), to_rgb(PADDING))
-  return np.stack([colors] * 7 + [np.ones_like(colors)] + [loss] * 2)
-
-
-def _owners(segments: np.ndarray, is_image: np.ndarray, num_images: int) -> list[int]:
-  """Returns the example that each image of a row belongs to: runs are equally long."""
-  where = np.flatnonzero(is_image)
-  if not num_images or len(where) % num_images:
-    return []
-  return [int(s) for s in segments[where[:: max(1, len(where) // num_images)]]]
-
-
-def _beginning(ids: np.ndarray, decode, image_id: int | None) -> str:
-  """Returns the text of an example's first tokens, a run of image tokens as one mark."""
-  texts = []
-  for is_image, run in itertools.groupby(ids.tolist(), key=lambda i: i == image_id):
-    run = list(run)
-    texts.append(f"[image, {len(run)} tokens]" if is_image else decode(run[:64]))
-    if sum(map(len, texts)) > 400:
-      break
-  return " ".join(texts)

@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 
-from mm1_jax import main
+from mm1_jax import cli, main
 from mm1_jax.train import loss
 
 PACKAGE = pathlib.Path(main.__file__).parent
@@ -26,7 +26,7 @@ def test_from_main_to_the_loss_in_at_most_nine_hops(tmp_path, monkeypatch):
     raise Reached
 
   monkeypatch.setattr(loss, "cross_entropy", record)
-  main.parse(["main", "--config=configs/mm1_debug.py", f"--workdir={tmp_path}"])
+  cli.parse(["main", "--config=configs/mm1_debug.py", f"--workdir={tmp_path}"])
   with pytest.raises(Reached):
     main.main(["main"])
   hops.append(("loss", "cross_entropy"))

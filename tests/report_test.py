@@ -10,9 +10,6 @@ import pytest
 from PIL import Image
 
 from mm1_jax import metrics, report
-from mm1_jax.batch import Batch
-
-IMAGE_ID = 4
 
 
 class Page(html.parser.HTMLParser):
@@ -43,29 +40,6 @@ def write_stage(workdir, *, sources=("captions", "text"), experts=4, steps=range
       scalars |= {f"moe/load/{u}/{e}": 1 / experts for u in range(2) for e in range(experts)}
       writer.write_scalars(step, scalars)
     writer.write_scalars(20, {f"eval/loss/{source}": 4.5 for source in sources})
-
-
-def batch(num_rows=3, num_positions=40, num_slots=3) -> Batch:
-  """Rows of a 20-position captioned image and a 12-position text; one slot and the rest empty."""
-  shape = (num_rows, num_positions)
-  tokens = np.full(shape, 7, np.int32)
-  tokens[:, 2:10] = IMAGE_ID
-  segment_ids = np.zeros(shape, np.int32)
-  segment_ids[:, :20], segment_ids[:, 20:32] = 1, 2
-  images = np.zeros((num_rows, num_slots, 24, 32, 3), np.uint8)
-  images[:, :1] = picture((255, 0, 255))
-  image_mask = np.zeros((num_rows, num_slots), bool)
-  image_mask[:, :1] = True
-  return Batch(
-    tokens=tokens,
-    targets=tokens,
-    loss_mask=(segment_ids > 0).astype(np.float32),
-    positions=np.zeros(shape, np.int32),
-    segment_ids=segment_ids,
-    source_ids=segment_ids // 2,
-    images=images,
-    image_mask=image_mask,
-  )
 
 
 class TestWriteReport:
@@ -123,42 +97,3 @@ class TestWriteReport:
       writer.write_scalars(2, {"loss": 2.0})
     _, page = report.write_report(tmp_path, {"pretrain": tmp_path / "a"})
     assert re.findall(r'alt="([^"]*)"', page.read_text()) == ["pretrain: loss"]
-
-
-class TestDrawBatch:
-  def draw(self, drawn: Batch, **kwargs) -> np.ndarray:
-    return report.draw_batch(drawn, lambda ids: f"<{len(ids)} tokens $x^", **kwargs)
-
-  def test_rows_make_it_taller(self):
-    one, three = self.draw(batch(1)), self.draw(batch(3))
-    assert one.dtype == np.uint8
-    assert one.shape[1:] == three.shape[1:]
-    assert three.shape[0] > 2 * one.shape[0]
-    assert self.draw(batch(3), num_rows=1).shape == one.shape
-
-  def test_pictures_are_in_it(self):
-    drawn = self.draw(batch(1), image_token_id=IMAGE_ID)
-    assert np.sum(np.all(drawn == (255, 0, 255), axis=-1)) > 1000
-
-  def test_more_examples_than_fit_and_no_image_slots(self):
-    many = batch(1, num_slots=0)
-    many = many._replace(segment_ids=np.arange(1, 41, dtype=np.int32)[None])
-    assert self.draw(many).shape[2] == 3
-
-  def test_a_row_of_padding(self):
-    drawn = batch(1)
-    empty = drawn._replace(
-      segment_ids=np.zeros_like(drawn.segment_ids), image_mask=np.zeros_like(drawn.image_mask)
-    )
-    assert self.draw(empty, image_token_id=IMAGE_ID).shape[2] == 3
-
-  def test_images_find_their_example(self):
-    segments = np.array([1, 1, 1, 2, 2, 2, 2, 0])
-    is_image = np.array([0, 1, 1, 0, 1, 1, 0, 0], bool)
-    assert report._owners(segments, is_image, 2) == [1, 2]
-    assert report._owners(segments, is_image, 0) == []
-
-  def test_beginning_marks_a_run_of_image_tokens_once(self):
-    ids = np.array([7, 4, 4, 4, 8, 9])
-    text = report._beginning(ids, lambda run: "+".join(map(str, run)), IMAGE_ID)
-    assert text == "7 [image, 3 tokens] 8+9"

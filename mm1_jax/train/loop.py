@@ -18,6 +18,8 @@ from mm1_jax import checkpoint
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer
 from mm1_jax.config import RunConfig, UserError
+from mm1_jax.data.examples import Encoder
+from mm1_jax.data.inspect.picture import draw_batch
 from mm1_jax.data.pipeline import BatchStats, Pipeline
 from mm1_jax.metrics import (
   MetricWriter,
@@ -28,7 +30,6 @@ from mm1_jax.metrics import (
   progress_line,
 )
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.report import draw_batch
 from mm1_jax.sharding import abstract_state, device_batch, make_mesh
 from mm1_jax.train.feed import training_batches
 from mm1_jax.train.heldout import held_out_loss
@@ -248,12 +249,8 @@ def _draw(
 ) -> None:
   """Draws the first batch: the cheapest way to see a mistake in the data."""
   if jax.process_index() == 0:
-    picture = draw_batch(
-      batch,
-      pipeline.tokenizer.decode,
-      image_token_id=run.model.image_token_id,
-      source_names=[source.name for source in run.data.sources],
-    )
+    encoder = Encoder(pipeline.tokenizer, run.model.connector.num_tokens, run.data.image_delimiters)
+    picture = draw_batch(batch, encoder, [source.name for source in run.data.sources])
     writer.write_images(0, {"first_batch": picture})
     with (epath.Path(workdir) / "first_batch.png").open("wb") as file:
       PIL.Image.fromarray(picture).save(file, "PNG")

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the packed stream as training does, and compares it with the records it was made from.
+
+The batches are `make_pipeline`'s own. What should be in them is found on a second way: the plan
+names the pieces of each row, and their records are read, encoded and decoded once more.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from mm1_jax.batch import Batch
+from mm1_jax.config import DataConfig, RunConfig
+from mm1_jax.data.examples import Encoder, Example, cut
+from mm1_jax.data.image import ImageError, decode_image
+from mm1_jax.data.index import UNREADABLE
+from mm1_jax.data.inspect.facts import Checks, Segment, SourceFacts, row_of, segments_of
+from mm1_jax.data.pipeline import (
+  MIN_EXAMPLES_TO_JUDGE,
+  Pipeline,
+  PlannedBatches,
+  make_pipeline,
+)
+from mm1_jax.data.plan import Piece, Plan, Row
+from mm1_jax.data.sources import Record, RecordError, Source
+
+MAX_DRAWN = 24  # rows kept for drawing
+CACHED_RECORDS = 64  # a long document is cut over rows near each other
+SECONDS_BETWEEN_NEWS = 5.0
+
+
+class Origin(NamedTuple):
+  """The record that a segment was made from; `start` to `stop` of its positions."""
+
+  record: int  # its number in the source
+  id: str
+  license: str
+  credit: str
+  start: int
+  stop: int
+  num_positions: int
+
+  @property
+  def whole(self) -> bool:
+    return self.stop - self.start == self.num_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnRow:
+  """A row to draw."""
+
+  name: str
+  row: Batch  # of one row, without its first axis
+  segments: list[Segment]
+  origins: list[Origin | None]  # of each segment
+
+
+@dataclasses.dataclass
+class Stream:
+  """What was found in some steps of the stream."""
+
+  run: RunConfig
+  encoder: Encoder
+  steps: range
+  num_rows: int  # read of each batch
+  sources: list[SourceFacts]
+  checks: Checks
+  planned_rows: int = 0
+  rows: int = 0
+  filled: int = 0  # positions
+  slots_used: int = 0
+  segments_per_row: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  drawn: list[DrawnRow] = dataclasses.field(default_factory=list)
+
+  @property
+  def failed(self) -> list[str]:
+    return [check.name for check in self.checks if check.failed]
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the figures as plain JSON."""
+    data = self.run.data
+    planned = max(1, sum(source.planned for source in self.sources))
+    all_positions = self.rows * data.seq_len
+    all_slots = self.rows * data.images_per_row
+    return {
+      "name": self.run.name,
+      "steps": [self.steps.start, self.steps.stop],
+      "rows_of_each_batch": [self.num_rows, data.batch_size],
+      "rows": self.rows,
+      "positions": {
+        "all": all_positions,
+        "filled": self.filled,
+        "filled_fraction": self.filled / max(1, all_positions),
+        "trained": sum(source.trained for source in self.sources),
+      },
+      "image_slots": {
+        "all": all_slots,
+        "used": self.slots_used,
+        "used_fraction": self.slots_used / max(1, all_slots),
+      },
+      "planned": {
+        "rows": self.planned_rows,
+        "filled_fraction": planned / max(1, self.planned_rows * data.seq_len),
+      },
+      "segments_per_row": {str(n): self.segments_per_row[n] for n in sorted(self.segments_per_row)},
+      "sources": {
+        s.name: {
+          "asked_fraction": s.asked,
+          "planned_fraction": s.planned / planned,
+          "positions_fraction": s.positions / max(1, self.filled),
+          "positions": s.positions,
+          "trained": s.trained,
+          "pictures": s.pictures,
+          "segments": len(s.lengths),
+          "parts": s.parts,
+          "lengths": _quantiles(s.lengths),
+          "dropped": dict(s.drops),
+          "left_out_of_index": dict(s.left_out),
+        }
+        for s in self.sources
+      },
+      "checks": [dataclasses.asdict(check) for check in self.checks],
+    }
+
+
+def _quantiles(values: Sequence[int]) -> dict[str, int]:
+  if not values:
+    return {}
+  low, middle, high = np.quantile(values, [0, 0.5, 1], method="lower").tolist()
+  return {"min": int(low), "median": int(middle), "max": int(high)}
+
+
+def read_stream(run: RunConfig, *, first_step: int, num_batches: int, num_rows: int) -> Stream:
+  """Reads the first rows of some global batches, and checks them.
+
+  Args:
+    run: what is trained. Workers are not used, and no share of dropped examples ends this.
+    first_step: global batch to begin with; the windows before it are planned, not read.
+    num_batches: how many.
+    num_rows: at least so many rows of each, fewer if there are not as many.
+
+  Raises:
+    UserError: as `make_pipeline`.
+  """
+  data = dataclasses.replace(run.data, num_workers=0, max_drop_fraction=1.0)
+  share = min(
+    n
+    for n in range(1, data.batch_size + 1)
+    if data.batch_size % n == 0 and n >= min(num_rows, data.batch_size)
+  )
+  first = _pipeline(run, data, share, None)
+  encoder = Encoder(first.tokenizer, run.model.connector.num_tokens, data.image_delimiters)
+  sources = _source_facts(run, first)
+  plan = Plan(data, list(first.indexes.values()), run.image_positions)
+  planned = PlannedBatches(plan, plan.first_state, 0, range(data.batch_size))
+  state = {**first.state(), **_seek(planned, first_step)}
+  first.close()
+  stream = Stream(
+    run,
+    encoder,
+    range(first_step, first_step + num_batches),
+    share,
+    sources,
+    Checks(encoder, len(sources)),
+  )
+  expected = _Records(run, encoder, first)
+  pipeline = _pipeline(run, data, share, state)
+  for step in stream.steps:
+    batch, stats = next(pipeline)
+    rows, _ = planned[step]
+    _add_plan(stream, rows)
+    _add_batch(stream, expected, step, batch, rows[:share], stats.drops)
+    logging.info("step %d: read %d of %d rows", step, share, data.batch_size)
+  pipeline.close()
+  _add_drop_limit(stream)
+  return stream
+
+
+def _pipeline(
+  run: RunConfig, data: DataConfig, num_rows: int, state: dict[str, Any] | None
+) -> Pipeline:
+  """Returns the stream of the first `num_rows` rows: those of the first of several processes."""
+  return make_pipeline(
+    data,
+    image_size=run.model.vision.image_size,
+    tokens_per_image=run.model.connector.num_tokens,
+    image_token_id=run.model.image_token_id,
+    process_count=data.batch_size // num_rows,
+    state=state,
+  )
+
+
+def _seek(planned: PlannedBatches, step: int) -> dict[str, Any]:
+  """Returns a pipeline's place in front of batch `step`: windows follow from each other."""
+  if not step:
+    return {}
+  told = time.monotonic()
+  for before in range(step):
+    _, state = planned[before]
+    if time.monotonic() - told > SECONDS_BETWEEN_NEWS:
+      told = time.monotonic()
+      logging.info("planned up to step %d of %d", before, step)
+  return {"batch": step, "plan": state.to_dict()}
+
+
+def _source_facts(run: RunConfig, pipeline: Pipeline) -> list[SourceFacts]:
+  total = sum(source.weight for source in run.data.sources)
+  return [
+    SourceFacts(s.name, s.weight / total, left_out=pipeline.indexes[s.name].drops)
+    for s in run.data.sources
+  ]
+
+
+def _add_plan(stream: Stream, rows: Sequence[Row]) -> None:
+  """Counts what all rows of a global batch should hold."""
+  stream.planned_rows += len(rows)
+  for source, _, start, stop in itertools.chain.from_iterable(rows):
+    stream.sources[source].planned += stop - start
+
+
+def _add_batch(
+  stream: Stream,
+  records: "_Records",
+  step: int,
+  batch: Batch,
+  rows: Sequence[Row],
+  counted: Mapping[str, int],
+) -> None:
+  """Counts and checks the rows of a batch that were read."""
+  names = [f"step {step}, row {r}" for r in range(len(rows))]
+  stream.checks.add_batch(batch, names)
+  found: collections.Counter = collections.Counter()
+  for r, pieces in enumerate(rows):
+    row = row_of(batch, r)
+    segments = segments_of(row, stream.encoder)
+    origins, drops = records.compare(row, segments, pieces, names[r], stream.checks)
+    for source, reason in drops:
+      stream.sources[source].drops[reason] += 1
+      found[reason] += 1
+    _add_row(stream, row, segments, origins)
+    if len(stream.drawn) < MAX_DRAWN:
+      stream.drawn.append(DrawnRow(names[r], row, segments, origins))
+  same = found == collections.Counter(counted)
+  stream.checks["what is missing from rows was counted as dropped"].add(
+    max(1, found.total()),
+    () if same else [(1, f"step {step}: {dict(found)} missing, {dict(counted)} counted")],
+  )
+
+
+def _add_row(
+  stream: Stream, row: Batch, segments: Sequence[Segment], origins: Sequence[Origin | None]
+) -> None:
+  stream.rows += 1
+  stream.filled += int((row.segment_ids != 0).sum())
+  stream.slots_used += int(row.image_mask.sum())
+  stream.segments_per_row[len(segments)] += 1
+  for segment, origin in zip(segments, origins, strict=True):
+    if 0 <= segment.source_id < len(stream.sources):
+      facts = stream.sources[segment.source_id]
+      facts.add(row, segment)
+      facts.parts += origin is not None and not origin.whole
+
+
+def _add_drop_limit(stream: Stream) -> None:
+  limit = stream.run.data.max_drop_fraction
+  dropped = sum(source.drops.total() for source in stream.sources)
+  seen = dropped + sum(len(source.lengths) for source in stream.sources)
+  check = stream.checks["no more examples are dropped than data.max_drop_fraction allows"]
+  over = seen >= MIN_EXAMPLES_TO_JUDGE and dropped > limit * seen
+  check.add(seen, [(dropped, f"{dropped} of {seen}, more than {limit:.1%}")] if over else ())
+
+
+class _Records:
+  """The records of all sources, to compare rows with."""
+
+  def __init__(self, run: RunConfig, encoder: Encoder, pipeline: Pipeline):
+    self._sources = [Source(config) for config in run.data.sources]
+    self._indexes = [pipeline.indexes[config.name] for config in run.data.sources]
+    self._encoder = encoder
+    self._image_size = run.model.vision.image_size
+    self._read = functools.lru_cache(CACHED_RECORDS)(self._read)
+
+  def compare(
+    self,
+    row: Batch,
+    segments: Sequence[Segment],
+    pieces: Sequence[Piece],
+    name: str,
+    checks: Checks,
+  ) -> tuple[list[Origin | None], list[tuple[int, str]]]:
+    """Finds each segment's record and compares the two.
+
+    Returns:
+      The origin of each segment, and source and reason of each piece that cannot be in the row.
+    """
+    check = checks["every segment is what its record says: ids, loss mask and pictures"]
+    origins: list[Origin | None] = [None] * len(segments)
+    drops, at = [], 0
+    for piece in pieces:
+      try:
+        origin, example, pixels = self._piece(piece)
+      except ImageError as e:
+        drops.append((piece.source, e.reason))
+        continue
+      except RecordError:
+        drops.append((piece.source, UNREADABLE))
+        continue
+      if at == len(segments):
+        check.add(1, [(1, f"{name}: record '{origin.id}' is missing")])
+        continue
+      wrong = _differences(row, segments[at], piece.source, example, pixels)
+      where = f"{name}, segment {at + 1}, record '{origin.id}': {', '.join(wrong)} differ"
+      check.add(1, [(1, where)] if wrong else ())
+      origins[at] = origin
+      at += 1
+    for segment in segments[at:]:
+      check.add(1, [(1, f"{name}, segment {segment.number}: of no record")])
+    return origins, drops
+
+  def _piece(self, piece: Piece) -> tuple[Origin, Example, list[np.ndarray]]:
+    number = int(self._indexes[piece.source].records[piece.example])
+    record, encoded = self._read(piece.source, number)
+    example = cut(encoded, piece.start, piece.stop)
+    pixels = [decode_image(image, self._image_size) for image in example.images]
+    license, credit = (str(record.get(key, "")) for key in ("license", "credit"))
+    origin = Origin(number, record["id"], license, credit, piece.start, piece.stop, len(encoded))
+    return origin, example, pixels
+
+  def _read(self, source: int, number: int) -> tuple[Record, Example]:
+    record = self._sources[source][number]
+    return record, self._encoder.encode_record(record)
+
+
+def _differences(
+  row: Batch, segment: Segment, source: int, example: Example, pixels: Sequence[np.ndarray]
+) -> list[str]:
+  """Returns the names of what is not as in the record."""
+  at = slice(segment.start, segment.stop)
+  pairs = {
+    "source": (np.array(segment.source_id), np.array(source)),
+    "tokens": (row.tokens[at], example.tokens),
+    "targets": (row.targets[at], example.targets),
+    "loss mask": (row.loss_mask[at], example.loss_mask),
+  }
+  wrong = [name for name, (a, b) in pairs.items() if not np.array_equal(a, b)]
+  slots = [run.slot for run in segment.runs if run.slot < len(row.images)]
+  shown = [row.images[slot] for slot in slots if row.image_mask[slot]]
+  if len(shown) != len(pixels) or any(
+    not np.array_equal(a, b) for a, b in zip(shown, pixels, strict=True)
+  ):
+    wrong.append("pictures")
+  return wrong
