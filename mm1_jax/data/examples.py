@@ -138,7 +138,9 @@ class Encoder:
       self.tokenizer.image_start_id,
       self.tokenizer.image_end_id,
     )
-    loss_mask = np.array(predict[1:], bool) & ~np.isin(targets, specials)
+    loss_mask = np.array(predict[1:], bool)
+    for special in specials:
+      loss_mask &= targets != special
     spans = self._spans(tokens)
     assert len(spans) == len(images), (len(spans), len(images))
     return Example(tokens, targets, loss_mask.astype(np.float32), tuple(images), spans)

@@ -348,9 +348,10 @@ class BatchLoader:
   def __call__(self, planned: tuple[list[Row], WindowState | None]) -> _Loaded:
     rows, next_window = planned
     drops: collections.Counter = collections.Counter()
-    segments = [[s for piece in row if (s := self._segment(piece, drops))] for row in rows]
+    segments = ([s for piece in row if (s := self._segment(piece, drops))] for row in rows)
     batch = assemble(
       segments,
+      num_rows=len(rows),
       seq_len=self._data.seq_len,
       images_per_row=self._data.images_per_row,
       image_size=self._image_size,
@@ -362,7 +363,7 @@ class BatchLoader:
       empty_slot_fraction=1 - num_images / batch.image_mask.size if batch.image_mask.size else 0.0,
       num_positions=num_positions,
       num_images=num_images,
-      num_examples=sum(map(len, segments)),
+      num_examples=int(batch.segment_ids.max(axis=1).sum()),
       drops=dict(drops),
     )
     state = next_window.to_dict() if next_window else None
