@@ -90,7 +90,7 @@ class Model:
     workdir = path.parent.parent if (path / checkpoint.PARAMS).exists() else path
     run = checkpoint.read_run(workdir)
     mesh = _make_mesh(run, data, tensor)
-    params = checkpoint.restore_params(path, _abstract_params(run, mesh))
+    params = checkpoint.restore_params(path, abstract_params(run, mesh))
     return cls(params, run, mesh)
 
   def generate(
@@ -198,7 +198,7 @@ class Model:
     return [self.tokenizer.decode(ids[:n].tolist()) for ids, n in pairs][: len(requests)]
 
 
-def _abstract_params(run: RunConfig, mesh: Mesh) -> MM1:
+def abstract_params(run: RunConfig, mesh: Mesh) -> MM1:
   """Returns the model's shapes and shardings, in the dtype that it computes with."""
   # Nothing is kept for a backward pass that never comes.
   cfg = dataclasses.replace(run.model, remat="none")
