@@ -88,7 +88,11 @@ def test_figures_by_hand(literal, tmp_path):
     "trained": 6 * (2 + 3),  # `a` and `</s>`; `a`, `b` and `</s>`
   }
   assert found["image_slots"] == {"all": 6, "used": 6, "used_fraction": 1.0}
-  assert found["planned"] == {"rows": 6, "filled_fraction": pytest.approx(11 / 12)}
+  assert found["planned"] == {
+    "rows": 6,
+    "filled_fraction": pytest.approx(11 / 12),
+    "used_fraction": 1.0,
+  }
   assert found["segments_per_row"] == {"2": 6}
   assert found["sources"]["captions"] == {
     "asked_fraction": pytest.approx(8 / 11),
@@ -275,6 +279,20 @@ def test_a_mistake_is_seen(change, make_run, spoil):
   places = [place for check in found.checks for place in check.places]
   assert places
   assert all(place.startswith("step 0, row ") for place in places)
+
+
+def test_padded_pictures_are_compared_as_padded(make_run):
+  run = make_run(window_rows=8, image_fit="pad")
+  assert stream.read_stream(run, first_step=0, num_batches=1, num_rows=8).failed == []
+
+
+def test_the_segment_with_another_picture_is_named(make_run, spoil, tmp_path):
+  spoil(change_two_pictures_are_swapped)
+  drawing = inspect.draw_stream(make_run(window_rows=8), tmp_path, num_batches=1)
+  (check,) = [check for check in drawing.facts["checks"] if check["failed"]]
+  assert check["failed"] == 2
+  assert all(place.endswith(": pictures") for place in check["places"])
+  assert Page(drawing.page).text.count("not as in the record: pictures") == 2
 
 
 def test_a_mistake_is_red(make_run, spoil, tmp_path):

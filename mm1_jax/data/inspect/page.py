@@ -82,7 +82,7 @@ def figures_html(figures: Iterable[tuple[str, str]]) -> str:
 def _mixture(stream: Stream, facts: Mapping[str, Any]) -> str:
   head = (
     "<th>source<th>asked<th>planned<th>read<th>positions<th>trained on<th>pictures"
-    "<th>segments<th>parts of a record<th>segment length, median<th>longest"
+    "<th>segments<th>parts of a record<th>median length<th>longest"
   )
   lines = []
   for number, source in enumerate(stream.sources):
@@ -96,11 +96,13 @@ def _mixture(stream: Stream, facts: Mapping[str, Any]) -> str:
     lines.append(
       f"<tr><td>{chip(number)}{as_html(source.name)}" + "".join(f"<td>{cell}" for cell in cells)
     )
+  planned = facts["planned"]
+  window = max(stream.run.data.window_rows, stream.run.data.batch_size)
   note = (
     f"<p class=note>Shares of positions: asked for by the weights; planned in all "
-    f"{stream.planned_rows:,} rows of these steps, where "
-    f"{facts['planned']['filled_fraction']:.1%} of the positions are filled; and read. Few steps "
-    f"may be off: shares are held over windows of {stream.run.data.window_rows} rows and more.</p>"
+    f"{stream.planned_rows:,} rows of these steps, where {planned['filled_fraction']:.1%} of the "
+    f"positions and {planned['used_fraction']:.1%} of the image slots are used; and read. "
+    f"Few steps may be off: shares are held over {window:,} rows and more.</p>"
   )
   return f"<div class=scroll><table><tr>{head}{''.join(lines)}</table></div>{note}"
 
@@ -167,8 +169,9 @@ def _checks(stream: Stream) -> str:
 
 
 def _legend(sources: Sequence[SourceFacts]) -> str:
-  names = " &emsp;".join(
-    f"<span>{chip(number)}{as_html(source.name)}</span>" for number, source in enumerate(sources)
+  names = " ".join(
+    f"<span class=name>{chip(number)}{as_html(source.name)}</span>"
+    for number, source in enumerate(sources)
   )
   return (
     f"<p>{names}</p><p class=note>The bar: positions of the row, by segment (its number on top), "

@@ -12,12 +12,11 @@ import PIL.Image
 
 from mm1_jax.config import RunConfig, SourceConfig
 from mm1_jax.data.examples import Encoder
-from mm1_jax.data.image import ImageError, decode_image
+from mm1_jax.data.image import FORMATS, ImageError, decode_image
 from mm1_jax.data.index import TOO_LONG, TOO_MANY_IMAGES, UNREADABLE
 from mm1_jax.data.sources import RecordError, Source
 from mm1_jax.data.tokenizer import Tokenizer
 
-UNREADABLE_IMAGE = "unreadable image"
 LONGEST_SIDE = 320  # pixels of a picture that is kept to be shown
 
 
@@ -140,8 +139,10 @@ def _read(run: RunConfig, source: Source, encoder: Encoder, number: int) -> Show
     problems.append(TOO_LONG)
   if "turns" in record and len(example.images) > run.data.images_per_row:
     problems.append(TOO_MANY_IMAGES)
+  limit = run.data.max_image_pixels
   shown = tuple(
-    Turn(turn["role"], tuple(_item(item, encoder) for item in turn["content"])) for turn in turns
+    Turn(turn["role"], tuple(_item(item, encoder, limit) for item in turn["content"]))
+    for turn in turns
   )
   pictures = [item for turn in shown for item in turn.items if isinstance(item, Picture)]
   problems += [picture.problem for picture in pictures if picture.problem]
@@ -156,30 +157,27 @@ def _read(run: RunConfig, source: Source, encoder: Encoder, number: int) -> Show
   )
 
 
-def _item(item: dict[str, Any], encoder: Encoder) -> Text | Picture:
+def _item(item: dict[str, Any], encoder: Encoder, max_pixels: int) -> Text | Picture:
   if "text" in item:
     return Text(item["text"], len(encoder.tokenizer.encode(item["text"])))
   num_positions, data = len(encoder.image_ids), item["image"]
   about = f"{len(data) / 1000:,.1f} kB"
+  (height, width), kind = _header(data)
+  scale = min(1.0, LONGEST_SIDE / max(height, width))
+  size = max(1, round(height * scale)), max(1, round(width * scale))
   try:
-    size, kind = _size(data)
-    pixels = decode_image(data, _shrunk(size))
+    pixels = decode_image(data, size, max_pixels=max_pixels)
   except ImageError as e:
     return Picture(None, about, num_positions, e.reason)
-  return Picture(pixels, f"{size[1]} by {size[0]} {kind}, {about}", num_positions, "")
+  return Picture(pixels, f"{width} by {height} {kind}, {about}", num_positions, "")
 
 
-def _size(data: bytes) -> tuple[tuple[int, int], str]:
+def _header(data: bytes) -> tuple[tuple[int, int], str]:
   """Returns height and width of a picture as it is meant to be seen, and its format."""
   try:
-    with PIL.Image.open(io.BytesIO(data)) as image:
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
       turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) > 4
       height, width = image.size if turned else (image.height, image.width)
       return (height, width), str(image.format)
-  except Exception as e:  # Pillow's plugins raise many types
-    raise ImageError(UNREADABLE_IMAGE) from e
-
-
-def _shrunk(size: tuple[int, int]) -> tuple[int, int]:
-  scale = min(1.0, LONGEST_SIDE / max(size))
-  return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+  except Exception:  # Pillow's plugins raise many types; decoding tells what is wrong
+    return (1, 1), ""

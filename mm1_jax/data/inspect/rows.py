@@ -8,9 +8,10 @@ import numpy as np
 import PIL.Image
 
 from mm1_jax.batch import Batch
+from mm1_jax.data.inspect.compare import Origin
 from mm1_jax.data.inspect.facts import Run, Segment, odd_loss, stretches, words_of
-from mm1_jax.data.inspect.stream import DrawnRow, Origin, Stream
-from mm1_jax.drawing import as_html, color, counted, data_url, thumbnail
+from mm1_jax.data.inspect.stream import DrawnRow, Stream
+from mm1_jax.drawing import COLORS, as_html, color, counted, data_url, thumbnail
 
 THUMBNAIL = 112  # pixels
 # Of a text that is longer, so many characters at its beginning and its end are shown.
@@ -153,18 +154,19 @@ def _origin(origin: Origin | None) -> str:
     if origin.whole
     else f"part: {origin.start:,} to {origin.stop - 1:,} of its {origin.num_positions:,}"
   )
-  licence = " · ".join(shorten(text, 120) for text in (origin.license, origin.credit) if text)
-  return f"record {origin.record:,} “{shorten(origin.id, 80)}”, {part}" + f" · {licence}" * bool(
-    licence
-  )
+  licence = "".join(f" · {shorten(text, 120)}" for text in (origin.license, origin.credit) if text)
+  differs = ", ".join(origin.differs)
+  wrong = f" <span class=bad>✗ not as in the record: {differs}</span>" if differs else ""
+  return f"record {origin.record:,} “{shorten(origin.id, 80)}”, {part}{licence}{wrong}"
 
 
 def _part(number: int, row: Batch, segment: Segment, part: Any) -> str:
   if isinstance(part, Run):
     used = part.slot < len(row.image_mask) and bool(row.image_mask[part.slot])
     picture = _picture(number, part.slot, segment, used)
+    trained = row.loss_mask[max(0, part.start - 1) : part.stop - 1].any()
     label = f"&lt;image&gt; &times; {part.stop - part.start}, slot {part.slot}"
-    return f'{picture}<span class="id{"" if used else " odd"}">{label}</span>'
+    return f'{picture}<span class="id{" odd" if trained or not used else ""}">{label}</span>'
   if not part.special:
     text = elided(part.text)
     return text if part.trained else f"<span class=off>{text}</span>"
@@ -202,8 +204,9 @@ def chip(source: int) -> str:
 
 
 def _colors(source: int) -> str:
-  """Returns a source's colour, full and pale, as CSS variables."""
+  """Returns a source's colour, full and pale, as CSS variables; striped when used once more."""
   full = color(source)
   red, green, blue = (int(full[i : i + 2], 16) for i in (1, 3, 5))
   pale = "".join(f"{round(0.6 * 255 + 0.4 * level):02x}" for level in (red, green, blue))
-  return f"--full:{full};--pale:#{pale}"
+  again = ";--stripes:repeating-linear-gradient(90deg,#fffa 0 2px,#fff0 2px 6px)"
+  return f"--full:{full};--pale:#{pale}" + again * (source >= len(COLORS))

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the packed stream as training does, and compares it with the records it was made from.
 
-The batches are `make_pipeline`'s own. What should be in them is found on a second way: the plan
+The batches are those of `make_pipeline`. What should be in them is found on a second way: the plan
 names the pieces of each row, and their records are read, encoded and decoded once more.
 """
 
 import collections
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import DataConfig, RunConfig
-from mm1_jax.data.examples import Encoder, Example, cut
-from mm1_jax.data.image import ImageError, decode_image
-from mm1_jax.data.index import UNREADABLE
+from mm1_jax.data.examples import Encoder
+from mm1_jax.data.index import Index
+from mm1_jax.data.inspect.compare import Origin, Records
 from mm1_jax.data.inspect.facts import Checks, Segment, SourceFacts, row_of, segments_of
 from mm1_jax.data.pipeline import (
   MIN_EXAMPLES_TO_JUDGE,
@@ -28,28 +27,10 @@ from mm1_jax.data.pipeline import (
   PlannedBatches,
   make_pipeline,
 )
-from mm1_jax.data.plan import Piece, Plan, Row
-from mm1_jax.data.sources import Record, RecordError, Source
+from mm1_jax.data.plan import Plan, Row
 
 MAX_DRAWN = 24  # rows kept for drawing
-CACHED_RECORDS = 64  # a long document is cut over rows near each other
 SECONDS_BETWEEN_NEWS = 5.0
-
-
-class Origin(NamedTuple):
-  """The record that a segment was made from; `start` to `stop` of its positions."""
-
-  record: int  # its number in the source
-  id: str
-  license: str
-  credit: str
-  start: int
-  stop: int
-  num_positions: int
-
-  @property
-  def whole(self) -> bool:
-    return self.stop - self.start == self.num_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +54,7 @@ class Stream:
   sources: list[SourceFacts]
   checks: Checks
   planned_rows: int = 0
+  planned_pictures: int = 0
   rows: int = 0
   filled: int = 0  # positions
   slots_used: int = 0
@@ -108,6 +90,7 @@ class Stream:
       "planned": {
         "rows": self.planned_rows,
         "filled_fraction": planned / max(1, self.planned_rows * data.seq_len),
+        "used_fraction": self.planned_pictures / max(1, self.planned_rows * data.images_per_row),
       },
       "segments_per_row": {str(n): self.segments_per_row[n] for n in sorted(self.segments_per_row)},
       "sources": {
@@ -170,12 +153,12 @@ def read_stream(run: RunConfig, *, first_step: int, num_batches: int, num_rows: 
     sources,
     Checks(encoder, len(sources)),
   )
-  expected = _Records(run, encoder, first)
+  expected = Records(run, encoder, first.indexes)
   pipeline = _pipeline(run, data, share, state)
   for step in stream.steps:
     batch, stats = next(pipeline)
     rows, _ = planned[step]
-    _add_plan(stream, rows)
+    _add_plan(stream, rows, plan.indexes)
     _add_batch(stream, expected, step, batch, rows[:share], stats.drops)
     logging.info("step %d: read %d of %d rows", step, share, data.batch_size)
   pipeline.close()
@@ -218,16 +201,18 @@ def _source_facts(run: RunConfig, pipeline: Pipeline) -> list[SourceFacts]:
   ]
 
 
-def _add_plan(stream: Stream, rows: Sequence[Row]) -> None:
+def _add_plan(stream: Stream, rows: Sequence[Row], indexes: Sequence[Index]) -> None:
   """Counts what all rows of a global batch should hold."""
   stream.planned_rows += len(rows)
-  for source, _, start, stop in itertools.chain.from_iterable(rows):
+  for source, example, start, stop in itertools.chain.from_iterable(rows):
+    pictures = indexes[source].images(example)
     stream.sources[source].planned += stop - start
+    stream.planned_pictures += int(((pictures >= start) & (pictures < stop)).sum())
 
 
 def _add_batch(
   stream: Stream,
-  records: "_Records",
+  records: Records,
   step: int,
   batch: Batch,
   rows: Sequence[Row],
@@ -275,85 +260,3 @@ def _add_drop_limit(stream: Stream) -> None:
   check = stream.checks["no more examples are dropped than data.max_drop_fraction allows"]
   over = seen >= MIN_EXAMPLES_TO_JUDGE and dropped > limit * seen
   check.add(seen, [(dropped, f"{dropped} of {seen}, more than {limit:.1%}")] if over else ())
-
-
-class _Records:
-  """The records of all sources, to compare rows with."""
-
-  def __init__(self, run: RunConfig, encoder: Encoder, pipeline: Pipeline):
-    self._sources = [Source(config) for config in run.data.sources]
-    self._indexes = [pipeline.indexes[config.name] for config in run.data.sources]
-    self._encoder = encoder
-    self._image_size = run.model.vision.image_size
-    self._read = functools.lru_cache(CACHED_RECORDS)(self._read)
-
-  def compare(
-    self,
-    row: Batch,
-    segments: Sequence[Segment],
-    pieces: Sequence[Piece],
-    name: str,
-    checks: Checks,
-  ) -> tuple[list[Origin | None], list[tuple[int, str]]]:
-    """Finds each segment's record and compares the two.
-
-    Returns:
-      The origin of each segment, and source and reason of each piece that cannot be in the row.
-    """
-    check = checks["every segment is what its record says: ids, loss mask and pictures"]
-    origins: list[Origin | None] = [None] * len(segments)
-    drops, at = [], 0
-    for piece in pieces:
-      try:
-        origin, example, pixels = self._piece(piece)
-      except ImageError as e:
-        drops.append((piece.source, e.reason))
-        continue
-      except RecordError:
-        drops.append((piece.source, UNREADABLE))
-        continue
-      if at == len(segments):
-        check.add(1, [(1, f"{name}: record '{origin.id}' is missing")])
-        continue
-      wrong = _differences(row, segments[at], piece.source, example, pixels)
-      where = f"{name}, segment {at + 1}, record '{origin.id}': {', '.join(wrong)} differ"
-      check.add(1, [(1, where)] if wrong else ())
-      origins[at] = origin
-      at += 1
-    for segment in segments[at:]:
-      check.add(1, [(1, f"{name}, segment {segment.number}: of no record")])
-    return origins, drops
-
-  def _piece(self, piece: Piece) -> tuple[Origin, Example, list[np.ndarray]]:
-    number = int(self._indexes[piece.source].records[piece.example])
-    record, encoded = self._read(piece.source, number)
-    example = cut(encoded, piece.start, piece.stop)
-    pixels = [decode_image(image, self._image_size) for image in example.images]
-    license, credit = (str(record.get(key, "")) for key in ("license", "credit"))
-    origin = Origin(number, record["id"], license, credit, piece.start, piece.stop, len(encoded))
-    return origin, example, pixels
-
-  def _read(self, source: int, number: int) -> tuple[Record, Example]:
-    record = self._sources[source][number]
-    return record, self._encoder.encode_record(record)
-
-
-def _differences(
-  row: Batch, segment: Segment, source: int, example: Example, pixels: Sequence[np.ndarray]
-) -> list[str]:
-  """Returns the names of what is not as in the record."""
-  at = slice(segment.start, segment.stop)
-  pairs = {
-    "source": (np.array(segment.source_id), np.array(source)),
-    "tokens": (row.tokens[at], example.tokens),
-    "targets": (row.targets[at], example.targets),
-    "loss mask": (row.loss_mask[at], example.loss_mask),
-  }
-  wrong = [name for name, (a, b) in pairs.items() if not np.array_equal(a, b)]
-  slots = [run.slot for run in segment.runs if run.slot < len(row.images)]
-  shown = [row.images[slot] for slot in slots if row.image_mask[slot]]
-  if len(shown) != len(pixels) or any(
-    not np.array_equal(a, b) for a, b in zip(shown, pixels, strict=True)
-  ):
-    wrong.append("pictures")
-  return wrong
