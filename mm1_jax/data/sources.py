@@ -26,6 +26,8 @@ from mm1_jax.config import SourceConfig, UserError
 
 Record = dict[str, Any]
 ROLES = ("user", "assistant")
+# One record a group: reading one at random decompresses nothing else.
+WRITER_OPTIONS = "group_size:1,zstd:9"
 
 
 class DataError(UserError):
@@ -100,8 +102,7 @@ def write_shards(records: Iterable[Mapping[str, Any]], prefix: str, num_shards: 
     RecordError: a record is not of the schema.
   """
   paths = [f"{prefix}-{i:05d}-of-{num_shards:05d}.arrayrecord" for i in range(num_shards)]
-  # One record a group: reading one at random decompresses nothing else.
-  writers = [array_record_module.ArrayRecordWriter(p, "group_size:1,zstd:9") for p in paths]
+  writers = [array_record_module.ArrayRecordWriter(p, WRITER_OPTIONS) for p in paths]
   try:
     for i, record in enumerate(records):
       check_record(record, f"{prefix}, record {i}")

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures with captions: WebDataset tars, COCO's JSON, TFDS sets. A record is `[image, text]`."""
+
+import dataclasses
+import functools
+import io
+import itertools
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from mm1_jax.config import ConfigError
+from mm1_jax.data.build import files
+from mm1_jax.data.build.images import SUFFIXES
+from mm1_jax.data.build.options import Options
+from mm1_jax.data.build.rows import (
+  BrokenFile,
+  Image,
+  Part,
+  Row,
+  RowError,
+  clean,
+  field,
+  header,
+  optional,
+)
+from mm1_jax.data.sources import DataError, Record
+
+# --- WebDataset
+
+
+class Member(NamedTuple):
+  """A file of a tar; `data` is None if it is of no use here, or too large."""
+
+  name: str
+  ending: str
+  data: bytes | None
+  problem: str = ""
+
+
+_NAME = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$", re.DOTALL)  # as WebDataset splits names
+
+
+def webdataset_parts(file: Part, options: Options) -> list[Part]:
+  """A tar is read whole, and becomes a shard."""
+  return [dataclasses.replace(file, rows=options.rows_per_shard)]
+
+
+def webdataset_rows(part: Part, options: Options) -> Iterator[Row]:
+  """Yields samples: neighbours of one key, as dicts of their members by ending."""
+  for key, members in itertools.groupby(_members(part.path, options), key=_sample_key):
+    sample: dict[str, Member] = {}
+    for member in members:
+      if member.ending in sample:
+        member = member._replace(problem="two members of one name")
+      sample[member.ending] = member
+    yield Row(part.path, clean(key), sample)
+
+
+def webdataset_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+  """Yields the record of a sample; its .json tells id, URL and licence, if there is one."""
+  members: dict[str, Member] = row
+  for member in members.values():
+    if member.problem:
+      raise RowError(member.problem)
+  images = [m for m in members.values() if f".{m.ending}" in SUFFIXES]
+  if not images:
+    raise RowError("no image")
+  if len(images) > 1:
+    raise RowError("several images")
+  facts = files.parse_json(members["json"].data or b"") if "json" in members else {}
+  if "txt" in members:
+    text = files.parse_text(members["txt"].data or b"")
+  else:
+    text = field(facts, "caption", str)
+  image = Image(data=images[0].data, url=optional(facts, "url", str) or "")
+  facts = {**facts, "id": default_id}  # img2dataset's keys are those of other sets too
+  yield {**header(facts, default_id, options), "content": [{"image": image}, {"text": text}]}
+
+
+def _members(path: str, options: Options) -> Iterator[Member]:
+  max_image = int(options.max_image_mb * 1e6)
+
+  def wanted(info: tarfile.TarInfo) -> bool:
+    ending = _split_name(info.name)[1]
+    limit = max_image if f".{ending}" in SUFFIXES else files.MAX_ROW_BYTES
+    return (ending in ("txt", "json") or f".{ending}" in SUFFIXES) and info.size <= limit
+
+  for info, data in files.tar_members(path, wanted):
+    ending = _split_name(info.name)[1]
+    useful = ending in ("txt", "json") or f".{ending}" in SUFFIXES
+    problem = "" if data is not None or not useful else "member too large or no regular file"
+    yield Member(info.name, ending, data, problem)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+  match = _NAME.match(name)
+  return (match[1], match[2].lower()) if match else (name, "")
+
+
+def _sample_key(member: Member) -> str:
+  return _split_name(member.name)[0]
+
+
+# --- COCO
+
+
+class Coco(NamedTuple):
+  """A captions file, looked up."""
+
+  annotations: list
+  images: dict  # by id
+  licenses: dict  # names by id
+  uncaptioned: list  # ids
+
+
+def coco_parts(file: Part, options: Options) -> list[Part]:
+  """Ranges of annotations; the file is a join, and read whole."""
+  try:
+    coco = _read_coco(file)
+  except BrokenFile as e:
+    return [dataclasses.replace(file, error=e.reason)]
+  return _ranges(file, len(coco.annotations), options)
+
+
+def coco_rows(part: Part, options: Options) -> Iterator[Row]:
+  """Yields annotations with their image's entry; in the first part, images without any too."""
+  coco = _read_coco(part)
+  for i in range(part.start, part.stop):
+    annotation = coco.annotations[i]
+    image = _look_up(coco.images, annotation, "image_id")
+    license = _look_up(coco.licenses, image, "license")
+    value = {"annotation": annotation, "image": image, "license": license}
+    yield Row(part.path, f"annotation {i}", value)
+  if part.start == 0:
+    for image_id in coco.uncaptioned:
+      yield Row(part.path, f"image {image_id}", None, error="image without a caption")
+
+
+def coco_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+  """Yields the record of one caption; an image with five captions has five."""
+  text = field(row["annotation"], "caption", str)
+  if row["image"] is None:
+    raise RowError("caption of an image that is not listed")
+  name = field(row["image"], "file_name", str)
+  url = optional(row["image"], "coco_url", str) or ""
+  facts = {
+    "id": row["annotation"].get("id"),
+    "license": row["license"],
+    "credit": row["image"].get("flickr_url") or url,
+  }
+  image = Image(name=name, url=url)
+  yield {**header(facts, default_id, options), "content": [{"image": image}, {"text": text}]}
+
+
+def _read_coco(file: Part) -> Coco:
+  """Returns a parsed file; the last one is kept, for the next range of it."""
+  return _read_coco_once(file.path, file.size, file.mtime)
+
+
+@functools.lru_cache(1)
+def _read_coco_once(path: str, _size: int, _mtime: float) -> Coco:
+  with files.reading(path), files.open_file(path) as stream:
+    raw = stream.read()
+  try:
+    value = files.parse_json(raw)
+    annotations, listed = field(value, "annotations", list), field(value, "images", list)
+    licenses = optional(value, "licenses", list) or []
+  except RowError as e:
+    raise BrokenFile(e.reason) from e
+  images = _by_id(listed)
+  captioned = {
+    a["image_id"] for a in annotations if isinstance(a, dict) and _is_id(a.get("image_id"))
+  }
+  names = {id: license.get("name", "") for id, license in _by_id(licenses).items()}
+  return Coco(annotations, images, names, [i for i in images if i not in captioned])
+
+
+def _by_id(entries: list) -> dict:
+  return {e["id"]: e for e in entries if isinstance(e, dict) and _is_id(e.get("id"))}
+
+
+def _look_up(table: dict, row: Any, name: str) -> Any:
+  """Returns what `row[name]` is the id of; None if there is no such thing."""
+  id = row.get(name) if isinstance(row, dict) else None
+  return table.get(id) if _is_id(id) else None
+
+
+def _is_id(value: Any) -> bool:
+  return isinstance(value, int | str)
+
+
+# --- TFDS
+
+
+def tfds_parts(options: Options) -> list[Part]:
+  """Ranges of a set's examples.
+
+  Raises:
+    DataError: there is no such set, or not in a form that can be read at random.
+    ConfigError: it lacks a feature.
+  """
+  data = _tfds(options.input, options.split, options.data_dir, options.image_feature)
+  for flag in ("image_feature", "text_feature"):
+    path = getattr(options, flag)
+    feature: Any = data.dataset_info.features
+    for name in path.split(".") if path else ():
+      feature = getattr(feature, "feature", feature)  # of a sequence
+      if not hasattr(feature, "keys") or name not in feature:
+        raise ConfigError(f"--{flag}={path}: {options.input} has {data.dataset_info.features}.")
+      feature = feature[name]
+  info, size = data.dataset_info, len(data)
+  name = f"{info.full_name.replace('/', '-')}-{options.split}"
+  whole = Part(name, int(info.splits[options.split].num_bytes), mtime=0)
+  return _ranges(whole, size, options)
+
+
+def tfds_rows(part: Part, options: Options) -> Iterator[Row]:
+  """Yields examples as TFDS decodes them, pictures left as they are."""
+  data = _tfds(options.input, options.split, options.data_dir, options.image_feature)
+  for i in range(part.start, part.stop):
+    place = f"example {i}"
+    try:
+      yield Row(part.path, place, data[i])
+    except Exception as e:  # whatever TFDS, its features or its files raise at one example
+      yield Row(part.path, place, None, error=f"TFDS cannot read it ({type(e).__name__})")
+
+
+def tfds_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+  """Yields a record for each text of an example, all with the same pictures."""
+  images = [{"image": Image(data=_bytes(v))} for v in _values(row, options.image_feature)]
+  if options.image_feature and not images:
+    raise RowError("no image")
+  texts = [files.parse_text(v) for v in _values(row, options.text_feature)]
+  if options.text_feature and not texts:
+    raise RowError("no text")
+  facts = header({}, default_id, options)
+  for i, text in enumerate(texts or [""]):
+    content = [*images, {"text": text}] if text else images
+    id = f"{facts['id']}/{i}" if len(texts) > 1 else facts["id"]
+    yield {**facts, "id": id, "content": content}
+
+
+@functools.lru_cache(1)
+def _tfds(name: str, split: str, data_dir: str, image_feature: str) -> Any:
+  import tensorflow_datasets as tfds  # seconds, and only this format needs it
+
+  decoders: Any = tfds.decode.SkipDecoding() if image_feature else None
+  for part in reversed(image_feature.split(".") if image_feature else []):
+    decoders = {part: decoders}
+  try:
+    return tfds.data_source(
+      name, split=split, data_dir=data_dir or None, decoders=decoders, download=False
+    )
+  except Exception as e:  # TFDS raises its own, ValueError, NotImplementedError, ...
+    first_line = str(e).strip().partition("\n")[0] or type(e).__name__
+    raise DataError(
+      f"--input={name}: TFDS has no split '{split}' of it that can be read at random "
+      f"({first_line}). Prepare it with "
+      f"tfds.builder('{name}', file_format='array_record').download_and_prepare(), and give "
+      f"--data_dir if it is not in ~/tensorflow_datasets."
+    ) from e
+
+
+def _ranges(whole: Part, num_rows: int, options: Options) -> list[Part]:
+  """Returns parts of `rows_per_shard` rows; one if there are none."""
+  cuts = [*range(0, num_rows, options.rows_per_shard), num_rows] if num_rows else [0, 0]
+  return [
+    dataclasses.replace(whole, start=start, stop=stop, rows=stop - start)
+    for start, stop in itertools.pairwise(cuts)
+  ]
+
+
+def _values(row: Any, path: str) -> list:
+  """Returns what stands at a dotted path, or all of it if that is a list."""
+  if not path:
+    return []
+  value = row
+  for name in path.split("."):
+    value = [v[name] for v in value] if isinstance(value, list) else value[name]
+  return list(value) if isinstance(value, list | tuple) or hasattr(value, "shape") else [value]
+
+
+def _bytes(value: Any) -> bytes:
+  if isinstance(value, io.BytesIO):
+    return value.getvalue()
+  if not isinstance(value, bytes):
+    raise RowError("image feature is not encoded")
+  return value

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations in LLaVA's form.
+
+  {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [
+    {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+
+`images` may stand for `image`, and both may be missing. Each `<image>` is the next of them. The
+turns are the user's and the assistant's by turns, and end with an answer. A system turn, which can
+only be the first, is put in front of the user's first text.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mm1_jax.data.build.options import Options
+from mm1_jax.data.build.rows import Image, RowError, field, header, optional
+from mm1_jax.data.sources import ROLES, Record
+from mm1_jax.data.tokenizer import IMAGE
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def llava_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+  """Yields the record of a row."""
+  turns = field(row, "conversations", list)
+  system = ""
+  if turns and optional(turns[0], "from", str) == "system":
+    system, turns = field(turns[0], "value", str), turns[1:]
+  images = _images(row)
+  converted = [_turn(turn, i, images) for i, turn in enumerate(turns)]
+  if images:
+    raise RowError(f"more images than {IMAGE} slots")
+  if not converted or len(converted) % 2:
+    raise RowError("conversation does not end with an answer")
+  if system.strip():
+    converted[0]["content"] = _with_system(system.strip(), converted[0]["content"])
+  yield {**header(row, default_id, options), "turns": converted}
+
+
+def _images(row: Any) -> list[Image]:
+  """Returns the pictures of a row in order."""
+  names = optional(row, "image", str | list) or optional(row, "images", str | list) or []
+  names = [names] if isinstance(names, str) else names
+  if not all(isinstance(name, str) for name in names):
+    raise RowError("an image name is not a text")
+  return [Image(url=n) if "://" in n else Image(name=n) for n in names]
+
+
+def _turn(turn: Any, number: int, images: list[Image]) -> dict[str, Any]:
+  """Returns a turn in our form; takes its pictures off the front of `images`."""
+  role = _ROLES.get(field(turn, "from", str))
+  if role is None:
+    raise RowError("a turn is neither by human nor gpt")
+  if role != ROLES[number % 2]:
+    raise RowError("human and gpt do not take turns")
+  first, *others = field(turn, "value", str).split(IMAGE)
+  if len(others) > len(images):
+    raise RowError(f"more {IMAGE} slots than images")
+  content: list[dict[str, Any]] = [{"text": first}]
+  for text in others:
+    content += [{"image": images.pop(0)}, {"text": text}]
+  # A picture stands on its own: the line breaks that LLaVA puts around it are not text.
+  content = [{"text": i["text"].strip("\n")} if others and "text" in i else i for i in content]
+  content = [item for item in content if item.get("text", True)]
+  if not content or not any("image" in i or i["text"].strip() for i in content):
+    raise RowError("empty turn")
+  return {"role": role, "content": content}
+
+
+def _with_system(system: str, content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  if "text" in content[0]:
+    return [{"text": f"{system}\n\n{content[0]['text']}"}, *content[1:]]
+  return [{"text": system}, *content]

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The formats: how each lists its parts, reads their rows, and makes records of them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from mm1_jax.data.build import captions, conversations, documents, files
+from mm1_jax.data.build.options import Options
+from mm1_jax.data.build.rows import Bad, BrokenFile, Draft, Part, Row, RowError, clean, snippet
+from mm1_jax.data.sources import Record
+
+Unit = tuple[Part, ...]
+
+
+class Format(NamedTuple):
+  """Three functions; `parts` lists those of a file, or of all if there are no files."""
+
+  parts: Callable[..., list[Part]]
+  rows: Callable[[Part, Options], Iterator[Row]]
+  records: Callable[[Any, str, Options], Iterator[Record]]
+
+
+FORMATS = {
+  "webdataset": Format(
+    captions.webdataset_parts, captions.webdataset_rows, captions.webdataset_records
+  ),
+  "coco": Format(captions.coco_parts, captions.coco_rows, captions.coco_records),
+  "llava": Format(documents.json_parts, documents.json_rows, conversations.llava_records),
+  "obelics": Format(documents.obelics_parts, documents.obelics_rows, documents.obelics_records),
+  "mmc4": Format(documents.json_parts, documents.json_rows, documents.mmc4_records),
+  "text": Format(documents.text_parts, documents.text_rows, documents.text_records),
+  "tfds": Format(captions.tfds_parts, captions.tfds_rows, captions.tfds_records),
+}
+
+
+def list_units(options: Options) -> list[Unit]:
+  """Returns what each shard is made of: neighbouring parts, of about `rows_per_shard` rows.
+
+  Raises:
+    UserError: there is nothing to read, or it is not of the format.
+  """
+  split = FORMATS[options.format].parts
+  if options.format == "tfds":
+    parts = split(options)
+  else:
+    parts = [p for f in files.match(options.input, "--input") for p in split(f, options)]
+  units: list[list[Part]] = []
+  rows = options.rows_per_shard
+  for part in parts:
+    if rows + part.rows > options.rows_per_shard:
+      units.append([])
+      rows = 0
+    units[-1].append(part)
+    rows += part.rows
+  return [tuple(unit) for unit in units]
+
+
+def read(unit: Unit, options: Options) -> Iterator[Draft | Bad]:
+  """Yields the records of a unit in order, and what could not be made one."""
+  for part in unit:
+    if part.error:
+      yield Bad(part.error, part.path, whole_file=True)
+      continue
+    try:
+      for row in FORMATS[options.format].rows(part, options):
+        yield from _drafts(row, options)
+    except BrokenFile as e:
+      yield Bad(e.reason, part.path, whole_file=True)
+
+
+def _drafts(row: Row, options: Options) -> Iterator[Draft | Bad]:
+  reason = row.error
+  if not reason:
+    try:
+      for record in FORMATS[options.format].records(row.value, row.default_id, options):
+        yield Draft(record, row.where)
+    except RowError as e:
+      reason = e.reason
+    except (MemoryError, RecursionError):
+      raise
+    except Exception as e:  # a form that we did not think of must not end a build of days
+      reason = f"not of the format ({type(e).__name__})"
+  if reason:
+    id = row.value.get("id", "") if isinstance(row.value, dict) else ""
+    yield Bad(reason, row.where, clean(str(id)), snippet(row))
