@@ -132,6 +132,9 @@ class MoEConfig:
   top_k: int = 2
   # Slots per expert and row = capacity_factor * top_k * S / num_experts; None never drops a token.
   capacity_factor: float | None = 2.0
+  # Dropless over an `expert` axis: rows that a chip has room for, relative to an even load. Past it
+  # a layer gathers the experts to the tokens instead, which is slower but drops nothing either.
+  exchange_factor: float = 1.5
   balance_loss: float = 0.01
   router_z_loss: float = 0.001
 
@@ -144,6 +147,11 @@ class MoEConfig:
     _require(
       self.capacity_factor is None or self.capacity_factor > 0,
       f"model.decoder.moe.capacity_factor {self.capacity_factor} must be positive, or None.",
+    )
+    _require(
+      self.exchange_factor >= 1,
+      f"model.decoder.moe.exchange_factor {self.exchange_factor} must be at least 1, which is room "
+      f"for an even load.",
     )
 
 
@@ -412,6 +420,8 @@ class RunConfig:
     if decoder.moe:
       experts = decoder.moe.num_experts
       rules.append(("model.decoder.moe.num_experts", experts, "expert", sizes["expert"]))
+      split = sizes["tensor"] * sizes["fsdp"]
+      rules.append(("model.decoder.mlp_dim", decoder.mlp_dim, "tensor x fsdp", split))
     for key, value, axes, size in rules:
       below = value - value % size
       fits = f"{below} or {below + size}" if below else f"{size}"

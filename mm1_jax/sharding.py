@@ -38,14 +38,11 @@ class Layout:
   dense_io: P = P(None, FSDP)  # patch and connector projections, of any input width
   router_de: P = P()
   expert_edf: P = P("expert", "fsdp", "tensor")
-  expert_efd: P = P("expert", "tensor", "fsdp")
+  expert_efd: P = P("expert", ("tensor", "fsdp"), None)  # no last dim split into slivers
   # Activations.
   act_b: P = P(BATCH_AXES)  # rows split, everything else whole: [B, S], [B, S, D], [B, N, H, W, 3]
   act_bsv: P = P(BATCH_AXES, None, "tensor")
   cache_ubckh: P = P(None, BATCH_AXES, None, "tensor", None)
-  act_becd: P = P(("data", "fsdp"), "expert", None, None)  # after the all-to-all to the experts
-  act_ebcd: P = P("expert", ("data", "fsdp"), None, None)
-  act_end: P = P("expert", ("data", "fsdp"), None)  # rows and slots as one dim
 
 
 LAYOUT = Layout()

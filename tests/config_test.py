@@ -349,6 +349,7 @@ source = functools.partial(SourceConfig, path="x")
     (lambda: MoEConfig(num_experts=4, top_k=5), r"top_k 5 must lie in \[1, num_experts = 4\]"),
     (lambda: MoEConfig(top_k=0), r"top_k 0 must lie in \[1, num_experts = 64\]"),
     (lambda: MoEConfig(capacity_factor=0.0), r"capacity_factor 0\.0 must be positive, or None"),
+    (lambda: MoEConfig(exchange_factor=0.9), r"exchange_factor 0\.9 must be at least 1"),
     (lambda: DecoderConfig(num_kv_heads=7), r"num_heads 24 must be a multiple of num_kv_heads 7"),
     (lambda: DecoderConfig(head_dim=127), r"head_dim 127 must be even"),
     (
@@ -487,6 +488,10 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(mesh, message):
     (
       {"model": {"decoder": {"moe": {"num_experts": 6}}}, "mesh": {"expert": 4}},
       r"moe\.num_experts 6 does not divide over mesh axes expert = 4; 4 or 8 would fit",
+    ),
+    (
+      {"model": {"decoder": {"mlp_dim": 100, "moe": {}}}},
+      r"decoder\.mlp_dim 100 does not divide over mesh axes tensor x fsdp = 8; 96 or 104",
     ),
   ],
 )

@@ -2,27 +2,39 @@
 """Top-k mixture of experts (GShard, arXiv 2006.16668; ST-MoE, 2202.08906; MM1 section 3.4).
 
   1. route:    a softmax over experts per token; the k best, their weights renormalised to sum to 1.
-  2. dispatch: in each row, tokens queue for their experts, all first choices before any second;
-               a token beyond an expert's capacity is dropped (it passes by the residual alone).
-  3. experts:  the buffers cross the mesh to their experts (all-to-all), SwiGLU, and come back.
-  4. combine:  each token sums its experts' outputs by weight.
+  2. dispatch: tokens are copied into the rows of a buffer, sorted by expert.
+  3. experts:  SwiGLU, each row with its expert's weights and times its router weight.
+  4. combine:  each token sums its rows.
 
-Padding is not routed: it takes no capacity and counts in no loss and no statistic.
-Letters: B rows, S positions, k choices, E experts, C capacity, D width, F mlp.
+Two paths do 2 to 4 and agree where both have room:
+
+  bounded   `capacity_factor` slots for each expert in each batch row. Tokens queue, all first
+            choices before any second; a token beyond the capacity is dropped (it passes by the
+            residual alone). The buffers cross the mesh to their experts by all-to-all.
+  dropless  as many rows for each expert as choose it, one after the other, and matrix products that
+            go by group. Over an `expert` axis the tokens of its chips are gathered, each chip does
+            its own experts' rows, and the sums are scattered back.
+
+Padding is not routed: it takes no row and counts in no loss and no statistic.
+Letters: B rows, S positions, k choices, E experts, C capacity, D width, F mlp; and where all of a
+chip's tokens are in one list, n tokens, m rows of a buffer.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import reshard
 from jaxtyping import Array, Bool, Float, Int
 
-from mm1_jax.config import DecoderConfig, MoEConfig
+from mm1_jax.config import BATCH_AXES, DecoderConfig, MoEConfig
+from mm1_jax.models.dispatch import collect, invert, places, spread, spread_weights
+from mm1_jax.models.experts import swiglu
+from mm1_jax.models.grouped_matmul import padded_rows
 from mm1_jax.models.layers import normal
-from mm1_jax.sharding import LAYOUT, gather
+from mm1_jax.sharding import LAYOUT
 
 
 class MoEStats(NamedTuple):
@@ -62,19 +74,22 @@ class MoE(nnx.Module):
     `dropless` makes room for every token whatever the config says, as generation needs.
     """
     routing, probs, logits = self._route(x, valid)
-    capacity = self._capacity(x.shape[1], dropless)
-    slots, kept = _assign(routing.experts, valid, self.cfg.num_experts, capacity)
-    num_rows, num_experts, width = x.shape[0], self.cfg.num_experts, x.shape[2]
-    owners = _invert(slots, num_experts * capacity)
-    buffer = _reshape(_dispatch(x, slots, owners), num_rows, num_experts, capacity, width)
-    outputs = _reshape(self._experts(buffer), num_rows, num_experts * capacity, width)
-    y = _combine(outputs, routing.weights, slots, owners)
+    capacity = None if dropless else self._capacity(x.shape[1])
+    run = jax.shard_map(
+      functools.partial(_run, capacity=capacity, exchange_factor=self.cfg.exchange_factor),
+      in_specs=(*(LAYOUT.act_b,) * 3, LAYOUT.expert_edf, LAYOUT.expert_edf, LAYOUT.expert_efd),
+      out_specs=(LAYOUT.act_b, LAYOUT.act_b),
+      check_vma=False,  # Pallas kernels do not say over which axes their results vary
+    )
+    experts = jnp.where(valid[..., None], routing.experts, self.cfg.num_experts)
+    weights = self.gate[...], self.up[...], self.down[...]
+    y, kept = run(x, routing.weights, experts, *weights)
     return y, self._stats(routing, probs, logits, valid, kept)
 
-  def _capacity(self, num_positions: int, dropless: bool) -> int:
+  def _capacity(self, num_positions: int) -> int | None:
     cfg = self.cfg
-    if dropless or cfg.capacity_factor is None:
-      return num_positions
+    if cfg.capacity_factor is None:
+      return None
     share = cfg.capacity_factor * cfg.top_k * num_positions / cfg.num_experts
     return min(num_positions, max(1, math.ceil(share)))
 
@@ -92,21 +107,6 @@ class MoE(nnx.Module):
     weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-9
     return Routing(weights * valid[..., None], experts), probs, logits
 
-  def _experts(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C D"]:
-    num_rows, num_experts, capacity, dim = x.shape
-    x = reshard(x, LAYOUT.act_becd)  # all-to-all: rows' buffers to their experts
-    # Experts first, rows and slots as one dim: one batch of plain matrix products.
-    x = x.transpose(1, 0, 2, 3).reshape(num_experts, num_rows * capacity, dim)
-    gate, up, down = (
-      gather(w[...], x.dtype, keep="expert") for w in (self.gate, self.up, self.down)
-    )
-    h = jax.nn.silu(jnp.einsum("end,edf->enf", x, gate))
-    h *= jnp.einsum("end,edf->enf", x, up)
-    y = jnp.einsum("enf,efd->end", h, down, out_sharding=LAYOUT.act_end)
-    shape = (num_experts, num_rows, capacity, dim)
-    y = jax.lax.reshape(y, shape, out_sharding=LAYOUT.act_ebcd).transpose(1, 0, 2, 3)
-    return reshard(y, LAYOUT.act_b)  # all-to-all: back
-
   def _stats(self, routing, probs, logits, valid, kept) -> MoEStats:
     mask = valid.astype(jnp.float32)
     num_tokens = jnp.maximum(jnp.sum(mask), 1.0)
@@ -123,82 +123,126 @@ class MoE(nnx.Module):
     )
 
 
-def _reshape(x: Array, *shape: int) -> Array:
-  """Reshapes all but the rows; says that they stay split, which JAX forgets of a single one."""
-  return jax.lax.reshape(x, shape, out_sharding=LAYOUT.act_b)
+def _run(
+  x, weights, experts, gate, up, down, *, capacity: int | None, exchange_factor: float
+) -> tuple[Float[Array, "B S D"], Bool[Array, "B S k"]]:
+  """Runs the experts over one chip's rows; every array here is a chip's own part.
 
+  Args:
+    x: [B, S, D].
+    weights: [B, S, k], of the router.
+    experts: [B, S, k]; E where a choice is not routed.
+    gate: [E, D, F], split as it is stored, as `up` and `down` are.
+    capacity: slots of each expert in each row; None drops nothing.
+    exchange_factor: see `MoEConfig`.
 
-def _assign(
-  experts: Int[Array, "B S k"], valid: Bool[Array, "B S"], num_experts: int, capacity: int
-) -> tuple[Int[Array, "B S k"], Bool[Array, "B S k"]]:
-  """Returns each choice's slot in its row's E x C buffer, and which have one (slot E x C: none)."""
-  num_rows, num_positions, top_k = experts.shape
-  # In queue order: every first choice, then every second one.
-  queue = _reshape(experts.transpose(0, 2, 1), num_rows, top_k * num_positions)
-  waiting = jnp.tile(valid, (1, top_k))
-  onehot = jax.nn.one_hot(queue, num_experts, dtype=jnp.int32) * waiting[..., None]
-  ahead = jnp.cumsum(onehot, axis=1) - onehot
-  place = jnp.sum(ahead * onehot, axis=-1)
-  kept = waiting & (place < capacity)
-  slots = jnp.where(kept, queue * capacity + place, num_experts * capacity)
-
-  def by_token(x):
-    return _reshape(x, num_rows, top_k, num_positions).transpose(0, 2, 1)
-
-  return by_token(slots), by_token(kept)
-
-
-def _invert(slots: Int[Array, "B S k"], num_slots: int) -> Int[Array, "B EC"]:
-  """Returns the choice (s k + j) that has each slot; S k where none has."""
-  choices = _reshape(slots, slots.shape[0], slots.shape[1] * slots.shape[2])
-  num_choices = choices.shape[1]
-
-  def invert(row: Int[Array, " Sk"]) -> Int[Array, " EC"]:
-    empty = jnp.full((num_slots,), num_choices)
-    return empty.at[row].set(jnp.arange(num_choices), mode="drop")
-
-  return jax.vmap(invert)(choices)
-
-
-def _dispatch(
-  x: Float[Array, "B S D"], slots: Int[Array, "B S k"], owners: Int[Array, "B EC"]
-) -> Float[Array, "B EC D"]:
-  """Copies each token into its slots; a slot nobody has is 0."""
-  return jax.vmap(_take)(x, owners // slots.shape[-1], slots)
-
-
-def _combine(
-  outputs: Float[Array, "B EC D"],
-  weights: Float[Array, "B S k"],
-  slots: Int[Array, "B S k"],
-  owners: Int[Array, "B EC"],
-) -> Float[Array, "B S D"]:
-  """Sums each token's expert outputs by weight; a dropped choice adds nothing."""
-  choices = _reshape(slots, slots.shape[0], slots.shape[1] * slots.shape[2])
-  chosen = jax.vmap(_take)(outputs, choices, owners[..., None])
-  chosen = _reshape(chosen, *slots.shape, outputs.shape[-1])
-  return jnp.einsum("bskd,bsk->bsd", chosen, weights.astype(outputs.dtype))
-
-
-@jax.custom_vjp
-def _take(
-  x: Float[Array, "n D"], index: Int[Array, " m"], inverse: Int[Array, "n r"]
-) -> Float[Array, "m D"]:
-  """Returns rows of x, 0 where the index is n or more.
-
-  `inverse` names the results that each row went to (m or more: none), so that the gradient is a
-  gather too: the scatter-add that JAX would use is far slower on every backend.
+  Returns:
+    The output, and which choices got a row.
   """
-  return x.at[index].get(mode="fill", fill_value=0)
+  # Here, inside the rematerialised block: gathered outside of the scan, all layers' experts would
+  # be whole at once. The gradient of the gather is a reduce-scatter in the compute dtype.
+  stored = ((gate, LAYOUT.expert_edf), (up, LAYOUT.expert_edf), (down, LAYOUT.expert_efd))
+  matrices = tuple(_gather_fsdp(w.astype(x.dtype), spec) for w, spec in stored)
+  tokens = tuple(a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
+  if capacity is not None:
+    num_experts = gate.shape[0] * jax.lax.axis_size("expert")
+    num_rows = num_experts * x.shape[0] * capacity
+    slots = _slots_within(capacity, experts, num_experts)
+    y = _run_bounded(tokens, slots, matrices, num_rows, num_experts)
+    kept = slots.reshape(experts.shape) < num_rows
+  else:
+    y = _run_dropless(tokens, matrices, exchange_factor)
+    kept = jnp.ones(experts.shape, bool)
+  return jax.lax.psum(y, "tensor").reshape(x.shape), kept
 
 
-def _take_forward(x, index, inverse):
-  return _take(x, index, inverse), inverse
+def _gather_fsdp(weight: Array, spec) -> Array:
+  dim = next(i for i, axes in enumerate(spec) if axes is not None and "fsdp" in axes)
+  return jax.lax.all_gather(weight, "fsdp", axis=dim, tiled=True)
 
 
-def _take_backward(inverse, grad):
-  rows = grad.at[inverse].get(mode="fill", fill_value=0)
-  return jnp.sum(rows, axis=1), None, None
+def _slots_within(
+  capacity: int, experts: Int[Array, "B S k"], num_experts: int
+) -> Int[Array, "BS k"]:
+  """Returns each choice's row of an [E, B, C] buffer; E B C where it is not routed or has no room.
+
+  In each batch row the experts' slots go to all first choices before any second.
+  """
+  num_rows, num_positions, top_k = experts.shape
+  queue = experts.transpose(0, 2, 1).reshape(num_rows, top_k * num_positions)
+  place, _ = jax.vmap(functools.partial(places, num_experts=num_experts))(queue)
+  kept = (queue < num_experts) & (place < capacity)
+  row = jnp.arange(num_rows)[:, None]
+  slots = jnp.where(
+    kept, (queue * num_rows + row) * capacity + place, num_experts * num_rows * capacity
+  )
+  slots = slots.reshape(num_rows, top_k, num_positions).transpose(0, 2, 1)
+  return slots.reshape(num_rows * num_positions, top_k)
 
 
-_take.defvjp(_take_forward, _take_backward)
+def _run_bounded(tokens, slots, matrices, num_rows: int, num_experts: int) -> Float[Array, "n D"]:
+  """Runs a chip's tokens through buffers of equal size for each of all experts."""
+  x, weights, _ = tokens
+  owners = invert(slots, num_rows)
+
+  def to_experts(rows):  # [E, B C, .] of this chip's rows -> its experts, all chips' rows
+    rows = rows.reshape(num_experts, -1, rows.shape[-1])
+    return jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=1, tiled=True)
+
+  rows = to_experts(spread(x, slots, owners))
+  rows = swiglu(rows, to_experts(spread_weights(weights, slots, owners)), matrices)
+  rows = jax.lax.all_to_all(rows, "expert", split_axis=1, concat_axis=0, tiled=True)
+  return collect(rows.reshape(num_rows, -1), slots, owners)
+
+
+def _run_experts(tokens, matrices, num_rows: int) -> Float[Array, "n D"]:
+  """Runs tokens (x, weights, experts) through the experts whose matrices these are.
+
+  Choices of experts past the last are left out; the others must fit into `num_rows`.
+  """
+  x, weights, experts = tokens
+  num_rows, num_experts = padded_rows(num_rows), matrices[0].shape[0]
+  flat = experts.reshape(-1)
+  routed = flat < num_experts
+  place, sizes = places(flat, num_experts)
+  first = jnp.cumsum(sizes) - sizes  # row of each expert's first token
+  slots = jnp.where(routed, first.at[flat].get(mode="clip") + place, num_rows)
+  slots = slots.reshape(experts.shape)
+  owners = invert(slots, num_rows)
+  rows = spread(x, slots, owners)
+  rows = swiglu(rows, spread_weights(weights, slots, owners), matrices, sizes)
+  return collect(rows, slots, owners)
+
+
+def _run_dropless(tokens, matrices, exchange_factor: float) -> Float[Array, "n D"]:
+  """Runs one chip's tokens, and drops none.
+
+  Each chip of the `expert` axis holds a part of the experts. All tokens of the axis come to it, it
+  does its own experts' rows, and the sums go back. It has room for `exchange_factor` times the rows
+  of an even load. Where any chip of the mesh gets more, the layer goes the other way round on all
+  of them: all experts come to every chip, which does its own tokens.
+  """
+  num_chips, num_here = jax.lax.axis_size("expert"), matrices[0].shape[0]
+  num_choices = tokens[2].size
+  if num_chips == 1:
+    return _run_experts(tokens, matrices, num_choices)
+  num_rows = min(math.ceil(exchange_factor * num_choices), num_chips * num_choices)
+
+  def tokens_to_experts(tokens, matrices):
+    x, weights, experts = (jax.lax.all_gather(a, "expert", tiled=True) for a in tokens)
+    experts -= jax.lax.axis_index("expert") * num_here
+    experts = jnp.where(experts < 0, num_here, experts)  # others' experts are past the last
+    y = _run_experts((x, weights, experts), matrices, num_rows)
+    return jax.lax.psum_scatter(y, "expert", tiled=True)
+
+  @jax.checkpoint  # or every layer would keep what both ways need
+  def experts_to_tokens(tokens, matrices):
+    matrices = tuple(jax.lax.all_gather(w, "expert", tiled=True) for w in matrices)
+    return _run_experts(tokens, matrices, num_choices)
+
+  if num_rows == num_chips * num_choices:
+    return tokens_to_experts(tokens, matrices)
+  wanted = jnp.arange(num_chips * num_here)[:, None] == tokens[2].reshape(1, -1)
+  load = jax.lax.psum(jnp.sum(wanted, axis=1), "expert").reshape(num_chips, num_here).sum(axis=1)
+  fits = jax.lax.pmax(jnp.max(load), BATCH_AXES) <= num_rows
+  return jax.lax.cond(fits, tokens_to_experts, experts_to_tokens, tokens, matrices)

@@ -2,6 +2,7 @@
 """The sparse layer against a loop over tokens; its losses and statistics against hand numbers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import tiny
 
 from mm1_jax.config import DecoderConfig, MoEConfig
+from mm1_jax.models.layers import run_blocks
 from mm1_jax.models.moe import MoE
 
 WIDTH, MLP = 8, 6
@@ -69,7 +71,7 @@ def loop(layer: MoE, x, valid, capacity: int):
 
 
 def inputs(num_rows: int = 3, num_positions: int = 12):
-  """Returns tokens, of which some are padding in front, in the middle and at the end."""
+  """Returns tokens, of which some are padding: in front, in the middle and at the end."""
   rng = np.random.default_rng(0)
   x = rng.standard_normal((num_rows, num_positions, WIDTH))
   valid = np.ones((num_rows, num_positions), bool)
@@ -237,6 +239,100 @@ def test_gradient_equals_that_of_a_dense_reference(case, mesh):
   for name, grad in expected_grads.items():
     assert np.abs(grad).max() > 1e-3, f"{name} has no gradient to compare"
     assert tiny.largest_difference(grads[name], grad) < 1e-5, name
+
+
+def test_dropless_equals_bounded_where_nothing_overflows(mesh):
+  """Output, statistics and every gradient of the two paths, which share only the routing."""
+  x, valid = inputs()
+  direction = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+  dropless = outputs_and_gradients(CASES["dropless"][0], mesh, x, valid, direction)
+  bounded = outputs_and_gradients(CASES["roomy"][0], mesh, x, valid, direction)
+  assert dropless.keys() == bounded.keys()
+  for name, value in bounded.items():
+    assert tiny.largest_difference(dropless[name], value) < 1e-5, name
+
+
+def outputs_and_gradients(cfg, mesh, x, valid, direction, router=ROUTER) -> dict[str, np.ndarray]:
+  """Returns the output, the statistics, and the gradients of a random direction of the output."""
+  layer = make(cfg, mesh, router)
+
+  def total(layer, x, valid, direction):
+    y, stats = layer(x, valid)
+    return jnp.sum(y * direction) + stats.balance_loss + stats.router_z_loss, (y, stats)
+
+  with jax.set_mesh(mesh):
+    run = tiny.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    arrays = tiny.put((x.astype(np.float32), valid, direction), mesh)
+    (_, (y, stats)), (grads, x_grad) = run(layer, *arrays)
+  named = {f"grad.{name}": grad for name, grad in tiny.names(grads).items()}
+  return {"y": np.asarray(y), "grad.x": np.asarray(x_grad), **tiny.names(stats), **named}
+
+
+# Mesh and exchange factor. Every token goes to expert 1 and another. With room for 1.5 times an
+# even load on each of four chips, the experts must come to the tokens; for twice, they stay.
+MESHES = [
+  ((1, 1, 4, 1), 1.5),
+  ((1, 1, 4, 1), 2.0),
+  pytest.param((1, 1, 4, 1), 4.0, marks=pytest.mark.slow),
+  pytest.param((1, 2, 2, 2), 1.0, marks=pytest.mark.slow),
+  pytest.param((1, 2, 2, 2), 1.9, marks=pytest.mark.slow),
+  pytest.param((2, 2, 2, 1), 2.0, marks=pytest.mark.slow),
+  pytest.param((2, 1, 4, 1), 1.5, marks=pytest.mark.slow),
+  pytest.param((1, 2, 1, 4), 1.5, marks=pytest.mark.slow),
+  pytest.param((8, 1, 1, 1), 1.5, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("sizes", "factor"), MESHES, ids=str)
+def test_dropless_is_the_same_on_every_mesh(sizes, factor):
+  cfg = MoEConfig(4, 1, 2, None, exchange_factor=factor)
+  actual = skewed(cfg, tiny.mesh(*sizes))
+  for name, value in skewed(CASES["dropless"][0], tiny.mesh()).items():
+    assert tiny.largest_difference(actual[name], value) < 1e-5, name
+
+
+@functools.cache
+def skewed(cfg: MoEConfig, mesh) -> dict[str, np.ndarray]:
+  x, valid = inputs(num_rows=8)
+  x[..., 0] = 3.0
+  router = ROUTER.copy()
+  router[0] = [0.0, 3.0, 0.0, 0.0]
+  direction = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+  outputs = outputs_and_gradients(cfg, mesh, x, valid, direction, router)
+  assert outputs["load"][1] == 0.5
+  return outputs
+
+
+@pytest.mark.parametrize(
+  ("remat", "num_products"), [("expert_gate+expert_up", 9), ("full", 11), ("none", 9)]
+)
+def test_backward_multiplies_no_more_than_it_must(remat, num_products, mesh):
+  """Three products forward and six backward; rematerialised, gate and up again, down never."""
+  layer = make(CASES["roomy"][0], mesh, ROUTER)
+  x, valid = inputs()
+
+  def body(x, layer):
+    return layer(x, valid)[0], None
+
+  def total(layers, x):
+    return jnp.sum(run_blocks(body, x, layers, remat=remat, scan=True)[0])
+
+  with jax.set_mesh(mesh):
+    layers = jax.tree.map(lambda leaf: leaf[None], layer)
+    x, valid = tiny.put((x.astype(np.float32), valid), mesh)
+    jaxpr = jax.make_jaxpr(jax.grad(total))(layers, x)
+  assert count_expert_products(jaxpr.jaxpr) == num_products
+
+
+def count_expert_products(jaxpr) -> int:
+  """Counts products with a batch dim, as the bounded path's are over experts, in all it calls."""
+  count = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      count += len(eqn.params["dimension_numbers"][1][0]) > 0
+    for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+      count += count_expert_products(sub) if hasattr(sub, "eqns") else 0
+  return count
 
 
 @pytest.mark.parametrize("loss", ["output", "balance_loss", "router_z_loss"])

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experts' SwiGLU, with a gradient written out.
+
+  y = (silu(x W_gate) * (x W_up) * w) W_down        w: a row's router weight
+
+The weight is applied before the last product and not to its result, so that no gradient needs the
+result: a rematerialised layer multiplies by W_gate and W_up again, never by W_down. What lies
+between the products goes through memory once each way, in float32: left to itself, the compiler
+makes four passes of the backward one.
+
+Letters: E experts, m rows, D width, F mlp.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from mm1_jax.models.grouped_matmul import grouped_matmul, grouped_outer
+
+Matrices = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+
+
+@jax.custom_vjp
+def swiglu(
+  x: Float[Array, "... D"],
+  weights: Float[Array, "... 1"],
+  matrices: Matrices,
+  sizes: Int[Array, " E"] | None = None,
+) -> Float[Array, "... D"]:
+  """Runs rows through their experts, and weighs them.
+
+  Args:
+    x: [m, D], sorted by expert, with `sizes`; or [E, m, D], equally many for each.
+    weights: of the rows, float32; 0 for a row that holds nothing.
+    matrices: gate, up and down, in the dtype of x.
+    sizes: int32 rows of each expert.
+  """
+  return _forward(x, weights, matrices, sizes)[0]
+
+
+def _forward(x, weights, matrices, sizes):
+  gate, up, down = matrices
+  g = checkpoint_name(_matmul(x, gate, sizes), "expert_gate")
+  u = checkpoint_name(_matmul(x, up, sizes), "expert_up")
+  h = jax.nn.silu(g.astype(jnp.float32)) * u.astype(jnp.float32) * weights
+  y = _matmul(h.astype(x.dtype), down, sizes)
+  return y, (x, weights, matrices, sizes, g, u)
+
+
+def _backward(residuals, dy):
+  x, weights, (gate, up, down), sizes, g, u = residuals
+  dh = _matmul(dy, down, sizes, transpose=True)
+  # The barrier keeps the four in one pass.
+  h, dg, du, dweights = jax.lax.optimization_barrier(_between(g, u, weights, dh))
+  dx = _matmul(dg, gate, sizes, transpose=True) + _matmul(du, up, sizes, transpose=True)
+  dgate, dup, ddown = (_outer(*ab, sizes) for ab in ((x, dg), (x, du), (h, dy)))
+  return dx, dweights, (dgate, dup, ddown), None
+
+
+swiglu.defvjp(_forward, _backward)
+
+
+def _between(g, u, weights, dh):
+  """Returns the weighted h, and the gradients by g, u and weights: one pass over all of them."""
+  dtype = g.dtype
+  g, u, dh = (a.astype(jnp.float32) for a in (g, u, dh))
+  sigmoid = jax.nn.sigmoid(g)
+  silu = g * sigmoid
+  dweights = jnp.sum(dh * silu * u, axis=-1, keepdims=True)
+  dh *= weights
+  dg = dh * u * (sigmoid + silu * (1 - sigmoid))
+  return (silu * u * weights).astype(dtype), dg.astype(dtype), (dh * silu).astype(dtype), dweights
+
+
+def _matmul(rows, matrices, sizes, *, transpose: bool = False):
+  if sizes is not None:
+    return grouped_matmul(rows, matrices, sizes, transpose=transpose)
+  return jnp.einsum("emk,enk->emn" if transpose else "emk,ekn->emn", rows, matrices)
+
+
+def _outer(rows, grad, sizes):
+  if sizes is not None:
+    return grouped_outer(rows, grad, sizes)
+  return jnp.einsum("emk,emn->ekn", rows, grad)
