@@ -116,7 +116,8 @@ def read_records(run: RunConfig, source: SourceConfig, *, num_records: int, seed
   encoder = Encoder(
     Tokenizer(run.data.tokenizer), run.model.connector.num_tokens, run.data.image_delimiters
   )
-  drawn = np.random.default_rng(seed).permutation(len(opened))[:num_records]
+  rng = np.random.default_rng(seed)
+  drawn = rng.choice(len(opened), min(num_records, len(opened)), replace=False)
   return Sample(
     name=source.name,
     num_records=len(opened),

@@ -11,7 +11,7 @@ from mm1_jax.batch import Batch
 from mm1_jax.data.inspect.compare import Origin
 from mm1_jax.data.inspect.facts import Run, Segment, odd_loss, stretches, words_of
 from mm1_jax.data.inspect.stream import DrawnRow, Stream
-from mm1_jax.drawing import COLORS, as_html, color, counted, data_url, thumbnail
+from mm1_jax.drawing import COLORS, INK, MUTED, WRONG, as_html, color, counted, data_url, thumbnail
 
 THUMBNAIL = 112  # pixels
 # Of a text that is longer, so many characters at its beginning and its end are shown.
@@ -62,7 +62,7 @@ def _loss_lane(row: Batch, odd: np.ndarray) -> str:
   """Returns the loss mask as one black path, and one red path of what must not be in it."""
   paths = "".join(
     f'<path fill="{fill}" d="{_path(mask)}"/>'
-    for fill, mask in (("#1f2430", (row.loss_mask != 0) & ~odd), ("#c0260b", odd))
+    for fill, mask in ((INK, (row.loss_mask != 0) & ~odd), (WRONG, odd))
     if mask.any()
   )
   return (
@@ -83,7 +83,7 @@ def _saw(row: Batch) -> str:
   points = " ".join(f"{x},{top - int(positions[x])}" for x in sorted(set(corners)))
   return (
     f'<svg class="lane saw" viewBox="0 0 {len(positions)} {top}" preserveAspectRatio="none" '
-    f'role="img" aria-label="positions"><polyline points="{points}" fill="none" stroke="#5f6570" '
+    f'role="img" aria-label="positions"><polyline points="{points}" fill="none" stroke="{MUTED}" '
     'vector-effect="non-scaling-stroke"/></svg>'
   )
 
