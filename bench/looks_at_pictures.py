@@ -63,7 +63,6 @@ def held_out_captions(run: RunConfig) -> tuple[list[Batch], np.ndarray]:
   batches = [
     assemble(
       rows[i : i + ROWS],
-      num_rows=ROWS,
       seq_len=data.seq_len,
       images_per_row=1,
       image_size=run.model.vision.image_size,

@@ -258,6 +258,7 @@ class DataConfig:
   chat: bool = False  # conversations: generation then puts a prompt in the chat template
   window_rows: int = 128  # rows that are packed together; more fill better and shuffle further
   num_workers: int = 0  # processes that decode images; 0 decodes in the training process
+  prefetch_batches: int = 2  # made ahead, whatever the number of workers; all are in host memory
   max_drop_fraction: float = 0.05  # of examples lost to unreadable images before the run stops
   seed: int = 0
 
@@ -266,7 +267,8 @@ class DataConfig:
       names = [s.name for s in getattr(self, kind)]
       twice = sorted({n for n in names if names.count(n) > 1})
       _require(not twice, f"data.{kind} names {twice} more than once; names must differ.")
-    _require_positive(self, "data", "seq_len", "batch_size", "window_rows", "max_image_pixels")
+    counts = ("seq_len", "batch_size", "window_rows", "max_image_pixels", "prefetch_batches")
+    _require_positive(self, "data", *counts)
 
 
 @dataclasses.dataclass(frozen=True)

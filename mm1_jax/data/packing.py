@@ -8,7 +8,7 @@ All of this looks at lengths alone; examples are read when a batch is made.
 """
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -225,9 +225,8 @@ class Segment(NamedTuple):
 
 
 def assemble(
-  rows: Iterable[Sequence[Segment]],
+  rows: Sequence[Sequence[Segment]],
   *,
-  num_rows: int,
   seq_len: int,
   images_per_row: int,
   image_size: tuple[int, int],
@@ -236,9 +235,7 @@ def assemble(
   """Lays segments out in rows, one after another, with padding behind.
 
   Args:
-    rows: B rows of segments that fit `seq_len` and `images_per_row`; taken one at a time, so that
-      no more than a row's pictures need be in memory beside the batch.
-    num_rows: B.
+    rows: B rows of segments that fit `seq_len` and `images_per_row`.
     seq_len: S.
     images_per_row: N.
     image_size: H and W.
@@ -247,7 +244,7 @@ def assemble(
   Returns:
     A `Batch` of numpy arrays.
   """
-  shape = num_rows, seq_len
+  shape = len(rows), seq_len
   batch = Batch(
     tokens=np.full(shape, pad_id, np.int32),
     targets=np.full(shape, pad_id, np.int32),
@@ -255,8 +252,8 @@ def assemble(
     positions=np.zeros(shape, np.int32),
     segment_ids=np.zeros(shape, np.int32),
     source_ids=np.zeros(shape, np.int32),
-    images=np.zeros((num_rows, images_per_row, *image_size, 3), np.uint8),
-    image_mask=np.zeros((num_rows, images_per_row), bool),
+    images=np.zeros((len(rows), images_per_row, *image_size, 3), np.uint8),
+    image_mask=np.zeros((len(rows), images_per_row), bool),
   )
   for r, row in enumerate(rows):
     start, slot = 0, 0

@@ -8,7 +8,9 @@ one held-out source, each of its examples once.
 import collections
 import contextlib
 import functools
+import itertools
 import json
+import math
 import signal
 import threading
 import weakref
@@ -41,9 +43,9 @@ MIN_EXAMPLES_TO_JUDGE = 100  # a share of dropped examples means little below th
 ENDLESS = 1 << 40  # batches
 # A long document is cut over rows near each other; it is tokenised once for all of them.
 CACHED_DOCUMENTS = 64
-# Batches made ahead, and threads that make them, in each process. Reading and decoding let go of
-# Python's lock, so two threads help; more only hold more batches in memory.
-READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+# Threads that make rows in each process. Decoding lets go of Python's lock, but what is around it
+# does not: two threads do nearly twice as much as one, and four hardly more than two.
+NUM_THREADS = 2
 
 
 class BatchStats(NamedTuple):
@@ -62,10 +64,10 @@ class PipelineError(RuntimeError):
 
 
 class _Loaded(NamedTuple):
-  """What comes back from a worker."""
+  """One row, as it comes back from a worker."""
 
   batch: Batch
-  stats: str  # JSON of a BatchStats: one leaf, whatever its keys
+  drops: str  # JSON of the examples left out, by reason: one leaf, whatever its keys
   next_window: str  # JSON of the WindowState that the next batch is planned from
 
 
@@ -82,6 +84,7 @@ class Pipeline:
     self,
     loaded: grain.DatasetIterator[_Loaded],
     *,
+    num_rows: int,
     tokenizer: Tokenizer,
     indexes: dict[str, Index],
     state: dict[str, Any],
@@ -91,6 +94,7 @@ class Pipeline:
     self.indexes = indexes
     self.drops: collections.Counter = collections.Counter()
     self._loaded = [loaded]
+    self._num_rows = num_rows
     self._state = state
     self._max_drop_fraction = max_drop_fraction
     self._num_examples = 0
@@ -118,8 +122,8 @@ class Pipeline:
     if not self._loaded:
       raise PipelineError("the pipeline is closed; make_pipeline goes on from its state().")
     try:
-      loaded = next(self._loaded[0])
-      stats = BatchStats(**json.loads(loaded.stats))
+      rows = [next(self._loaded[0]) for _ in range(self._num_rows)]
+      batch, stats = _join(rows)
       self._count(stats)
     except DataError as e:
       self._error = e
@@ -132,10 +136,9 @@ class Pipeline:
     self._state = {
       **self._state,
       "batch": self._state["batch"] + 1,
-      "plan": json.loads(loaded.next_window),
+      "plan": json.loads(rows[-1].next_window),
     }
-    # Out of the workers' shared memory, which must not outlive them.
-    return Batch(*map(np.array, loaded.batch)), stats
+    return batch, stats
 
   def state(self) -> dict[str, Any]:
     """Returns what `make_pipeline` needs to go on with the batch that comes next, as plain JSON.
@@ -154,6 +157,24 @@ class Pipeline:
         f"{dropped} of {self._num_examples} examples were dropped ({dict(self.drops)}), more than "
         f"data.max_drop_fraction {self._max_drop_fraction} allows. Repair the source, or raise it."
       )
+
+
+def _join(rows: Sequence[_Loaded]) -> tuple[Batch, BatchStats]:
+  """Returns rows as a batch, copied out of the workers' shared memory."""
+  batch = Batch(*map(np.concatenate, zip(*(row.batch for row in rows), strict=True)))
+  drops: collections.Counter = collections.Counter()
+  for row in rows:
+    drops.update(json.loads(row.drops))
+  num_positions, num_images = int((batch.segment_ids > 0).sum()), int(batch.image_mask.sum())
+  stats = BatchStats(
+    padded_fraction=1 - num_positions / batch.tokens.size,
+    empty_slot_fraction=1 - num_images / batch.image_mask.size if batch.image_mask.size else 0.0,
+    num_positions=num_positions,
+    num_images=num_images,
+    num_examples=int(batch.segment_ids.max(axis=1).sum()),
+    drops=dict(drops),
+  )
+  return batch, stats
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:
@@ -200,15 +221,18 @@ def make_pipeline(
     state = {"batch": 0, "plan": plan.first_state.to_dict(), "fingerprint": now}
   check_fingerprint(state["fingerprint"], now)
   planned = PlannedBatches(plan, WindowState.from_dict(state["plan"]), state["batch"], rows)
-  load = BatchLoader(data, sources, indexes, encoder, image_size)
-  batches = grain.MapDataset.source(planned).map(load).to_iter_dataset(READ_OPTIONS)
+  load = RowLoader(data, sources, indexes, encoder, image_size)
+  ahead = math.ceil(data.prefetch_batches * len(rows) / max(1, data.num_workers))
+  loaded = grain.MapDataset.source(PlannedRows(planned, len(rows))).map(load)
+  loaded = loaded.to_iter_dataset(grain.ReadOptions(NUM_THREADS, max(NUM_THREADS, ahead)))
   if data.num_workers:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's worker pool reads flags, also outside of app.run
     options = grain.MultiprocessingOptions(num_workers=data.num_workers)
-    batches = batches.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
+    loaded = loaded.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
   return Pipeline(
-    iter(batches),
+    iter(loaded),
+    num_rows=len(rows),
     tokenizer=encoder.tokenizer,
     indexes={config.name: index for config, index in zip(data.sources, indexes, strict=True)},
     state=state,
@@ -258,17 +282,20 @@ def make_eval_batches(
   rows = plan_once(index, data, len(encoder.image_ids))
   rows += [[]] * (-len(rows) % data.batch_size)
   starts = range(0, len(rows), data.batch_size)[:limit]
-  planned = [([rows[start + r] for r in local], None) for start in starts]
-  load = BatchLoader(data, [opened], [index], encoder, image_size)
-  return _eval_batches(grain.MapDataset.source(planned).map(load), source.name)
+  planned = [(rows[start + r], None) for start in starts for r in local]
+  load = RowLoader(data, [opened], [index], encoder, image_size)
+  loaded = grain.MapDataset.source(planned).map(load)
+  options = grain.ReadOptions(NUM_THREADS, max(NUM_THREADS, len(local)))
+  return _eval_batches(loaded.to_iter_dataset(options), len(local), source.name)
 
 
-def _eval_batches(batches: grain.MapDataset, name: str) -> Iterator[Batch]:
+def _eval_batches(loaded: grain.IterDataset, num_rows: int, name: str) -> Iterator[Batch]:
   drops: collections.Counter = collections.Counter()
-  with contextlib.closing(iter(batches.to_iter_dataset(READ_OPTIONS))) as iterator:
-    for loaded in iterator:
-      drops.update(json.loads(loaded.stats)["drops"])
-      yield loaded.batch
+  with contextlib.closing(iter(loaded)) as iterator:
+    while rows := list(itertools.islice(iterator, num_rows)):
+      batch, stats = _join(rows)
+      drops.update(stats.drops)
+      yield batch
   if drops:
     logging.warning("evaluation source '%s' lost examples: %s", name, dict(drops))
 
@@ -324,8 +351,28 @@ class PlannedBatches:
     self._reset()
 
 
-class BatchLoader:
-  """Reads, encodes, decodes and assembles the pieces of a batch; runs in the workers."""
+class PlannedRows:
+  """The rows of planned batches one by one, each with the state for the batch after its own.
+
+  A row is what one thread makes at a time: the first batch is there after the time of a few rows,
+  and what is in memory does not grow with the number of workers.
+  """
+
+  def __init__(self, batches: PlannedBatches, num_rows: int):
+    self._batches = batches
+    self._num_rows = num_rows
+
+  def __len__(self) -> int:
+    return len(self._batches) * self._num_rows
+
+  def __getitem__(self, index: int) -> tuple[Row, WindowState]:
+    batch, row = divmod(index, self._num_rows)
+    rows, state = self._batches[batch]
+    return rows[row], state
+
+
+class RowLoader:
+  """Reads, encodes, decodes and assembles the pieces of a row; runs in the workers."""
 
   def __init__(
     self,
@@ -345,29 +392,19 @@ class BatchLoader:
     )
     self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
 
-  def __call__(self, planned: tuple[list[Row], WindowState | None]) -> _Loaded:
-    rows, next_window = planned
+  def __call__(self, planned: tuple[Row, WindowState | None]) -> _Loaded:
+    row, next_window = planned
     drops: collections.Counter = collections.Counter()
-    segments = ([s for piece in row if (s := self._segment(piece, drops))] for row in rows)
+    segments = [s for piece in row if (s := self._segment(piece, drops))]
     batch = assemble(
-      segments,
-      num_rows=len(rows),
+      [segments],
       seq_len=self._data.seq_len,
       images_per_row=self._data.images_per_row,
       image_size=self._image_size,
       pad_id=self._encoder.tokenizer.pad_id,
     )
-    num_positions, num_images = int((batch.segment_ids > 0).sum()), int(batch.image_mask.sum())
-    stats = BatchStats(
-      padded_fraction=1 - num_positions / batch.tokens.size,
-      empty_slot_fraction=1 - num_images / batch.image_mask.size if batch.image_mask.size else 0.0,
-      num_positions=num_positions,
-      num_images=num_images,
-      num_examples=int(batch.segment_ids.max(axis=1).sum()),
-      drops=dict(drops),
-    )
     state = next_window.to_dict() if next_window else None
-    return _Loaded(batch, json.dumps(stats._asdict()), json.dumps(state))
+    return _Loaded(batch, json.dumps(drops), json.dumps(state))
 
   def _segment(self, piece: Piece, drops: collections.Counter) -> Segment | None:
     """Returns a piece with its pixels; None, and the reason in `drops`, if it cannot be used."""

@@ -147,7 +147,7 @@ def test_assemble():
   )
   picture = np.full((2, 3, 3), 7, np.uint8)
   rows = [[Segment(1, text, []), Segment(2, caption, [picture])], []]
-  batch = assemble(rows, num_rows=2, seq_len=10, images_per_row=2, image_size=(2, 3), pad_id=0)
+  batch = assemble(rows, seq_len=10, images_per_row=2, image_size=(2, 3), pad_id=0)
   empty = [0] * 10
   assert batch.tokens.tolist() == [[1, 30, 1, 5, 4, 4, 6, 20, 0, 0], empty]
   assert batch.targets.tolist() == [[30, 2, 5, 4, 4, 6, 20, 2, 0, 0], empty]
