@@ -245,14 +245,18 @@ def tfds_records(row: Any, default_id: str, options: Options) -> Iterator[Record
 @functools.lru_cache(1)
 def _tfds(name: str, split: str, data_dir: str, image_feature: str) -> Any:
   import tensorflow_datasets as tfds  # seconds, and only this format needs it
+  from tensorflow_datasets.core import read_only_builder
 
   decoders: Any = tfds.decode.SkipDecoding() if image_feature else None
   for part in reversed(image_feature.split(".") if image_feature else []):
     decoders = {part: decoders}
+  where: Any = {"data_dir": data_dir} if data_dir else {}
   try:
-    return tfds.data_source(
-      name, split=split, data_dir=data_dir or None, decoders=decoders, download=False
-    )
+    try:  # what is prepared needs none of the code that prepared it, which may need TensorFlow
+      builder = read_only_builder.builder_from_files(name, **where)
+    except tfds.core.DatasetNotFoundError:
+      builder = tfds.builder(name, **where)
+    return builder.as_data_source(split, decoders=decoders)
   except Exception as e:  # TFDS raises its own, ValueError, NotImplementedError, ...
     first_line = str(e).strip().partition("\n")[0] or type(e).__name__
     raise DataError(

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 from apache_beam.io.filesystems import FileSystems
-from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from mm1_jax.data.build import files
 from mm1_jax.data.build.filters import Refiner
@@ -76,9 +76,7 @@ def build_shard(
     finished(dead_path(options, job.name), options) as dead_file,
   ):
     with (
-      contextlib.closing(
-        array_record_module.ArrayRecordWriter(shard_file, WRITER_OPTIONS)
-      ) as shard,
+      contextlib.closing(ArrayRecordWriter(shard_file, WRITER_OPTIONS)) as shard,
       open(dead_file, "wb") as letters,
       gzip.GzipFile("", "wb", fileobj=letters, mtime=0) as dead,  # no name, no time: same bytes
     ):
