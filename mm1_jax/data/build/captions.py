@@ -30,6 +30,10 @@ from mm1_jax.data.sources import DataError, Record
 # --- WebDataset
 
 
+TWICE = "two members of one name"
+NO_DATA = "member too large or no regular file"
+
+
 class Member(NamedTuple):
   """A file of a tar; `data` is None if it is of no use here, or too large."""
 
@@ -49,13 +53,15 @@ def webdataset_parts(file: Part, options: Options) -> list[Part]:
 
 def webdataset_rows(part: Part, options: Options) -> Iterator[Row]:
   """Yields samples: neighbours of one key, as dicts of their members by ending."""
-  for key, members in itertools.groupby(_members(part.path, options), key=_sample_key):
+  broken: list[BrokenFile] = []
+  for key, members in itertools.groupby(_members(part.path, options, broken), key=_sample_key):
     sample: dict[str, Member] = {}
     for member in members:
-      if member.ending in sample:
-        member = member._replace(problem="two members of one name")
-      sample[member.ending] = member
+      twice = member.ending in sample
+      sample[member.ending] = member._replace(problem=TWICE) if twice else member
     yield Row(part.path, clean(key), sample)
+  if broken:
+    raise broken[0]
 
 
 def webdataset_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
@@ -79,19 +85,23 @@ def webdataset_records(row: Any, default_id: str, options: Options) -> Iterator[
   yield {**header(facts, default_id, options), "content": [{"image": image}, {"text": text}]}
 
 
-def _members(path: str, options: Options) -> Iterator[Member]:
+def _members(path: str, options: Options, broken: list[BrokenFile]) -> Iterator[Member]:
+  """Yields the files of a tar; where it breaks off they end, and `broken` has the reason."""
   max_image = int(options.max_image_mb * 1e6)
 
   def wanted(info: tarfile.TarInfo) -> bool:
     ending = _split_name(info.name)[1]
-    limit = max_image if f".{ending}" in SUFFIXES else files.MAX_ROW_BYTES
-    return (ending in ("txt", "json") or f".{ending}" in SUFFIXES) and info.size <= limit
+    if f".{ending}" in SUFFIXES:
+      return info.size <= max_image
+    return ending in ("txt", "json") and info.size <= files.MAX_ROW_BYTES
 
-  for info, data in files.tar_members(path, wanted):
-    ending = _split_name(info.name)[1]
-    useful = ending in ("txt", "json") or f".{ending}" in SUFFIXES
-    problem = "" if data is not None or not useful else "member too large or no regular file"
-    yield Member(info.name, ending, data, problem)
+  try:
+    for info, data in files.tar_members(path, wanted):
+      ending = _split_name(info.name)[1]
+      useful = ending in ("txt", "json") or f".{ending}" in SUFFIXES
+      yield Member(info.name, ending, data, NO_DATA if useful and data is None else "")
+  except BrokenFile as e:
+    broken.append(e)
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -256,7 +266,7 @@ def _tfds(name: str, split: str, data_dir: str, image_feature: str) -> Any:
       builder = read_only_builder.builder_from_files(name, **where)
     except tfds.core.DatasetNotFoundError:
       builder = tfds.builder(name, **where)
-    return builder.as_data_source(split, decoders=decoders)
+    return builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
   except Exception as e:  # TFDS raises its own, ValueError, NotImplementedError, ...
     first_line = str(e).strip().partition("\n")[0] or type(e).__name__
     raise DataError(

@@ -121,7 +121,9 @@ def test_manifest_adds_up(flags, tmp_path):
   )
   assert manifest["characters"]["p50"] == pytest.approx(lengths[19], rel=0.011)
   assert manifest["characters"]["p99"] == pytest.approx(lengths[39], rel=0.011)
-  assert manifest["tokens"]["total"] == pytest.approx(manifest["characters"]["total"] / 2.5, rel=0.3)
+  assert manifest["tokens"]["total"] == pytest.approx(
+    manifest["characters"]["total"] / 2.5, rel=0.3
+  )
 
 
 def test_built_shards_train(flags, tmp_path, tokenizer):
