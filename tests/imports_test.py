@@ -23,13 +23,16 @@ MAY_IMPORT: dict[str, set[str]] = {
   "mm1_jax.metrics": CONTRACTS,
   "mm1_jax.drawing": set(),
   "mm1_jax.report": CONTRACTS | {"mm1_jax.drawing", "mm1_jax.metrics"},
+  "mm1_jax.distributed": CONTRACTS | {"mm1_jax.sharding"},
   "mm1_jax.checkpoint": CONTRACTS | {"mm1_jax.sharding"},
   "mm1_jax.models": CONTRACTS | {"mm1_jax.sharding"},
   "mm1_jax.data": CONTRACTS,
+  "mm1_jax.data.build": CONTRACTS | {"mm1_jax.cli", "mm1_jax.data"},
   "mm1_jax.data.inspect": CONTRACTS | {"mm1_jax.cli", "mm1_jax.data", "mm1_jax.drawing"},
   "mm1_jax.train": CONTRACTS
   | {
     "mm1_jax.sharding",
+    "mm1_jax.distributed",
     "mm1_jax.models",
     "mm1_jax.data",
     "mm1_jax.checkpoint",
@@ -58,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
   "mm1_jax.plan": CONTRACTS
   | {
     "mm1_jax.cli",
+    "mm1_jax.drawing",
     "mm1_jax.sharding",
     "mm1_jax.models",
     "mm1_jax.train",

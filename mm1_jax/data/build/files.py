@@ -345,6 +345,8 @@ def _elements(stream: Any, offset: int, *, closed: bool) -> Iterator[tuple[int, 
           yield offset + begin, raw
         begin = scanned
       if depth < 0:
+        if (buffer[scanned:] + stream.read(CHUNK_BYTES)).strip():
+          raise BrokenFile("JSON array with something behind its end")
         return
     buffer, offset, scanned = buffer[begin:], offset + begin, scanned - begin
     if len(buffer) > MAX_ROW_BYTES:
