@@ -21,6 +21,15 @@ PARTS = ("vit", "connector", "decoder")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
+REMAT_NAMES = (
+  "qkv",  # queries, keys and values, rotated
+  "attention",  # its heads' outputs, with the softmax's normaliser
+  "residual",  # the stream between attention and feed-forward network
+  "mlp_gate",
+  "mlp_up",
+  "expert_gate",
+  "expert_up",
+)
 
 class UserError(ValueError):
   """What a user can mend; the message says what is wrong and what to do."""
@@ -203,12 +212,21 @@ class ModelConfig:
   decoder: DecoderConfig = DecoderConfig()
   image_token_id: int = 4  # the tokenizer's `<image>` id; checked when the tokenizer is loaded
   dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; params are float32
-  # What the backward pass keeps: everything, matmul outputs, or only each block's input.
-  remat: Literal["none", "dots", "full"] = "full"
+  # What the backward pass keeps of a block: all ("none"), matmul outputs ("dots"), its input alone
+  # ("full"), or its input and what is named, such as "qkv+attention+host:mlp_up"; see REMAT_NAMES.
+  # What is kept on the host crosses PCIe twice.
+  remat: str = "full"
   scan: bool = True  # False unrolls the blocks: slower to compile, easier to debug
 
   def __post_init__(self):
     patches, tokens = self.vision.grid, self.connector.token_grid
+    whole = self.remat in ("none", "dots", "full")
+    for name in () if whole else self.remat.split("+"):
+      _require(
+        name.removeprefix("host:") in REMAT_NAMES,
+        f"model.remat '{self.remat}' names '{name}'; it must be none, dots, full, or some of these "
+        f"joined by +, with host: before those to keep on the host: {', '.join(REMAT_NAMES)}.",
+      )
     pooled = self.connector.kind not in ("linear", "mlp")
     _require(
       pooled or patches == tokens,

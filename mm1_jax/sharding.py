@@ -42,6 +42,7 @@ class Layout:
   # Activations.
   act_b: P = P(BATCH_AXES)  # rows split, everything else whole: [B, S], [B, S, D], [B, N, H, W, 3]
   act_bsv: P = P(BATCH_AXES, None, "tensor")
+  act_bshk: P = P(BATCH_AXES, None, "tensor", None)
   cache_ubckh: P = P(None, BATCH_AXES, None, "tensor", None)
 
 

@@ -284,8 +284,8 @@ def test_tokens_per_image_and_row():
     ({"optimizer": {"b1": None}}, r"optimizer\.b1 is None; it must be of type float"),
     ({"train": {"init_from": 3}}, r"train\.init_from is 3; it must be of type str"),
     (
-      {"model": {"remat": "some"}},
-      r"model\.remat is 'some'; it must be one of \['none', 'dots', 'full'\]",
+      {"model": {"remat": "qkv+host:mlp"}},
+      r"model\.remat 'qkv\+host:mlp' names 'host:mlp'; .* joined by \+, .* mlp_gate, mlp_up",
     ),
     (
       {"model": {"vision": {"image_size": 378}}},

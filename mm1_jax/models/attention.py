@@ -9,9 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.models.layers import RMSNorm, broadcast, constant, normal
+from mm1_jax.models.splash import LANES, block_size, splash_attention
 from mm1_jax.sharding import LAYOUT, gather
 
 
@@ -57,10 +59,29 @@ def attend(
   queries: Float[Array, "B S H h"],
   keys: Float[Array, "B C K h"],
   values: Float[Array, "B C K h"],
-  mask: Bool[Array, "B 1 S C"] | None,
+  *,
+  mask: Bool[Array, "B 1 S C"] | None = None,
+  segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H h"]:
-  """Softmax attention with float32 logits; K divides H (grouped queries)."""
-  return jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
+  """Softmax attention with float32 logits; K divides H (grouped queries).
+
+  Everyone sees everyone, or whom `mask` lets them see; or `segment_ids` are given, and the rows are
+  packed (`packed_causal_mask` without a cache).
+
+  Packed rows of whole blocks go through splash attention where the mesh is of TPUs. All else is
+  plain XLA, on a GPU too: cuDNN's kernel knows no segments, and would let the examples of a row see
+  each other.
+  """
+  if segment_ids is not None:
+    num_positions = segment_ids.shape[1]
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "tpu" and num_positions % LANES == 0:
+      block = block_size(num_positions, device.device_kind)
+      return splash_attention(queries, keys, values, segment_ids, causal=True, block=block)
+    mask = packed_causal_mask(segment_ids, segment_ids, 0)
+  queries, keys, values = (checkpoint_name(x, "qkv") for x in (queries, keys, values))
+  out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
+  return checkpoint_name(out, "attention")
 
 
 class Attention(nnx.Module):
@@ -102,11 +123,15 @@ class Attention(nnx.Module):
     x: Float[Array, "B S D"],
     *,
     mask: Bool[Array, "B 1 S C"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
     positions: Int[Array, "B S"] | None = None,
     cache: KV | None = None,
     offset: Int[Array, ""] | int = 0,
   ) -> tuple[Float[Array, "B S D"], KV | None]:
-    """Returns the output, and the cache with this call's keys and values at slots offset..."""
+    """Returns the output, and the cache with this call's keys and values at slots offset...
+
+    For `mask` and `segment_ids` see `attend`.
+    """
     queries = self._project(x, self.query, self.query_bias, self.query_norm, positions)
     keys = self._project(x, self.key, self.key_bias, self.key_norm, positions)
     values = self._project(x, self.value, self.value_bias)
@@ -117,7 +142,7 @@ class Attention(nnx.Module):
         jax.lax.dynamic_update_slice(cache.values, values.astype(cache.values.dtype), start),
       )
       keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
-    heads = attend(queries, keys, values, mask)
+    heads = attend(queries, keys, values, mask=mask, segment_ids=segment_ids)
     out = jnp.einsum(
       "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype), out_sharding=LAYOUT.act_b
     )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mm1_jax.config import DecoderConfig, ModelConfig
@@ -32,6 +33,27 @@ class DecoderOutput(NamedTuple):
   cache: KVCache | None
 
 
+@jax.custom_vjp
+def swiglu(gate: Float[Array, "B S F"], up: Float[Array, "B S F"]) -> Float[Array, "B S F"]:
+  """Returns silu(gate) * up, with everything between matrix products written to memory once.
+
+  Left alone, the TPU compiler computes it inside each product that reads it, once for every tile.
+  """
+  return jax.lax.optimization_barrier(jax.nn.silu(gate) * up)
+
+
+def _swiglu_forward(gate, up):
+  return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(inputs, grad):
+  _, vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *inputs)
+  return jax.lax.optimization_barrier(vjp(jax.lax.optimization_barrier(grad)))
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
 class SwiGLU(nnx.Module):
   """silu(x W_gate) * (x W_up), projected back (arXiv 2002.05202)."""
 
@@ -43,8 +65,9 @@ class SwiGLU(nnx.Module):
     self.down = normal(down, (cfg.mlp_dim, cfg.width), LAYOUT.mlp_fd, out_std)
 
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    h = jax.nn.silu(jnp.einsum("bsd,df->bsf", x, gather(self.gate[...], x.dtype)))
-    h *= jnp.einsum("bsd,df->bsf", x, gather(self.up[...], x.dtype))
+    gate = jnp.einsum("bsd,df->bsf", x, gather(self.gate[...], x.dtype))
+    up = jnp.einsum("bsd,df->bsf", x, gather(self.up[...], x.dtype))
+    h = swiglu(checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up"))
     return jnp.einsum("bsf,fd->bsd", h, gather(self.down[...], x.dtype), out_sharding=LAYOUT.act_b)
 
 
@@ -74,13 +97,16 @@ class Layer(nnx.Module):
     else:
       self.mlp = SwiGLU(mlp, cfg, out_std)
 
-  def __call__(self, x, *, mask, positions, valid, cache: KV | None, offset):
-    """Returns the residual stream, the layer's MoE statistics (None if dense), and its cache."""
-    y, cache = self.attention(
-      self.attention_norm(x), mask=mask, positions=positions, cache=cache, offset=offset
-    )
-    x += y
-    y = self.mlp_norm(x)
+  def __call__(self, x, *, valid, cache: KV | None, **kwargs):
+    """Returns the residual stream, the layer's MoE statistics (None if dense), and its cache.
+
+    `kwargs` are the attention's: positions, and who sees whom.
+    """
+    # Barriers: a norm is computed once, not inside each of the matrix products that read it.
+    y = jax.lax.optimization_barrier(self.attention_norm(x))
+    y, cache = self.attention(y, cache=cache, **kwargs)
+    x = checkpoint_name(x + y, "residual")
+    y = jax.lax.optimization_barrier(self.mlp_norm(x))
     if isinstance(self.mlp, MoE):
       y, stats = self.mlp(y, valid, dropless=cache is not None)
       return x + y, stats, cache
@@ -152,16 +178,15 @@ class Decoder(nnx.Module):
     With a `cache`, the S positions take its next slots and see the ones before; without, the row is
     all there is. Segment 0 is padding: it is seen by no real position and routed to no expert.
     """
-    offset, key_segments = 0, segment_ids
-    if cache is not None:
+    kwargs = {"positions": positions, "valid": segment_ids > 0}
+    key_segments = segment_ids
+    if cache is None:
+      kwargs |= {"segment_ids": segment_ids}
+    else:
       offset = cache.length
       key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, offset))
-    kwargs = {
-      "mask": packed_causal_mask(segment_ids, key_segments, offset),
-      "positions": positions,
-      "valid": segment_ids > 0,
-      "offset": offset,
-    }
+      mask = packed_causal_mask(segment_ids, key_segments, offset)
+      kwargs |= {"mask": mask, "offset": offset}
 
     def body(x, unit_and_caches):
       unit, caches = unit_and_caches

@@ -16,10 +16,19 @@ from jaxtyping import Array, Float
 
 from mm1_jax.sharding import LAYOUT, gather
 
-REMAT_POLICIES = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
+
+def remat_policy(remat: str) -> Callable[..., Any]:
+  """Returns what of a block the backward pass keeps, see `ModelConfig.remat`."""
+  if remat == "dots":
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  names = [] if remat == "full" else remat.split("+")
+  host = [name.removeprefix("host:") for name in names if name.startswith("host:")]
+  return jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[name for name in names if not name.startswith("host:")],
+    names_which_can_be_offloaded=host,
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], spec: P, std: float) -> nnx.Param:
@@ -122,7 +131,7 @@ def run_blocks(
   """
   if remat != "none":
     # Inside a scan the barrier against common-subexpression elimination is not needed.
-    body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    body = jax.checkpoint(body, policy=remat_policy(remat), prevent_cse=not scan)
   if scan:
     return jax.lax.scan(body, x, blocks)
   outs = []

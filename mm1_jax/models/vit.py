@@ -7,6 +7,7 @@ Letters: I images, P patches, D width, F mlp.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, UInt8
 
 from mm1_jax.config import ModelConfig, VisionConfig
@@ -41,7 +42,8 @@ class MLP(nnx.Module):
 
   def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
     h = jnp.einsum("ipd,df->ipf", x, gather(self.up[...], x.dtype))
-    h = ACTIVATIONS[self.activation](h + broadcast(self.up_bias[...], h))
+    h = checkpoint_name(h + broadcast(self.up_bias[...], h), "mlp_up")
+    h = ACTIVATIONS[self.activation](h)
     y = jnp.einsum("ipf,fd->ipd", h, gather(self.down[...], x.dtype), out_sharding=LAYOUT.act_b)
     return y + broadcast(self.down_bias[...], y)
 
@@ -66,7 +68,7 @@ class Block(nnx.Module):
     self.mlp = MLP(mlp, cfg, cfg.mlp_dim**-0.5 * scale)
 
   def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-    x += self.attention(self.attention_norm(x))[0]
+    x = checkpoint_name(x + self.attention(self.attention_norm(x))[0], "residual")
     return x + self.mlp(self.mlp_norm(x))
 
 

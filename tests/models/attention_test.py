@@ -92,7 +92,7 @@ def test_grouped_queries_share_consecutive_heads():
   rng = np.random.default_rng(0)
   q, k, v = (rng.standard_normal((1, 3, n, 4)).astype(np.float32) for n in (4, 2, 2))
   causal = np.tril(np.ones((3, 3), bool))
-  out = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(causal[None, None]))
+  out = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask=jnp.asarray(causal[None, None]))
   for head in range(4):
     logits = q[0, :, head] @ k[0, :, head // 2].T / 2
     probs = np.where(causal, np.exp(logits), 0)

@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from mm1_jax.config import RunConfig
+from mm1_jax.sharding import LAYOUT
 from mm1_jax.train.optimizer import split_frozen
 from mm1_jax.train.step import _gradients
 
@@ -67,12 +68,36 @@ def test_every_mesh_computes_the_same(model, sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["dense", "dropless"])
 @pytest.mark.parametrize(
-  "changes", [{"remat": "full"}, {"remat": "dots"}, {"scan": False}], ids=str
+  "changes",
+  [{"remat": "full"}, {"remat": "dots"}, {"remat": "qkv+attention+host:mlp_up"}, {"scan": False}],
+  ids=str,
 )
 def test_remat_and_scan_change_nothing(model, changes):
   run = MODELS[model]
   changed = dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))
   assert_equal(loss_and_gradients(changed, ONE), loss_and_gradients(run, ONE))
+
+
+@pytest.mark.parametrize(
+  ("remat", "again"),
+  [
+    ("none", 0),
+    ("full", 8),  # all but the one into the stream: q, k, v, two of attention, out, gate, up
+    ("qkv+attention", 4),  # the logits, whose softmax is not kept; out, gate, up
+    ("qkv+attention+residual+mlp_up", 2),
+    ("qkv+attention+residual+host:mlp_gate+mlp_up", 1),
+  ],
+)
+def test_backward_multiplies_again_only_what_was_not_kept(remat, again):
+  """Matrix products of a decoder block: nine forward, and twice as many backward."""
+  cfg = tiny.model_config(remat=remat)
+  with jax.set_mesh(tiny.mesh()):
+    decoder = tiny.make_model(cfg, tiny.mesh()).decoder
+    x = jnp.ones((2, 8, cfg.decoder.width), out_sharding=LAYOUT.act_b)
+    rows = jnp.ones((2, 8), jnp.int32, out_sharding=LAYOUT.act_b)
+    gradient = jax.grad(lambda decoder: jnp.sum(decoder(x, rows, rows).hidden))
+    products = str(jax.make_jaxpr(gradient)(decoder)).count("dot_general[")
+  assert products == 9 + 18 + again
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splash attention against attention written out in float32, and where `attend` chooses it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+
+from mm1_jax.config import MESH_AXES
+from mm1_jax.models.attention import attend, packed_causal_mask
+from mm1_jax.models.splash import block_size, splash_attention
+from mm1_jax.sharding import LAYOUT
+
+LENGTHS = [(100, 28, 96), (256,), (1, 130), ()]  # examples of each row; the rest is padding
+
+
+def packed(num_positions: int = 256) -> np.ndarray:
+  segments = np.zeros((len(LENGTHS), num_positions), np.int32)
+  for row, lengths in zip(segments, LENGTHS, strict=True):
+    ends = np.cumsum(lengths, dtype=int)
+    for i, (length, end) in enumerate(zip(lengths, ends, strict=True), start=1):
+      row[end - length : end] = i
+  return segments
+
+
+def inputs(num_kv_heads: int, dtype: str = "float32"):
+  """Returns queries of 4 heads, keys, values, and what the outputs are weighed with."""
+  rng = np.random.default_rng(0)
+  heads = (4, num_kv_heads, num_kv_heads, 4)
+  return tuple(jnp.asarray(rng.standard_normal((4, 256, n, 32)), dtype) for n in heads)
+
+
+def written_out(queries, keys, values, mask):
+  """Attention by its formula, every head's logits at once."""
+  groups = queries.shape[2] // keys.shape[2]
+  keys, values = (jnp.repeat(x, groups, axis=2) for x in (keys, values))
+  logits = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, precision="highest") / 32**0.5
+  probs = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1)
+  return jnp.einsum("bhqk,bkhd->bqhd", probs, values, precision="highest")
+
+
+def with_gradients(function, *inputs):
+  """Returns the output of queries, keys and values, and the gradients of its weighted sum."""
+  *qkv, weights = inputs
+
+  def total(*inputs):
+    out = function(*inputs)
+    return jnp.sum(out.astype(jnp.float32) * weights), out
+
+  gradients, out = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*qkv)
+  return out, *gradients
+
+
+@pytest.mark.parametrize("path", ["splash", "xla"])
+@pytest.mark.parametrize(
+  ("num_kv_heads", "sizes"),
+  [(4, (1, 1, 1, 1)), (2, (1, 2, 1, 2))],
+  ids=["one chip", "four, grouped"],
+)
+def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes):
+  """Forward and backward; examples see neither each other nor padding, nor the other way round."""
+  segments, (*qkv, weights) = packed(), inputs(num_kv_heads)
+  mask = packed_causal_mask(jnp.asarray(segments), jnp.asarray(segments), 0)
+  expected = with_gradients(functools.partial(written_out, mask=mask), *qkv, weights)
+  mesh = tiny.mesh(*sizes)
+  with jax.set_mesh(mesh):
+    where = tiny.put((*qkv, weights, segments), mesh)
+
+    @jax.jit
+    def run(*args):
+      *rest, segment_ids = args
+      if path == "xla":
+        return with_gradients(functools.partial(attend, segment_ids=segment_ids), *rest)
+      kernel = functools.partial(
+        splash_attention, segment_ids=segment_ids, causal=True, block=128, interpret=True
+      )
+      split = [jax.sharding.reshard(x, LAYOUT.act_bshk) for x in rest]
+      return with_gradients(kernel, *split)
+
+    actual = run(*where)
+  for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+    assert tiny.largest_difference(a, b) < 2e-5, name
+
+
+def test_whole_rows_without_causality_and_odd_heads():
+  """A picture's patches: everyone sees everyone but the padding; heads of 80, as in ViT-H."""
+  rng = np.random.default_rng(0)
+  qkv = [jnp.asarray(rng.standard_normal((2, 128, 2, 80)), jnp.float32) for _ in range(3)]
+  valid = jnp.asarray(np.arange(128)[None] < [[100], [90]], jnp.int32)
+  mesh = tiny.mesh()
+  with jax.set_mesh(mesh):
+    kernel = functools.partial(splash_attention, causal=False, block=128, interpret=True)
+    where = [jax.device_put(x, NamedSharding(mesh, LAYOUT.act_bshk)) for x in qkv]
+    out = jax.jit(kernel)(*where, tiny.put(valid, mesh))
+  for row, length in enumerate((100, 90)):
+    q, k, v = (x[row : row + 1, :length] for x in qkv)
+    expected = jax.nn.dot_product_attention(q, k, v)
+    assert tiny.largest_difference(out[row : row + 1, :length], expected) < 2e-5
+
+
+@pytest.mark.parametrize(
+  ("platform", "num_positions", "packed_rows", "splash"),
+  [
+    ("tpu", 256, True, True),
+    ("tpu", 200, True, False),  # no whole block
+    ("tpu", 256, False, False),
+    ("gpu", 256, True, False),
+    ("cpu", 256, True, False),
+  ],
+)
+def test_attend_chooses_by_the_devices_of_the_mesh(platform, num_positions, packed_rows, splash):
+  """Not by the host's: a program for a TPU is compiled on machines that have none."""
+  device = AbstractDevice(device_kind="TPU v5", num_cores=1, platform=platform)
+  types = (AxisType.Explicit,) * len(MESH_AXES)
+  mesh = AbstractMesh((1, 1, 1, 1), MESH_AXES, axis_types=types, abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+
+    def abstract(shape, dtype, spec):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    x = abstract((2, num_positions, 4, 32), jnp.bfloat16, LAYOUT.act_bshk)
+    rows = abstract((2, num_positions), jnp.int32, LAYOUT.act_b) if packed_rows else None
+    jaxpr = jax.make_jaxpr(lambda x, rows: attend(x, x, x, segment_ids=rows))(x, rows)
+  assert ("splash_mha_fwd_segmented" in str(jaxpr)) == splash
+
+
+@pytest.mark.parametrize(
+  ("num_positions", "kind", "expected"),
+  [
+    (4096, "TPU v5", 512),
+    (4096, "TPU v6 lite", 1024),
+    (2048, "TPU7x", 2048),
+    (128, "TPU v5", 128),
+    (768, "TPU v5", 384),
+    (1152, "TPU v6 lite", 384),
+  ],
+)
+def test_blocks_divide_the_row(num_positions, kind, expected):
+  assert block_size(num_positions, kind) == expected
