@@ -2,6 +2,7 @@
 """What was built: `PREFIX-manifest.json`, `PREFIX-dead.jsonl.gz`, and a summary for a person."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from typing import Any
@@ -118,7 +119,7 @@ def _summary(options: Options, built: list[tuple[Job, dict[str, Any]]], total: S
   lines.append(_line("shards", len(built), f"{size / 1e6:.1f} MB, {manifest_path(options)}"))
   if total.bad:
     lines.append(f"bad rows are in   {dead_letters_path(options)}")
-  path = shard_path(options, "*")
+  path = shard_path(options, re.sub(r"\d", "?", built[0][0].name))  # not PREFIX-more's
   lines.append(f"train on it with  --config.data.sources.{_role(options.format)}.path='{path}'")
   return "\n".join(lines)
 

@@ -32,6 +32,7 @@ from mm1_jax.data.build.shards import (
   TEMPORARY,
   Job,
   build_shard,
+  shard_path,
   sidecar_path,
   work_folder,
 )
@@ -119,7 +120,10 @@ def _finished_jobs(options: Options, jobs: list[Job]) -> set[str]:
     DataError: there are shards of something else, and we may not overwrite them.
   """
   names = {job.name for job in jobs}
-  shards = {_name(path): path for path in _list(f"{options.output}-*.arrayrecord")}
+  listed = _list(f"{options.output}-*.arrayrecord")
+  # Not those of PREFIX-more, whose names begin like ours.
+  sizes = {path: size for path, size in listed.items() if _is_shard(path, options)}
+  shards = {_name(path): path for path in sizes}
   strange = sorted(shards[name] for name in shards.keys() - names)
   if strange and not options.overwrite:
     raise DataError(
@@ -139,7 +143,8 @@ def _finished_jobs(options: Options, jobs: list[Job]) -> set[str]:
   done = set()
   for job, sidecar in zip(there, _read_sidecars(options, there), strict=True):
     if sidecar["key"] == job.key:
-      done.add(job.name)
+      if sidecar["shard"]["bytes"] == sizes[shards[job.name]]:  # not cut off since
+        done.add(job.name)
     elif not options.overwrite:
       raise DataError(
         f"{shards[job.name]} was built {_difference(options, job, sidecar)}. Give --overwrite to "
@@ -286,15 +291,20 @@ def _prepare_folders(options: Options) -> None:
       FileSystems.mkdirs(folder)
 
 
-def _list(pattern: str) -> list[str]:
+def _list(pattern: str) -> dict[str, int]:
+  """Returns the sizes of files by path."""
   (result,) = FileSystems.match([pattern])
-  return sorted(file.path for file in result.metadata_list)
+  return {file.path: file.size_in_bytes for file in result.metadata_list}
 
 
 def _name(path: str) -> str:
   """Returns 00003-of-00012 of a file that is called so; '' of another."""
   match = re.search(r"(\d{5,}-of-\d{5,})\.(?:json|arrayrecord)$", path)
   return match[1] if match else ""
+
+
+def _is_shard(path: str, options: Options) -> bool:
+  return os.path.basename(path) == os.path.basename(shard_path(options, _name(path)))
 
 
 def _hash(data: bytes) -> str:

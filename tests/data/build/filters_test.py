@@ -91,9 +91,7 @@ def test_first_copy_on_a_page():
   refiner = Refiner(options(first_copy_only=True), None, frozenset())
   for _ in range(2):  # pages do not know of each other
     record = refiner.refine(page(a, "1", b, "2", same_url, "3", same_bytes, "4"), counts)
-    texts = [{"text": "1"}, {"text": "2
-3
-4"}]
+    texts = [{"text": "1"}, {"text": "2\n3\n4"}]
     pictures = [{"image": a.data}, {"image": b.data}]
     assert record["content"] == [pictures[0], texts[0], pictures[1], texts[1]]
   assert counts == {"image filtered: copy on the same page": 4}
