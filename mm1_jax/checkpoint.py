@@ -95,8 +95,10 @@ class Checkpointer:
   def __enter__(self) -> "Checkpointer":
     return self
 
-  def __exit__(self, *_) -> None:
-    self._manager.close()
+  def __exit__(self, error, *_) -> None:
+    # Closing waits for the other processes, which do not come where this one has failed.
+    if error is None or jax.process_count() == 1:
+      self._manager.close()
 
 
 def write_run_files(workdir: epath.PathLike, run: RunConfig) -> None:

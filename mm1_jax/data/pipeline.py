@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -150,13 +150,16 @@ class Pipeline:
   def _count(self, stats: BatchStats) -> None:
     self._num_examples += stats.num_examples + sum(stats.drops.values())
     self.drops.update(stats.drops)
-    dropped = self.drops.total()
-    judged = self._num_examples >= MIN_EXAMPLES_TO_JUDGE
-    if judged and dropped > self._max_drop_fraction * self._num_examples:
-      raise DataError(
-        f"{dropped} of {self._num_examples} examples were dropped ({dict(self.drops)}), more than "
-        f"data.max_drop_fraction {self._max_drop_fraction} allows. Repair the source, or raise it."
-      )
+    check_drops(self.drops.total(), self._num_examples, self._max_drop_fraction, self.drops)
+
+
+def check_drops(num_dropped: int, num_examples: int, limit: float, reasons: Mapping) -> None:
+  """Raises DataError if more examples were dropped than `limit`, a fraction, allows."""
+  if num_examples >= MIN_EXAMPLES_TO_JUDGE and num_dropped > limit * num_examples:
+    raise DataError(
+      f"{num_dropped} of {num_examples} examples were dropped ({dict(reasons)}), more than "
+      f"data.max_drop_fraction {limit} allows. Repair the source, or raise it."
+    )
 
 
 def _join(rows: Sequence[_Loaded]) -> tuple[Batch, BatchStats]:
@@ -236,7 +239,8 @@ def make_pipeline(
     tokenizer=encoder.tokenizer,
     indexes={config.name: index for config, index in zip(data.sources, indexes, strict=True)},
     state=state,
-    max_drop_fraction=data.max_drop_fraction,
+    # Of several processes each sees a part; `train.loop` adds them up.
+    max_drop_fraction=data.max_drop_fraction if process_count == 1 else 1.0,
   )
 
 

@@ -16,7 +16,7 @@ def held_out_loss(model: MM1, run: RunConfig, mesh: Mesh) -> dict[str, float]:
   losses = {}
   for source in run.data.eval_sources:
     total = clu_metrics.Average.empty()
-    for batch in held_out_batches(run, source):
+    for batch in held_out_batches(run, source, mesh):
       total = total.merge(eval_step(model, device_batch(batch, mesh), run=run))
     losses[f"eval/loss/{source.name}"] = float(total.compute())
   return losses

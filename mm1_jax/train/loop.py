@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The story of a run, for every stage: restore or initialise, then step, log, evaluate, save."""
 
+import collections
 import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,14 +15,15 @@ from absl import logging
 from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
-from mm1_jax import checkpoint
+from mm1_jax import checkpoint, distributed
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer
 from mm1_jax.config import RunConfig, UserError
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.inspect.picture import draw_batch
-from mm1_jax.data.pipeline import BatchStats, Pipeline
+from mm1_jax.data.pipeline import BatchStats, Pipeline, check_drops
 from mm1_jax.metrics import (
   MetricWriter,
   StepTimer,
@@ -43,7 +46,7 @@ class TrainingDiverged(UserError):
 def train(run: RunConfig, workdir: epath.PathLike) -> TrainState:
   """Trains `run` in `workdir` up to `run.train.num_steps`, going on from its newest checkpoint.
 
-  SIGTERM and SIGINT save the state and return after the current step.
+  SIGTERM and SIGINT, to any of the processes, save the state and return after the current step.
 
   Raises:
     ConfigError, DataError, CheckpointError: a user's mistake, with what to do.
@@ -51,15 +54,18 @@ def train(run: RunConfig, workdir: epath.PathLike) -> TrainState:
       before them stands.
   """
   mesh = make_mesh(run)
+  distributed.check_shared(workdir)
   with jax.set_mesh(mesh), Checkpointer(workdir, run.checkpoint) as checkpointer:
     # Data first: a wrong path is found before any param is made.
     latest = checkpointer.latest_step
     data_state = None if latest is None else checkpointer.restore_data(latest)
-    with contextlib.closing(training_batches(run, data_state)) as pipeline:
+    with contextlib.closing(training_batches(run, data_state, mesh)) as pipeline:
+      distributed.check_same("the data", pipeline.state())
       state = restore_or_init(run, mesh, checkpointer)
-      checkpoint.write_run_files(workdir, run)
+      if jax.process_index() == 0:
+        checkpoint.write_run_files(workdir, run)
       names = checkpoint.to_names(state.model)
-      logging.info("%s", parameter_overview.get_parameter_overview(names))
+      logging.info("%s", parameter_overview.get_parameter_overview(names, include_stats=False))
       logging.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
       with MetricWriter(workdir, start_step=int(state.step)) as writer:
         return _run_steps(run, workdir, mesh, state, pipeline, checkpointer, writer)
@@ -91,25 +97,29 @@ def _run_steps(
       checkpointer.save(step, params=state.model, train=train, data=pipeline.state())
 
   with Stop() as stop:
-    while step < run.train.num_steps and not stop.requested:
+    while step < run.train.num_steps and not stop.agreed:
       batch, stats = log.fetch(pipeline)
       if step == 0:
         _draw(batch, pipeline, run, writer, workdir)
-      state, metrics = train_step(state, device_batch(batch, mesh), run=run)
+      on_device = device_batch(batch, mesh)
+      tally = Tally.of(stats, stop.requested is not None)
+      sums = distributed.sum_over_processes(np.array(tally, np.float32), mesh)
+      state, metrics = train_step(state, on_device, run=run)
       step += 1
-      log.step(step, metrics, stats)
+      stop.votes = log.step(step, metrics, sums).stopping
       if step % run.train.eval_every == 0:
         evaluate()
       if step % run.checkpoint.every == 0:
         save()
     log.flush()
-    if step % run.train.eval_every and not stop.requested:
+    if step % run.train.eval_every and not stop.agreed:
       evaluate()
     if checkpointer.latest_step != step:
       save()
     checkpointer.wait()
-    if stop.requested:
-      logging.info("stopped by %s; saved at step %d, run again to go on", stop.requested, step)
+    if stop.agreed:
+      by = stop.requested or "another process"
+      logging.info("stopped by %s; saved at step %d, run again to go on", by, step)
   return state
 
 
@@ -142,30 +152,56 @@ def restore_or_init(run: RunConfig, mesh: Mesh, checkpointer: Checkpointer) -> T
   return state
 
 
+class Tally(NamedTuple):
+  """What each process knows of a step by itself; summed over those that have rows of their own."""
+
+  processes: float  # 1 of each
+  stopping: float  # processes that were asked to stop
+  padded_fraction: float
+  empty_slot_fraction: float
+  num_positions: float
+  num_images: float
+  num_examples: float
+  num_dropped: float
+
+  @classmethod
+  def of(cls, stats: BatchStats, stopping: bool) -> "Tally":
+    counts = stats.num_positions, stats.num_images, stats.num_examples, sum(stats.drops.values())
+    return cls(1, stopping, stats.padded_fraction, stats.empty_slot_fraction, *counts)
+
+
 class StepLog:
   """Accumulates metrics over `log_every` steps; writes them, and prints the progress line."""
 
   def __init__(self, run: RunConfig, writer: MetricWriter):
     self.timer = StepTimer(flops=model_flops(run)["total"])
     self._run, self._writer = run, writer
-    self._pending: tuple[int, Metrics, BatchStats] | None = None
+    self._pending: tuple[int, Metrics, Tally] | None = None
     self._sums: Metrics | None = None
-    self._stats: list[BatchStats] = []
+    self._tallies: list[Tally] = []
+    self._num_examples = self._num_dropped = 0.0  # of all processes
+    self._drops: collections.Counter = collections.Counter()  # of this one, by reason
     self._data_wait = 0.0
     self._started = time.perf_counter()
 
   def fetch(self, pipeline: Iterator[tuple[Batch, BatchStats]]) -> tuple[Batch, BatchStats]:
     """Returns the next batch, timing the wait for it."""
     start = time.perf_counter()
-    batch = next(pipeline)
+    batch, stats = next(pipeline)
     self._data_wait += time.perf_counter() - start
-    return batch
+    self._drops.update(stats.drops)
+    return batch, stats
 
-  def step(self, step: int, metrics: Metrics, stats: BatchStats) -> None:
-    """Takes a dispatched step's metrics, and reads the ones of the step before."""
-    previous, self._pending = self._pending, (step, metrics, stats)
-    if previous is not None:
-      self._read(*previous)
+  def step(self, step: int, metrics: Metrics, sums: ArrayLike) -> Tally:
+    """Takes a dispatched step's metrics and tally, and reads the metrics of the step before.
+
+    The tally was dispatched in front of the step, so it can be read, and is returned, already.
+    """
+    if self._pending is not None:
+      self._read(*self._pending)
+    tally = Tally(*np.asarray(sums).tolist())
+    self._pending = step, metrics, tally
+    return tally
 
   def flush(self) -> None:
     """Reads the last step's metrics too."""
@@ -179,20 +215,21 @@ class StepLog:
     if scalars:
       logging.info("step %d | %s", step, " | ".join(f"{k} {v:.4f}" for k, v in scalars.items()))
 
-  def _read(self, step: int, metrics: Metrics, stats: BatchStats) -> None:
+  def _read(self, step: int, metrics: Metrics, tally: Tally) -> None:
     metrics = jax.device_get(metrics)  # waits for the step
     if step == 1:
       seconds = time.perf_counter() - self._started
       logging.info("first step after %s, compiling included", format_seconds(seconds))
-    share = jax.process_count()
     self.timer.tick(
-      tokens=stats.num_positions * share,
-      images=stats.num_images * share,
-      data_wait=self._data_wait,
+      tokens=int(tally.num_positions), images=int(tally.num_images), data_wait=self._data_wait
     )
     self._data_wait = 0.0
     self._sums = metrics if self._sums is None else _merge(self._sums, metrics)
-    self._stats.append(stats)
+    self._tallies.append(tally)
+    self._num_examples += tally.num_examples + tally.num_dropped
+    self._num_dropped += tally.num_dropped
+    limit = self._run.data.max_drop_fraction
+    check_drops(int(self._num_dropped), int(self._num_examples), limit, self._drops)
     if step % self._run.train.log_every == 0 or step == self._run.train.num_steps:
       self._report(step)
     in_a_row = int(metrics["skipped_in_a_row"].compute())
@@ -207,17 +244,18 @@ class StepLog:
   def _report(self, step: int) -> None:
     assert self._sums is not None
     scalars = {k: float(m.compute()) for k, m in self._sums.items() if np.sum(m.count) > 0}
+    total = Tally(*np.sum(np.array(self._tallies), axis=0).tolist())
     scalars |= {
-      "data/padded_fraction": float(np.mean([s.padded_fraction for s in self._stats])),
-      "data/empty_slot_fraction": float(np.mean([s.empty_slot_fraction for s in self._stats])),
-      "data/dropped": float(sum(sum(s.drops.values()) for s in self._stats)),
+      "data/padded_fraction": total.padded_fraction / total.processes,
+      "data/empty_slot_fraction": total.empty_slot_fraction / total.processes,
+      "data/dropped": total.num_dropped,
       "memory/peak_gib": peak_memory_gib(),
     }
     rates = self.timer.rates
     self._writer.write_scalars(step, scalars | (rates.scalars() if rates else {}))
     if jax.process_index() == 0:
       print(progress_line(step, self._run.train.num_steps, scalars, rates), flush=True)
-    self._sums, self._stats = None, []
+    self._sums, self._tallies = None, []
 
 
 def _merge(sums: Metrics, metrics: Metrics) -> Metrics:
@@ -225,10 +263,21 @@ def _merge(sums: Metrics, metrics: Metrics) -> Metrics:
 
 
 class Stop:
-  """Turns SIGTERM and Ctrl-C into a request to stop; a second one is not caught any more."""
+  """Turns SIGTERM and Ctrl-C into a request to stop; a second one is not caught any more.
+
+  Attributes:
+    requested: the signal that this process was sent.
+    votes: processes that had been sent one when they last told each other.
+  """
 
   def __init__(self):
     self.requested: str | None = None
+    self.votes = 0.0
+
+  @property
+  def agreed(self) -> bool:
+    """Whether to stop: the same on all processes, as each of them must take the same steps."""
+    return self.votes > 0 if jax.process_count() > 1 else self.requested is not None
 
   def __enter__(self) -> "Stop":
     self._handlers = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}

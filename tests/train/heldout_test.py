@@ -39,7 +39,7 @@ def test_every_target_counts_once_and_alike():
     logits = tiny.jit(lambda m, b: m.decoder.logits(m(b).hidden, m.decoder.head_weight()))
     for source in data.eval_sources:
       total, count = 0.0, 0.0
-      for batch in held_out_batches(run, source):
+      for batch in held_out_batches(run, source, mesh):
         x = np.asarray(logits(model, device_batch(batch, mesh)), np.float64)
         nll = (
           np.log(np.exp(x).sum(-1)) - np.take_along_axis(x, batch.targets[..., None], -1)[..., 0]

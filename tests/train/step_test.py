@@ -15,7 +15,7 @@ from mm1_jax.checkpoint import to_names
 from mm1_jax.config import OptimizerConfig, RunConfig, TrainConfig
 from mm1_jax.data.pipeline import BatchStats
 from mm1_jax.metrics import MetricWriter, read_metrics
-from mm1_jax.train.loop import StepLog, TrainingDiverged
+from mm1_jax.train.loop import StepLog, Tally, TrainingDiverged
 from mm1_jax.train.step import NORM_DECAY, NORM_STEPS, eval_step
 
 DENSE = tiny_step.run_config()
@@ -234,7 +234,7 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
         state._replace(model=model), tiny.put(tiny.BATCH, mesh), run=DENSE
       )
       step += 1
-      log.step(step, metrics, STATS)
+      log.step(step, metrics, np.array(Tally.of(STATS, False)))
 
     for model in (good, bad, bad, good, bad, bad, bad):
       advance(model.model)
