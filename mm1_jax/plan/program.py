@@ -21,7 +21,7 @@ from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.compile import What
 from mm1_jax.plan.topology import Topology
 from mm1_jax.sharding import LAYOUT, abstract_state
-from mm1_jax.train.step import init_state, train_step
+from mm1_jax.train.step import init_state, train_step_on
 
 
 class Program(NamedTuple):
@@ -78,7 +78,7 @@ def _train(run: RunConfig, mesh: Mesh) -> Program:
 
   state, batch = abstract_state(make, mesh), _batch(run, mesh)
   arguments = {"params": state.model, "optimizer": state.opt_state, "batch": batch}
-  return Program(arguments, train_step.trace(state, batch, run=run))
+  return Program(arguments, train_step_on(mesh).trace(state, batch, run=run))
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -36,7 +36,7 @@ from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state, device_batch, make_mesh
 from mm1_jax.train.feed import training_batches
 from mm1_jax.train.heldout import held_out_loss
-from mm1_jax.train.step import Metrics, TrainState, init_state, train_step
+from mm1_jax.train.step import Metrics, TrainState, init_state, train_step_on
 
 
 class TrainingDiverged(UserError):
@@ -87,6 +87,7 @@ def _run_steps(
   """
   log, step = StepLog(run, writer), int(state.step)
 
+  take_step = train_step_on(mesh)
   def evaluate() -> None:
     with log.timer.excluded():
       log.write(step, held_out_loss(state.model, run, mesh))
@@ -104,7 +105,7 @@ def _run_steps(
       on_device = device_batch(batch, mesh)
       tally = Tally.of(stats, stop.requested is not None)
       sums = distributed.sum_over_processes(np.array(tally, np.float32), mesh)
-      state, metrics = train_step(state, on_device, run=run)
+      state, metrics = take_step(state, on_device, run=run)
       step += 1
       stop.votes = log.step(step, metrics, sums).stopping
       if step % run.train.eval_every == 0:

@@ -2,12 +2,14 @@
 """One step of training, and the state it carries: pure functions of (state, batch)."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,6 +25,7 @@ from mm1_jax.train.optimizer import (
   part_norms,
   split_frozen,
 )
+from mm1_jax.train.xla_flags import compiler_options
 
 Metrics = dict[str, Any]  # clu's Average or LastValue by name
 
@@ -54,7 +57,10 @@ def init_state(model: MM1, run: RunConfig) -> TrainState:
   return TrainState(zero, model, make_optimizer(run).init(trainable), guard)
 
 
-@functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
+_jit = functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
+
+
+@_jit
 def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[TrainState, Metrics]:
   """Takes one step; a step whose gradient is not finite or far too large changes no param."""
   trainable, frozen = split_frozen(state.model, run.optimizer.frozen)
@@ -82,6 +88,12 @@ def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[Trai
     guard=guard,
   )
   return state, metrics
+
+
+def train_step_on(mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns `train_step`, to be compiled with the options of the mesh's chips."""
+  options = compiler_options(mesh.devices.flat[0].device_kind)
+  return _jit(train_step.__wrapped__, compiler_options=options) if options else train_step
 
 
 @functools.partial(jax.jit, static_argnames="run")

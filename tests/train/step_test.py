@@ -15,8 +15,9 @@ from mm1_jax.checkpoint import to_names
 from mm1_jax.config import OptimizerConfig, RunConfig, TrainConfig
 from mm1_jax.data.pipeline import BatchStats
 from mm1_jax.metrics import MetricWriter, read_metrics
+from mm1_jax.train import xla_flags
 from mm1_jax.train.loop import StepLog, Tally, TrainingDiverged
-from mm1_jax.train.step import NORM_DECAY, NORM_STEPS, eval_step
+from mm1_jax.train.step import NORM_DECAY, NORM_STEPS, eval_step, train_step, train_step_on
 
 DENSE = tiny_step.run_config()
 MOE = tiny_step.run_config(tiny.BOUNDED)
@@ -332,3 +333,17 @@ def test_a_run_without_image_slots():
   expected, actual = to_names(expected.opt_state), to_names(actual.opt_state)
   for name, value in actual.items():
     assert tiny.largest_difference(value, expected[name]) < 1e-4, name
+
+
+def test_step_is_compiled_with_the_options_of_the_meshs_chips(monkeypatch):
+  """None on a CPU; a wrong one shows that they reach the compiler."""
+  mesh = tiny.mesh(*tiny_step.ONE)
+  assert train_step_on(mesh) is train_step
+  kind = mesh.devices.flat[0].device_kind
+  monkeypatch.setattr(xla_flags, "OPTIONS", {kind: {"xla_no_such_option": True}})
+  run = tiny_step.run_config()
+  with jax.set_mesh(mesh):
+    batch = tiny.put(tiny.BATCH, mesh)
+    lowered = train_step_on(mesh).trace(tiny_step.make_state(run), batch, run=run).lower()
+  with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+    lowered.compile()

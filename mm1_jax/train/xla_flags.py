@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiler options of the train step, by chip, each with what it does to a predicted step.
+
+They go to the compiler with the step itself, so that a plan compiles the very program that a run
+does, and nobody has to export an environment variable. Measured with the TPU compiler (libtpu
+0.0.42.1, jax 0.10.2) by predicted step time, see docs/performance.md; what did not pay is not here.
+"""
+
+from collections.abc import Mapping
+
+OPTIONS: Mapping[str, Mapping[str, bool | int | float | str]] = {
+  # v5p.
+  "TPU v5": {
+    # Matrix products with larger tiles.
+    "xla_tpu_scoped_vmem_limit_kib": 65536,
+    # Without it a reduce-scatter over all three axes of a torus becomes an all-reduce and a slice,
+    # twice the bytes. In spite of its name, none of them moves to the SparseCores.
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
+  },
+}
+
+
+def compiler_options(device_kind: str) -> dict[str, bool | int | float | str]:
+  """Returns the options for a kind of device, `jax.Device.device_kind`; none for most."""
+  return dict(OPTIONS.get(device_kind, {}))

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every chip's compiler options are ones that its compiler takes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mm1_jax.train.xla_flags import OPTIONS, compiler_options
+
+# A slice of two by two chips of each kind that has options.
+TOPOLOGIES = {"TPU v5": "v5p:2x2x1"}
+
+# A process of its own: the TPU compiler wants its environment set before JAX is imported.
+COMPILE = """
+import sys
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from mm1_jax.train.xla_flags import compiler_options
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices
+kind = devices[0].device_kind
+print("kind", kind)
+mesh = Mesh(np.array(devices), "x")
+x = jax.ShapeDtypeStruct((256, 256), "bfloat16", sharding=NamedSharding(mesh, P("x")))
+lowered = jax.jit(lambda x: x @ x).lower(x)
+lowered.compile(compiler_options=compiler_options(kind) | dict(o.split("=") for o in sys.argv[2:]))
+"""
+
+
+def compile_with(topology: str, *options: str) -> subprocess.CompletedProcess:
+  environment = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
+  return subprocess.run(
+    [sys.executable, "-c", COMPILE, topology, *options],
+    capture_output=True,
+    text=True,
+    env=os.environ | environment,
+    check=False,
+  )
+
+
+def test_every_kind_with_options_is_tried():
+  assert TOPOLOGIES.keys() == OPTIONS.keys()
+  assert compiler_options("cpu") == {}
+
+
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+def test_the_compiler_takes_the_options(kind):
+  """A new libtpu may drop an option, and would then refuse to compile a run's first step."""
+  pytest.importorskip("libtpu", reason="the TPU compiler: pip install -e '.[tpu]'")
+  done = compile_with(TOPOLOGIES[kind])
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert f"kind {kind}" in done.stdout
+  refused = compile_with(TOPOLOGIES[kind], "xla_tpu_no_such_option=1")
+  assert "xla_tpu_no_such_option" in refused.stderr
