@@ -80,8 +80,8 @@ def build_shard(
       open(dead_file, "wb") as letters,
       gzip.GzipFile("", "wb", fileobj=letters, mtime=0) as dead,  # no name, no time: same bytes
     ):
-      for record in _records(job, options, refiner, stats, dead):
-        shard.write(msgpack.packb(record))
+      for record, packed in _records(job, options, refiner, stats, dead):
+        shard.write(packed)
         num_tokens = sum(len(tokenizer.encode(t)) for t in texts(record)) if tokenizer else None
         stats.add(record, num_tokens)
     about = {"bytes": os.path.getsize(shard_file), "sha256": _sha256(shard_file)}
@@ -100,8 +100,8 @@ def build_shard(
 
 def _records(
   job: Job, options: Options, refiner: Refiner, stats: Stats, dead: gzip.GzipFile
-) -> Iterator[Record]:
-  """Yields the records that are kept, and counts the rows that are not."""
+) -> Iterator[tuple[Record, bytes]]:
+  """Yields the records that are kept, also packed, and counts the rows that are not."""
   records, ids = _Recent(), _Recent()
   for row in read(job.unit, options):
     if stats.records == job.limit:
@@ -112,7 +112,8 @@ def _records(
         stats.damaged_files += [row.where] if row.whole_file else []
         raise RowError(row.reason)
       record = refiner.refine(row, stats.lost_images)
-      if records.has(digest(msgpack.packb(record) or b"")):
+      packed = msgpack.packb(record) or b""
+      if records.has(digest(packed)):
         raise Filtered(REPEATED)
     except Filtered as e:
       stats.filtered[e.reason] += 1
@@ -121,7 +122,7 @@ def _records(
       dead.write(_letter(row, e.reason))
     else:
       stats.repeated_ids += ids.has(digest(record["id"]))
-      yield record
+      yield record, packed
 
 
 class _Recent:

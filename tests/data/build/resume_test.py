@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A build that is killed goes on where it was; workers change nothing; other flags are refused."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -164,11 +165,11 @@ def test_workers_change_nothing(flags, tmp_path):
 @pytest.mark.slow
 def test_killed_in_the_middle(tmp_path):
   """kill -9 once shards are there: they stay, the others are built, all is as without the kill."""
-  write_webdataset(tmp_path / "raw", read("captions", None) * 3)
+  write_webdataset(tmp_path / "raw", read("captions", 1500))
   flags = ["webdataset", f"--input={tmp_path}/raw/*.tar", "--max_aspect=5"]
   process = run(*flags, f"--output={tmp_path}/killed/out")
   deadline = time.time() + 300
-  while len(shards(tmp_path / "killed" / "out")) < 20:
+  while len(shards(tmp_path / "killed" / "out")) < 10:
     assert process.poll() is None, process.communicate()
     assert time.time() < deadline
     time.sleep(0.05)
@@ -176,7 +177,7 @@ def test_killed_in_the_middle(tmp_path):
   process.wait()
   before = shards(tmp_path / "killed" / "out")
   done = {p.stem for p in (tmp_path / "killed" / "out.build").glob("*-of-*.json")}
-  assert 19 <= len(done) < 500
+  assert 9 <= len(done) < 60
   for prefix in ("killed", "whole"):
     again = run(*flags, f"--output={tmp_path}/{prefix}/out")
     _, err = again.communicate(timeout=500)
@@ -192,12 +193,10 @@ def test_killed_in_the_middle(tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
-  """300 MB of rows in one gzipped file, one of them of 10 MB, and pictures: far less is held."""
-  import gzip
-
-  line = json.dumps({"text": "word " * 2000}) + "\n"
+  """250 MB of rows in one gzipped file, one of them of 10 MB: far less is held."""
+  line = json.dumps({"text": "word " * 20_000}) + "\n"
   with gzip.open(tmp_path / "a.jsonl.gz", "wt", compresslevel=1) as file:
-    for i in range(30_000):
+    for i in range(2500):
       file.write(line.replace("word", f"w{i}"))
     file.write(json.dumps({"text": "x" * 10_000_000}) + "\n")
   (tmp_path / "small.jsonl").write_text(line)
@@ -214,4 +213,5 @@ def test_memory_is_bounded(tmp_path):
     assert process.wait() == 0, process.communicate()
     return most
 
-  assert peak("a.jsonl.gz") - peak("small.jsonl") < 200e6
+  more = peak("a.jsonl.gz") - peak("small.jsonl")
+  assert more < 100e6, f"{more / 1e6:.0f} MB more than for one row"
