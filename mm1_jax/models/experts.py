@@ -11,6 +11,8 @@ makes four passes of the backward one.
 Letters: E experts, m rows, D width, F mlp.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -21,12 +23,13 @@ from mm1_jax.models.grouped_matmul import grouped_matmul, grouped_outer
 Matrices = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def swiglu(
   x: Float[Array, "... D"],
   weights: Float[Array, "... 1"],
   matrices: Matrices,
   sizes: Int[Array, " E"] | None = None,
+  named: bool = True,
 ) -> Float[Array, "... D"]:
   """Runs rows through their experts, and weighs them.
 
@@ -35,20 +38,23 @@ def swiglu(
     weights: of the rows, float32; 0 for a row that holds nothing.
     matrices: gate, up and down, in the dtype of x.
     sizes: int32 rows of each expert.
+    named: lets a remat policy keep what comes between the products, as expert_gate and expert_up.
   """
-  return _forward(x, weights, matrices, sizes)[0]
+  return _forward(x, weights, matrices, sizes, named)[0]
 
 
-def _forward(x, weights, matrices, sizes):
+def _forward(x, weights, matrices, sizes, named):
   gate, up, down = matrices
-  g = checkpoint_name(_matmul(x, gate, sizes), "expert_gate")
-  u = checkpoint_name(_matmul(x, up, sizes), "expert_up")
+  g, u = _matmul(x, gate, sizes), _matmul(x, up, sizes)
+  if named:
+    g, u = checkpoint_name(g, "expert_gate"), checkpoint_name(u, "expert_up")
   h = jax.nn.silu(g.astype(jnp.float32)) * u.astype(jnp.float32) * weights
   y = _matmul(h.astype(x.dtype), down, sizes)
   return y, (x, weights, matrices, sizes, g, u)
 
 
-def _backward(residuals, dy):
+def _backward(named, residuals, dy):
+  del named
   x, weights, (gate, up, down), sizes, g, u = residuals
   dh = _matmul(dy, down, sizes, transpose=True)
   # The barrier keeps the four in one pass.

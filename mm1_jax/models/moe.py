@@ -12,8 +12,8 @@ Two paths do 2 to 4 and agree where both have room:
             choices before any second; a token beyond the capacity is dropped (it passes by the
             residual alone). The buffers cross the mesh to their experts by all-to-all.
   dropless  as many rows for each expert as choose it, one after the other, and matrix products that
-            go by group. Over an `expert` axis the tokens of its chips are gathered, each chip does
-            its own experts' rows, and the sums are scattered back.
+            go by group. Over an `expert` axis the tokens of all its chips come to each, which does
+            its own experts' rows, and the sums go back.
 
 Padding is not routed: it takes no row and counts in no loss and no statistic.
 Letters: B rows, S positions, k choices, E experts, C capacity, D width, F mlp; and where all of a
@@ -195,10 +195,11 @@ def _run_bounded(tokens, slots, matrices, num_rows: int, num_experts: int) -> Fl
   return collect(rows.reshape(num_rows, -1), slots, owners)
 
 
-def _run_experts(tokens, matrices, num_rows: int) -> Float[Array, "n D"]:
+def _run_experts(tokens, matrices, num_rows: int, named: bool = True) -> Float[Array, "n D"]:
   """Runs tokens (x, weights, experts) through the experts whose matrices these are.
 
-  Choices of experts past the last are left out; the others must fit into `num_rows`.
+  Choices of experts past the last are left out; the others must fit into `num_rows`. For `named`
+  see `swiglu`.
   """
   x, weights, experts = tokens
   num_rows, num_experts = padded_rows(num_rows), matrices[0].shape[0]
@@ -210,39 +211,55 @@ def _run_experts(tokens, matrices, num_rows: int) -> Float[Array, "n D"]:
   slots = slots.reshape(experts.shape)
   owners = invert(slots, num_rows)
   rows = spread(x, slots, owners)
-  rows = swiglu(rows, spread_weights(weights, slots, owners), matrices, sizes)
+  rows = swiglu(rows, spread_weights(weights, slots, owners), matrices, sizes, named)
   return collect(rows, slots, owners)
 
 
 def _run_dropless(tokens, matrices, exchange_factor: float) -> Float[Array, "n D"]:
   """Runs one chip's tokens, and drops none.
 
-  Each chip of the `expert` axis holds a part of the experts. All tokens of the axis come to it, it
-  does its own experts' rows, and the sums go back. It has room for `exchange_factor` times the rows
-  of an even load. Where any chip of the mesh gets more, the layer goes the other way round on all
-  of them: all experts come to every chip, which does its own tokens.
+  Each chip of the `expert` axis holds a part of the experts, and has room for `exchange_factor`
+  times the rows of an even load. Where any chip of the mesh would get more, all of them take their
+  tokens in so many rounds that even all tokens of a round would fit on one chip.
   """
   num_chips, num_here = jax.lax.axis_size("expert"), matrices[0].shape[0]
-  num_choices = tokens[2].size
+  num_tokens, top_k = tokens[2].shape
+  num_choices = num_tokens * top_k
   if num_chips == 1:
     return _run_experts(tokens, matrices, num_choices)
-  num_rows = min(math.ceil(exchange_factor * num_choices), num_chips * num_choices)
+  num_rows = math.ceil(exchange_factor * num_choices)
+  if num_rows >= num_chips * num_choices:
+    return _exchange(tokens, matrices, num_chips * num_choices)
+  rounds = range(math.ceil(num_chips / exchange_factor), num_tokens + 1)
+  num_rounds = next(r for r in rounds if num_tokens % r == 0)
 
-  def tokens_to_experts(tokens, matrices):
-    x, weights, experts = (jax.lax.all_gather(a, "expert", tiled=True) for a in tokens)
-    experts -= jax.lax.axis_index("expert") * num_here
-    experts = jnp.where(experts < 0, num_here, experts)  # others' experts are past the last
-    y = _run_experts((x, weights, experts), matrices, num_rows)
-    return jax.lax.psum_scatter(y, "expert", tiled=True)
+  def at_once(tokens, matrices):
+    return _exchange(tokens, matrices, num_rows)
 
-  @jax.checkpoint  # or every layer would keep what both ways need
-  def experts_to_tokens(tokens, matrices):
-    matrices = tuple(jax.lax.all_gather(w, "expert", tiled=True) for w in matrices)
-    return _run_experts(tokens, matrices, num_choices)
+  def in_rounds(tokens, matrices):
+    # Nothing of this way is kept: every layer has memory for both, whichever it goes.
+    @jax.checkpoint
+    def run(tokens):
+      return _exchange(tokens, matrices, num_chips * tokens[2].size, named=False)
 
-  if num_rows == num_chips * num_choices:
-    return tokens_to_experts(tokens, matrices)
+    parts = jax.tree.map(lambda a: a.reshape(num_rounds, -1, a.shape[1]), tokens)
+    return jax.lax.map(run, parts).reshape(num_tokens, -1)
+
   wanted = jnp.arange(num_chips * num_here)[:, None] == tokens[2].reshape(1, -1)
   load = jax.lax.psum(jnp.sum(wanted, axis=1), "expert").reshape(num_chips, num_here).sum(axis=1)
   fits = jax.lax.pmax(jnp.max(load), BATCH_AXES) <= num_rows
-  return jax.lax.cond(fits, tokens_to_experts, experts_to_tokens, tokens, matrices)
+  return jax.lax.cond(fits, at_once, in_rounds, tokens, matrices)
+
+
+def _exchange(tokens, matrices, num_rows: int, named: bool = True) -> Float[Array, "n D"]:
+  """Gathers the tokens of the `expert` axis, runs this chip's experts, and scatters the sums.
+
+  With two choices a token, gathering moves no more than an all-to-all whose parts have room for
+  uneven loads, up to about 8 chips; and there is no room on the way that could run out.
+  """
+  x, weights, experts = (jax.lax.all_gather(a, "expert", tiled=True) for a in tokens)
+  num_here = matrices[0].shape[0]
+  experts -= jax.lax.axis_index("expert") * num_here
+  experts = jnp.where(experts < 0, num_here, experts)  # others' experts count as past the last
+  y = _run_experts((x, weights, experts), matrices, num_rows, named)
+  return jax.lax.psum_scatter(y, "expert", tiled=True)

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from mm1_jax.config import DecoderConfig, MoEConfig
+from mm1_jax.models.grouped_matmul import padded_rows
 from mm1_jax.models.layers import run_blocks
 from mm1_jax.models.moe import MoE
 
@@ -269,7 +270,7 @@ def outputs_and_gradients(cfg, mesh, x, valid, direction, router=ROUTER) -> dict
 
 
 # Mesh and exchange factor. Every token goes to expert 1 and another. With room for 1.5 times an
-# even load on each of four chips, the experts must come to the tokens; for twice, they stay.
+# even load on each of four chips the tokens go in rounds; with room for twice, at once.
 MESHES = [
   ((1, 1, 4, 1), 1.5),
   ((1, 1, 4, 1), 2.0),
@@ -308,20 +309,34 @@ def skewed(cfg: MoEConfig, mesh) -> dict[str, np.ndarray]:
 )
 def test_backward_multiplies_no_more_than_it_must(remat, num_products, mesh):
   """Three products forward and six backward; rematerialised, gate and up again, down never."""
-  layer = make(CASES["roomy"][0], mesh, ROUTER)
-  x, valid = inputs()
+  jaxpr = gradient_of_a_scan(CASES["roomy"][0], remat, mesh)
+  assert count_expert_products(jaxpr) == num_products
 
-  def body(x, layer):
-    return layer(x, valid)[0], None
 
-  def total(layers, x):
+def test_a_remat_policy_keeps_nothing_of_the_rounds():
+  """A layer goes at once or in rounds; kept for both, the rounds' buffers would be the larger."""
+  cfg = MoEConfig(4, 1, 2, None, exchange_factor=1.5)
+  jaxpr = gradient_of_a_scan(cfg, "expert_gate+expert_up", tiny.mesh(1, 1, 4, 1))
+  forward = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
+  kept = [out.aval.shape for out in forward.outvars if out.aval.shape[-1:] == (MLP,)]
+  assert kept == [(1, 4 * padded_rows(2 * 12 * 2 * 3 // 2), MLP)] * 2  # layers, chips x rows, F
+
+
+def gradient_of_a_scan(cfg: MoEConfig, remat: str, mesh):
+  """Returns the jaxpr of the gradient of one layer in a scan."""
+  layer = make(cfg, mesh, ROUTER)
+  x, valid = inputs(num_rows=8)
+
+  def total(layers, x, valid):
+    def body(x, layer):
+      return layer(x, valid)[0], None
+
     return jnp.sum(run_blocks(body, x, layers, remat=remat, scan=True)[0])
 
   with jax.set_mesh(mesh):
     layers = jax.tree.map(lambda leaf: leaf[None], layer)
-    x, valid = tiny.put((x.astype(np.float32), valid), mesh)
-    jaxpr = jax.make_jaxpr(jax.grad(total))(layers, x)
-  assert count_expert_products(jaxpr.jaxpr) == num_products
+    arrays = tiny.put((x.astype(np.float32), valid), mesh)
+    return jax.make_jaxpr(jax.grad(total))(layers, *arrays).jaxpr
 
 
 def count_expert_products(jaxpr) -> int:
