@@ -8,7 +8,6 @@ is kept under the hash of its content: the traced program, the slice, options an
 import dataclasses
 import gzip
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -17,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from absl import logging
 
@@ -107,6 +106,7 @@ def compile_program(
       than memory.
   """
   run.check_mesh(topology.num_devices)
+  libtpu = find_libtpu()
   cache = cache or default_cache()
   cache.mkdir(parents=True, exist_ok=True)
   request = Request(
@@ -115,13 +115,13 @@ def compile_program(
     num_slices=topology.num_slices,
     what=what,
     options=options or {},
-    libtpu=find_libtpu(),
+    libtpu=libtpu.version,
     cache=str(cache),
   )
   with tempfile.TemporaryDirectory(dir=cache) as name:
     folder = pathlib.Path(name)
     (folder / "request.json").write_text(json.dumps(dataclasses.asdict(request)))
-    log = _run_worker(folder)
+    log = _run_worker(folder, libtpu)
     result = Result.read(folder)
     entry = cache / result.key
     if not entry.exists():
@@ -138,27 +138,36 @@ def compile_program(
   return Compiled(result, gzip.open(hlo, "rt").read() if hlo.exists() else "")
 
 
-def find_libtpu() -> str:
-  """Returns the version of the TPU compiler.
+class Libtpu(NamedTuple):
+  version: str
+  library: str  # the file
+
+
+def find_libtpu() -> Libtpu:
+  """Returns the TPU compiler, installed with the others or by `make libtpu` beside them.
+
+  Beside them it is in nobody's way: where it can be imported, every JAX program on a machine
+  without a TPU looks for one, and complains.
 
   Raises:
     PlanError: it is missing, or not the one that the installed JAX was built for.
   """
   wanted = _wanted_libtpu()
-  install = f"pip install 'libtpu{wanted}'"
-  if "TPU_LIBRARY_PATH" in os.environ:
-    return os.environ["TPU_LIBRARY_PATH"]
-  try:
-    version = importlib.metadata.version("libtpu")
-  except importlib.metadata.PackageNotFoundError:
+  install = f"`make libtpu` (or pip install 'libtpu{wanted}')"
+  found = [
+    distribution
+    for path in (sys.path, [str(pathlib.Path(sys.prefix, "libtpu"))])
+    for distribution in importlib.metadata.distributions(name="libtpu", path=path)
+  ]
+  if not found:
     raise PlanError(
-      f"the TPU compiler, libtpu, is not installed; `{install}` brings it (200 MB, Linux on x86)."
-    ) from None
-  pattern = wanted.removeprefix("==").rstrip("*")
-  if not version.startswith(pattern):
+      f"the TPU compiler, libtpu, is not installed; {install} brings it, 200 MB for Linux on x86."
+    )
+  version = found[0].version
+  if not version.startswith(wanted.removeprefix("==").rstrip("*")):
     jax = importlib.metadata.version("jax")
-    raise PlanError(f"libtpu {version} does not fit jax {jax}; `{install}` does.")
-  return version
+    raise PlanError(f"libtpu {version} does not fit jax {jax}; {install} brings the one that does.")
+  return Libtpu(version, str(found[0].locate_file("libtpu/libtpu.so")))
 
 
 def _wanted_libtpu() -> str:
@@ -168,12 +177,12 @@ def _wanted_libtpu() -> str:
   return next((pin[1] for pin in pins if pin), "")
 
 
-def _run_worker(folder: pathlib.Path) -> str:
+def _run_worker(folder: pathlib.Path, libtpu: Libtpu) -> str:
   """Runs the worker; returns what it and the compiler said."""
   command = [sys.executable, "-m", "mm1_jax.plan.worker", str(folder)]
   done = subprocess.run(
     command,
-    env=os.environ | _ENVIRONMENT,
+    env=os.environ | _ENVIRONMENT | {"TPU_LIBRARY_PATH": libtpu.library},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

@@ -170,7 +170,7 @@ class Module:
       instruction = _INSTRUCTION.match(line) if current else None
       if instruction and current:
         current.add(Instruction(instruction[2], bool(instruction[1]), line[instruction.end() :]))
-      elif line.startswith("}"):
+      elif line == "}":
         current = None
       elif header := _HEADER.match(line):
         current = self.computations[header[2]] = Computation(header[2])
@@ -298,8 +298,6 @@ def _valid_positions(
   """Returns how many pairs of an output and a kernel position meet a real input, in one dim."""
   if num_kernel == 1 and padding == 0 and stride == lhs_dilation == 1:
     return min(num_in, num_out)
-  # Most dots that are written as convolutions have one of two long windows; both have a pattern
-  # that vectorises, but the loop over outputs is short either way.
   end = (num_in - 1) * lhs_dilation
   total = 0
   for i in range(num_out):
@@ -330,16 +328,23 @@ def _origin(computation: Computation, name: str) -> Instruction:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-  """Yields lines, an instruction's joined into one (a constant or a kernel may span several)."""
-  pending = ""
+  """Yields lines, with those of an instruction joined: a kernel's attributes span several.
+
+  What such a line begins with says nothing; only the next instruction or a lone brace ends it.
+  """
+  pending: list[str] = []
   for line in text.splitlines():
-    if line.startswith("}") or _INSTRUCTION.match(line) or not line.startswith(" "):
-      if pending:
-        yield pending
-      pending = line
-    else:
-      pending += " " + line.strip()
-  yield pending
+    begins = _INSTRUCTION.match(line)
+    if pending and not begins and line != "}":
+      pending.append(line)
+      continue
+    if pending:
+      yield " ".join(pending)
+    pending = [line] if begins else []
+    if not begins:
+      yield line
+  if pending:
+    yield " ".join(pending)
 
 
 def _split_type(rest: str) -> tuple[str, str]:

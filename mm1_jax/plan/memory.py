@@ -106,6 +106,8 @@ def _stacked(scan: JaxprEqn) -> list[Buffer]:
   buffers = []
   for out, inner in zip(scan.outvars[num_carry:], body.outvars[num_carry:], strict=True):
     maker = makers.get(id(inner))
+    while maker is not None and maker.primitive.name == "reduce_precision":  # a barrier of remat
+      maker = makers.get(id(maker.invars[0]))
     what = "a block's input" if maker is None else maker.params.get("name", maker.primitive.name)
     source = _source(maker or scan)
     buffers.append(Buffer(_bytes_per_device(out.aval), str(out.aval), str(what), source))
@@ -133,7 +135,7 @@ def _inside_package(path: str) -> str:
   return "mm1_jax/" + path.rpartition(_PACKAGE)[2] if _PACKAGE in path else path
 
 
-def advice(run: RunConfig, topology: Topology, shortage: Shortage) -> list[str]:
+def advice(run: RunConfig, topology: Topology) -> list[str]:
   """Returns what would need less memory, what costs least first."""
   model, train, batch = run.model, run.train, run.data.batch_size
   sizes = run.check_mesh(topology.num_devices)

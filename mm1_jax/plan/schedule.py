@@ -160,10 +160,17 @@ class Simulator:
       close()
       between, loop = Ledger(), Ledger()
       self._step(instruction, entry, clock, loop, price)
-      regions.append(Region(instruction.op_name, dict(loop.seconds)))
+      turns = self.trip_counts[instruction.name]
+      way = "backward" if "transpose(" in instruction.op_name else "forward"
+      regions.append(Region(f"{way} x {turns}", dict(loop.seconds)))
       total.add(loop)
     close()
     return Schedule(clock.now, total, regions, self.trip_counts)
+
+  @property
+  def uses_host(self) -> bool:
+    """Whether anything is copied to or from host memory; known after a run."""
+    return any(work.queue.startswith("host") for works in self._works.values() for work in works)
 
   def _run(self, name: str, clock: Clock, ledger: Ledger, price: Price) -> None:
     computation = self.module.computations[name]

@@ -22,7 +22,7 @@ from mm1_jax.plan.compile import Request, Result
 from mm1_jax.plan.memory import kept_arrays
 from mm1_jax.plan.program import trace
 from mm1_jax.plan.topology import find_topology
-from mm1_jax.train.xla_flags import OPTIONS
+from mm1_jax.train.xla_flags import compiler_options
 
 _MEMORY = {
   "arguments": "argument_size_in_bytes",
@@ -49,7 +49,7 @@ def _compile(request: Request, folder: pathlib.Path) -> Result:
   lowered = program.traced.lower()
   versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
   versions["libtpu"] = request.libtpu
-  options = {**OPTIONS, "asked": request.options}
+  options = [compiler_options(topology.chip.device_kind), request.options]
   content = [_FORMAT, lowered.as_text(), topology.describe(), options, versions]
   key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
   kept = kept_arrays(program.traced.jaxpr.jaxpr)[:_NUM_BUFFERS]

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two plans side by side, from the JSON files that they were written to."""
+
+import json
+import pathlib
+from typing import Any
+
+from mm1_jax.plan.compile import PlanError
+
+_HIDDEN = ("kept", "slowest", "notes", "shortage")  # lists, and what only one of two may have
+
+
+def read_figures(path: str) -> dict[str, Any]:
+  """Reads what `--json` wrote.
+
+  Raises:
+    PlanError: there is no such file, or it is no plan.
+  """
+  try:
+    values = json.loads(pathlib.Path(path).read_text())
+  except (OSError, ValueError) as e:
+    raise PlanError(f"'{path}' cannot be read as a plan's JSON: {e}.") from e
+  if not isinstance(values, dict) or "model_flops" not in values:
+    raise PlanError(f"'{path}' is no plan; `--json={path}` writes one.")
+  return values
+
+
+def compare_table(first: dict[str, Any], second: dict[str, Any]) -> str:
+  """Returns every figure in which two plans differ, with the ratio of numbers."""
+  a, b = _flat(first), _flat(second)
+  lines = []
+  for name in dict.fromkeys([*a, *b]):
+    left, right = a.get(name), b.get(name)
+    if left == right:
+      continue
+    ratio = ""
+    if isinstance(left, int | float) and isinstance(right, int | float) and left:
+      ratio = f"{right / left:.3f} x"
+    lines.append(f"{name:<34} {_show(left):>16} {_show(right):>16}  {ratio}".rstrip())
+  return "\n".join(lines) if lines else "the two plans are equal."
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns nested figures by their path, such as `memory.params`."""
+  flat: dict[str, Any] = {}
+  for name, value in values.items():
+    if name in _HIDDEN:
+      continue
+    if isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{name}.")
+    else:
+      flat[f"{prefix}{name}"] = value
+  return flat
+
+
+def _show(value: Any) -> str:
+  if value is None:
+    return "-"
+  if isinstance(value, float):
+    return f"{value:.5g}"
+  if isinstance(value, int) and not isinstance(value, bool):
+    return f"{value:,}" if value < 10**9 else f"{value:.5g}"
+  return str(value)
