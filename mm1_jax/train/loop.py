@@ -2,6 +2,7 @@
 """The story of a run, for every stage: restore or initialise, then step, log, evaluate, save."""
 
 import collections
+import concurrent.futures
 import contextlib
 import signal
 import time
@@ -86,13 +87,15 @@ def _run_steps(
   drawn. Metrics of a step are read while the next one runs.
   """
   log, step = StepLog(run, writer), int(state.step)
-
   take_step = train_step_on(mesh)
+
   def evaluate() -> None:
+    log.flush()  # what is left of the step is not part of evaluating
     with log.timer.excluded():
       log.write(step, held_out_loss(state.model, run, mesh))
 
   def save() -> None:
+    log.flush()
     with log.timer.excluded():
       train = state._replace(model=None)
       checkpointer.save(step, params=state.model, train=train, data=pipeline.state())
@@ -183,13 +186,18 @@ class StepLog:
     self._num_examples = self._num_dropped = 0.0  # of all processes
     self._drops: collections.Counter = collections.Counter()  # of this one, by reason
     self._data_wait = 0.0
+    self._watcher = concurrent.futures.ThreadPoolExecutor(1, "step_watcher")
+    self._finished: concurrent.futures.Future[float] | None = None  # when the newest step was
     self._started = time.perf_counter()
 
   def fetch(self, pipeline: Iterator[tuple[Batch, BatchStats]]) -> tuple[Batch, BatchStats]:
-    """Returns the next batch, timing the wait for it."""
-    start = time.perf_counter()
+    """Returns the next batch, timing how long the devices wait for it."""
+    idle_since = time.perf_counter()
     batch, stats = next(pipeline)
-    self._data_wait += time.perf_counter() - start
+    now = time.perf_counter()
+    if self._finished is not None:  # while they still run the step before, they do not wait
+      idle_since = max(idle_since, self._finished.result()) if self._finished.done() else now
+    self._data_wait += now - idle_since
     self._drops.update(stats.drops)
     return batch, stats
 
@@ -198,6 +206,7 @@ class StepLog:
 
     The tally was dispatched in front of the step, so it can be read, and is returned, already.
     """
+    self._finished = self._watcher.submit(_when_ready, metrics)
     if self._pending is not None:
       self._read(*self._pending)
     tally = Tally(*np.asarray(sums).tolist())
@@ -257,6 +266,11 @@ class StepLog:
     if jax.process_index() == 0:
       print(progress_line(step, self._run.train.num_steps, scalars, rates), flush=True)
     self._sums, self._tallies = None, []
+
+
+def _when_ready(metrics: Metrics) -> float:
+  jax.block_until_ready(metrics)
+  return time.perf_counter()
 
 
 def _merge(sums: Metrics, metrics: Metrics) -> Metrics:

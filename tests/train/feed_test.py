@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the devices are kept fed: batches come while steps run, and waiting is told apart.
+
+The loop is the real one, on the sample. Its steps only keep the device busy, and its batches come
+as slowly as a test says.
+"""
+
+import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from clu import metrics as clu_metrics
+
+from configs import mm1_debug
+from mm1_jax.config import RunConfig
+from mm1_jax.metrics import read_metrics
+from mm1_jax.train import loop
+from mm1_jax.train.step import train_step
+
+NUM_STEPS = 8
+SMALL = {
+  "model": {
+    "vision": {"image_size": (16, 16), "patch_size": 8, "width": 16, "depth": 1, "mlp_dim": 16},
+    "connector": {"kind": "average_pool", "token_grid": (1, 1)},
+    "decoder": {"width": 16, "depth": 1, "head_dim": 8, "mlp_dim": 16},
+  },
+  "data": {"batch_size": 2, "seq_len": 64, "images_per_row": 2, "window_rows": 8},
+  "train": {"num_steps": NUM_STEPS, "log_every": NUM_STEPS, "eval_every": 100},
+}
+
+
+class Paced:
+  """Batches of a pipeline; one is made ahead, in `seconds`."""
+
+  def __init__(self, pipeline, seconds: float):
+    self._pipeline, self._seconds = pipeline, seconds
+    self._ready = time.perf_counter() + seconds
+
+  def __next__(self):
+    time.sleep(max(0.0, self._ready - time.perf_counter()))
+    self._ready = time.perf_counter() + self._seconds
+    return next(self._pipeline)
+
+  def __getattr__(self, name: str):
+    return getattr(self._pipeline, name)
+
+
+@jax.jit
+def work(step: jax.Array, num: int) -> jax.Array:
+  """Returns `step + 1`, after products of matrices that keep a device busy without Python."""
+  square = jax.lax.fori_loop(0, num, lambda _, x: jnp.tanh(x @ x), jnp.full((128, 128), 0.01))
+  return step + 1 + (square[0, 0] * 0).astype(step.dtype)
+
+
+def seconds_of_work(num: int) -> float:
+  jax.block_until_ready(work(jnp.zeros((), jnp.int32), num))
+  begin = time.perf_counter()
+  jax.block_until_ready(work(jnp.zeros((), jnp.int32), num))
+  return time.perf_counter() - begin
+
+
+class Watch(NamedTuple):
+  """When each step began and ended on the device, and when its batch was put there."""
+
+  begun: list[float]
+  ended: list[float]
+  put: list[float]
+
+  @property
+  def idle(self) -> float:
+    """Share of time without a step, from the second one on: the first is not measured either."""
+    idle = sum(b - e for b, e in zip(self.begun[2:], self.ended[1:-1], strict=True))
+    return idle / (self.ended[-1] - self.ended[1])
+
+
+@pytest.fixture
+def paced_run(tmp_path, monkeypatch):
+  """Runs the loop with steps and batches that take so many seconds."""
+
+  def run(step_seconds: float, batch_seconds: float) -> Watch:
+    num = int(step_seconds / seconds_of_work(1000) * 1000)
+    watch, watcher, metrics = Watch([], [], []), ThreadPoolExecutor(1), {}
+    device_batch, training_batches = loop.device_batch, loop.training_batches
+
+    def note_end(step: jax.Array, dispatched: float) -> None:
+      jax.block_until_ready(step)
+      watch.begun.append(max([dispatched, *watch.ended[-1:]]))
+      watch.ended.append(time.perf_counter())
+
+    def paced_step(state, batch, *, run):
+      """Instead of training, the device is busy; what comes back is of the same form."""
+      if not metrics:
+        _, shapes = jax.eval_shape(functools.partial(train_step, run=run), state, batch)
+        metrics.update(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+      step = work(state.step, num)
+      watcher.submit(note_end, step, time.perf_counter())
+      skipped = clu_metrics.LastValue.from_model_output(step * 0)
+      return state._replace(step=step), {**metrics, "skipped_in_a_row": skipped}
+
+    def put(*args):
+      watch.put.append(time.perf_counter())
+      return device_batch(*args)
+
+    monkeypatch.setattr(loop, "make_mesh", lambda run: tiny.mesh(1, 1, 1, 1))
+    monkeypatch.setattr(loop, "train_step_on", lambda mesh: paced_step)
+    monkeypatch.setattr(loop, "device_batch", put)
+    monkeypatch.setattr(
+      loop, "training_batches", lambda *args: Paced(training_batches(*args), batch_seconds)
+    )
+    config = mm1_debug.get_config("dense").to_dict()
+    for part, changes in SMALL.items():
+      for key, value in changes.items():
+        config[part][key] = {**config[part][key], **value} if isinstance(value, dict) else value
+    config["data"]["eval_sources"] = {}
+    loop.train(RunConfig.from_dict(config), tmp_path)
+    watcher.shutdown()
+    return watch
+
+  return run
+
+
+def test_a_batch_is_on_its_way_while_the_step_before_runs(paced_run):
+  watch = paced_run(step_seconds=0.2, batch_seconds=0.02)
+  assert len(watch.ended) == len(watch.put) == NUM_STEPS
+  early = [end - put for end, put in zip(watch.ended[1:-1], watch.put[2:], strict=True)]
+  print([round(seconds, 3) for seconds in early])
+  assert np.median(early) > 0.1
+  assert watch.idle < 0.1
+
+
+@pytest.mark.parametrize(
+  ("step_seconds", "batch_seconds", "least", "most"),
+  [
+    (0.2, 0.02, 0, 0.1),
+    (0.3, 0.4, 0, 0.5),  # the host waits all the time, the device only for the last 0.1 s of it
+    (0.1, 0.3, 0.2, 0.9),
+  ],
+)
+def test_share_of_time_that_the_devices_wait(
+  paced_run, tmp_path, step_seconds: float, batch_seconds: float, least: float, most: float
+):
+  watch = paced_run(step_seconds, batch_seconds)
+  waited = read_metrics(tmp_path)["speed/data_wait"][NUM_STEPS]
+  print(f"{waited:.3f} of {watch.idle:.3f}")
+  assert waited == pytest.approx(watch.idle, abs=0.2)
+  assert least <= waited <= most
