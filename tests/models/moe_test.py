@@ -15,7 +15,7 @@ from mm1_jax.models.grouped_matmul import padded_rows
 from mm1_jax.models.layers import run_blocks
 from mm1_jax.models.moe import MoE
 
-WIDTH, MLP = 8, 6
+WIDTH, MLP = 8, 16
 DECODER = DecoderConfig(width=WIDTH, mlp_dim=MLP)
 
 
