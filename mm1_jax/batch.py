@@ -16,6 +16,6 @@ class Batch(NamedTuple):
   loss_mask: Any  # float32[B, S], 0 on padding, on `<image>` targets, and on prompts (SFT)
   positions: Any  # int32[B, S], from 0 in each packed example
   segment_ids: Any  # int32[B, S], 1, 2, ... by packed example, 0 is padding
-  source_ids: Any  # int32[B, S], index into `data.sources`; 0 at padding, where loss_mask is 0
+  source_ids: Any  # int32[B, S], index into `data.leaves`; 0 at padding, where loss_mask is 0
   images: Any  # uint8[B, N, H, W, 3], in order of appearance in the row
   image_mask: Any  # bool[B, N], which slots hold a picture

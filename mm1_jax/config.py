@@ -11,16 +11,16 @@ the dataclasses below. No code past this point looks a key up by name or supplie
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 PARTS = ("vit", "connector", "decoder")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
-
 REMAT_NAMES = (
   "qkv",  # queries, keys and values, rotated
   "attention",  # its heads' outputs, with the softmax's normaliser
@@ -30,6 +30,7 @@ REMAT_NAMES = (
   "expert_gate",
   "expert_up",
 )
+
 
 class UserError(ValueError):
   """What a user can mend; the message says what is wrong and what to do."""
@@ -219,7 +220,6 @@ class ModelConfig:
   scan: bool = True  # False unrolls the blocks: slower to compile, easier to debug
 
   def __post_init__(self):
-    patches, tokens = self.vision.grid, self.connector.token_grid
     whole = self.remat in ("none", "dots", "full")
     for name in () if whole else self.remat.split("+"):
       _require(
@@ -227,6 +227,7 @@ class ModelConfig:
         f"model.remat '{self.remat}' names '{name}'; it must be none, dots, full, or some of these "
         f"joined by +, with host: before those to keep on the host: {', '.join(REMAT_NAMES)}.",
       )
+    patches, tokens = self.vision.grid, self.connector.token_grid
     pooled = self.connector.kind not in ("linear", "mlp")
     _require(
       pooled or patches == tokens,
@@ -247,23 +248,55 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-  """One stream of records."""
+  """One stream of records, or a group of them that shares its weight out."""
 
   name: str
-  path: str  # glob of ArrayRecord shards
-  weight: float = 1.0  # share of the mixture's positions, relative to the other sources
+  path: str = ""  # glob of ArrayRecord shards; a group has none
+  # Share of positions, relative to the others of its group; 0 waits for `data.reweight`.
+  weight: float = 1.0
+  sources: tuple["SourceConfig", ...] = ()  # of a group
+  epochs: float | None = None  # after so many the source leaves the mixture; None is endless
+  limit: int | None = None  # use so many of its examples, picked at random
+  seed: int = 0  # another one gives another order, and another pick
 
   def __post_init__(self):
+    where = f"data source '{self.name}'"
+    _require(self.weight >= 0, f"{where} has weight {self.weight}; it must not be negative.")
     _require(
-      self.weight > 0, f"data source '{self.name}' has weight {self.weight}; it must be > 0."
+      bool(self.path) != bool(self.sources),
+      f"{where} has {'both' if self.path else 'neither'} 'path' {'and' if self.path else 'nor'} "
+      f"'sources'; a source has a path, a group has sources.",
     )
+    used = [k for k in ("epochs", "limit") if getattr(self, k) is not None]
+    _require(
+      not (self.sources and used),
+      f"{where} is a group and has no {' and '.join(used)} of its own; set them for its sources.",
+    )
+    for field in used:
+      value = getattr(self, field)
+      _require(value > 0, f"{where} has {field} {value}; it must be positive, or None.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReweightConfig:
+  """New weights for sources and groups, from a step on; those not named keep theirs."""
+
+  step: int
+  weights: tuple[tuple[str, float], ...]  # by name, such as "captions", or "captions/web" in it
+
+  def __post_init__(self):
+    where = f"data.reweight at step {self.step}"
+    _require(self.step > 0, f"{where}: from step 0 on, the sources' own weights hold.")
+    for name, weight in self.weights:
+      _require(weight >= 0, f"{where}: weight {weight} of '{name}' must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """What is trained on, and how rows are filled."""
 
-  sources: tuple[SourceConfig, ...] = ()
+  sources: tuple[SourceConfig, ...] = ()  # the mixture, as a tree; `leaves` has it flat
+  reweight: tuple[ReweightConfig, ...] = ()  # by ascending step
   eval_sources: tuple[SourceConfig, ...] = ()  # held out; each is evaluated whole, on its own
   tokenizer: str = ""  # SentencePiece model file
   seq_len: int = 4096  # positions in a row (S)
@@ -273,6 +306,8 @@ class DataConfig:
   image_fit: Literal["squash", "pad"] = "squash"
   max_image_pixels: int = 64_000_000  # a picture of more is dropped before it is decoded
   image_delimiters: bool = True  # <image_start>, <image_end> around an image's run
+  # Rows of all sources, or each row of one source, as MM1 has it.
+  packing: Literal["joint", "per_source"] = "joint"
   chat: bool = False  # conversations: generation then puts a prompt in the chat template
   window_rows: int = 128  # rows that are packed together; more fill better and shuffle further
   num_workers: int = 0  # processes that decode images; 0 decodes in the training process
@@ -280,13 +315,98 @@ class DataConfig:
   max_drop_fraction: float = 0.05  # of examples lost to unreadable images before the run stops
   seed: int = 0
 
+  @functools.cached_property
+  def leaves(self) -> tuple[SourceConfig, ...]:
+    """The sources of all groups, named like "captions/web"; weights are shares at step 0."""
+    return tuple(
+      dataclasses.replace(source, name=path, weight=share)
+      for (path, source), share in zip(_leaves(self.sources), self.shares(0), strict=True)
+    )
+
+  def shares(self, step: int) -> tuple[float, ...]:
+    """Returns what share of a batch's positions each of the leaves has at a step; 1 in all.
+
+    A group whose sources all have weight 0 leaves its share to the others.
+    """
+    weights = {path: source.weight for path, source in _nodes(self.sources)}
+    for change in self.reweight:
+      if change.step <= step:
+        weights |= dict(change.weights)
+    shares = tuple(_shares(self.sources, weights, 1.0))
+    return tuple(share / (sum(shares) or 1.0) for share in shares)
+
   def __post_init__(self):
     for kind in ("sources", "eval_sources"):
-      names = [s.name for s in getattr(self, kind)]
-      twice = sorted({n for n in names if names.count(n) > 1})
-      _require(not twice, f"data.{kind} names {twice} more than once; names must differ.")
+      _check_names(getattr(self, kind), f"data.{kind}")
+    for source in self.eval_sources:
+      where = f"data.eval_sources.{source.name}"
+      _require(not source.sources, f"{where} is a group; name its sources there instead.")
+      _require(
+        source.epochs is None and source.limit is None,
+        f"{where} has epochs or a limit, but is evaluated whole, up to train.eval_batches.",
+      )
     counts = ("seq_len", "batch_size", "window_rows", "max_image_pixels", "prefetch_batches")
     _require_positive(self, "data", *counts)
+    self._check_reweight()
+
+  def _check_reweight(self) -> None:
+    names = [path for path, _ in _nodes(self.sources)]
+    steps = [change.step for change in self.reweight]
+    _require(
+      steps == sorted(set(steps)), f"data.reweight has steps {steps}; they must ascend, each once."
+    )
+    for change in self.reweight:
+      for name, _ in change.weights:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        _require(
+          name in names,
+          f"data.reweight at step {change.step} names '{name}'; {hint}The sources are {names}.",
+        )
+    for step in (0, *steps) if self.sources else ():
+      _require(
+        sum(self.shares(step)) > 0,
+        f"all of data.sources have weight 0 at step {step}; one must be positive.",
+      )
+
+
+def _nodes(sources: Sequence[SourceConfig], prefix: str = "") -> Iterator[tuple[str, SourceConfig]]:
+  """Yields all groups and sources with their names from the root, such as "captions/web"."""
+  for source in sources:
+    path = prefix + source.name
+    yield path, source
+    yield from _nodes(source.sources, f"{path}/")
+
+
+def _leaves(sources: Sequence[SourceConfig]) -> Iterator[tuple[str, SourceConfig]]:
+  return ((path, source) for path, source in _nodes(sources) if not source.sources)
+
+
+def _shares(
+  sources: Sequence[SourceConfig], weights: Mapping[str, float], share: float, prefix: str = ""
+) -> Iterator[float]:
+  """Yields the leaves' shares of `share`."""
+  total = sum(weights[prefix + source.name] for source in sources)
+  for source in sources:
+    path = prefix + source.name
+    own = share * weights[path] / total if total else 0.0
+    if source.sources:
+      yield from _shares(source.sources, weights, own, f"{path}/")
+    else:
+      yield own
+
+
+def _check_names(sources: Sequence[SourceConfig], where: str) -> None:
+  names = [source.name for source in sources]
+  twice = sorted({n for n in names if names.count(n) > 1})
+  _require(not twice, f"{where} names {twice} more than once; names must differ.")
+  for source in sources:
+    _require(
+      "/" not in source.name and bool(source.name),
+      f"{where} has the name '{source.name}'; a name has no '/', which stands between groups, and "
+      f"is not empty.",
+    )
+    _check_names(source.sources, f"{where}.{source.name}.sources")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -497,7 +617,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   if origin is tuple:
     if isinstance(value, Mapping):
       # Named entries, so that one of them can be overridden: sources.captions.weight.
-      value = [{"name": name, **entry} for name, entry in value.items()]
+      value = [_named(args[0], name, entry, path) for name, entry in value.items()]
     if not isinstance(value, list | tuple):
       raise ConfigError(f"{path} is {value!r}; it must be a list.")
     if args[-1] is Ellipsis:
@@ -516,3 +636,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
     raise ConfigError(f"{path} is {value!r}; it must be of type {hint.__name__}.")
   return value
+
+
+def _named(hint: Any, name: str, entry: Any, path: str) -> Any:
+  if not dataclasses.is_dataclass(hint):
+    return name, entry
+  if not isinstance(entry, Mapping):
+    raise ConfigError(f"{path}.{name} is {entry!r}; it must be a group of settings.")
+  return {"name": name, **entry}

@@ -37,6 +37,7 @@ from mm1_jax.config import (
   ModelConfig,
   MoEConfig,
   OptimizerConfig,
+  ReweightConfig,
   RunConfig,
   SourceConfig,
   TrainConfig,
@@ -157,8 +158,57 @@ def test_sft_keeps_the_model_and_changes_the_rest(model):
 
 
 def test_the_mixture_is_45_45_10():
-  weights = {source.name: source.weight for source in load("mm1_30b_moe").data.sources}
-  assert weights == {"captions": 0.45, "interleaved": 0.45, "text": 0.10}
+  weights = {source.name: source.weight for source in load("mm1_30b_moe").data.leaves}
+  assert weights == pytest.approx({"captions": 0.45, "interleaved": 0.45, "text": 0.10})
+
+
+def test_mixtures_of_the_papers():
+  def shares(mixture) -> dict[str, float]:
+    config = common.pretrain("x")
+    config.data.sources = common.mixture("data", mixture)
+    return {s.name: s.weight for s in RunConfig.from_dict(config.to_dict()).data.leaves}
+
+  assert shares(common.MM1_5) == pytest.approx({"captions": 0.5, "interleaved": 0.1, "text": 0.4})
+  assert shares(common.MM1_VECAP) == pytest.approx(
+    {"captions/web": 0.4185, "captions/vecap": 0.0315, "interleaved": 0.45, "text": 0.10}
+  )
+
+
+def test_a_source_in_a_group_can_be_overridden():
+  """As `--config.data.sources.captions.sources.vecap.weight=0.5` does."""
+  config = common.pretrain("x")
+  config.data.sources = common.mixture("data", common.MM1_VECAP)
+  config.data.sources.captions.sources.vecap.weight = 0.93
+  config.data.sources.captions.sources.vecap.epochs = 2
+  leaves = {s.name: s for s in RunConfig.from_dict(config.to_dict()).data.leaves}
+  assert leaves["captions/vecap"].weight == pytest.approx(0.225)
+  assert leaves["captions/vecap"].epochs == 2.0
+  assert leaves["captions/vecap"].path == "data/captions_vecap-train-*.arrayrecord"
+
+
+def test_weights_that_change_at_steps():
+  """What a change does not name keeps its weight; a group's sources keep their proportions."""
+  config = common.pretrain("x")
+  config.data.sources = common.mixture("data", {**common.MM1_VECAP, "text": 0.10})
+  config.data.reweight = (
+    {"step": 100, "weights": {"captions": 0.5, "interleaved": 0.1, "text": 0.4}},
+    {"step": 200, "weights": {"captions/vecap": 0.93, "interleaved": 0.0}},
+  )
+  run = RunConfig.from_dict(config.to_dict())
+  assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+  assert hash(run) == hash(RunConfig.from_dict(run.to_dict()))  # `train_step` is compiled for it
+  data = run.data
+  assert data.shares(99) == data.shares(0) == pytest.approx((0.0315, 0.4185, 0.45, 0.10))
+  assert data.shares(100) == data.shares(199) == pytest.approx((0.035, 0.465, 0.1, 0.4))
+  assert data.shares(200) == pytest.approx((0.5 / 2 / 0.9, 0.5 / 2 / 0.9, 0, 0.4 / 0.9))
+
+
+def reweighted(*changes: tuple[int, dict[str, float]]) -> DataConfig:
+  group = SourceConfig("captions", sources=(SourceConfig("web", "x"), SourceConfig("vecap", "x")))
+  return DataConfig(
+    sources=(group, SourceConfig("text", "x")),
+    reweight=tuple(ReweightConfig(step, tuple(weights.items())) for step, weights in changes),
+  )
 
 
 def test_a_named_source_can_be_overridden():
@@ -370,7 +420,56 @@ source = functools.partial(SourceConfig, path="x")
       lambda: ModelConfig(image_token_id=49152),
       r"image_token_id 49152 must lie in \[0, vocab_size = 49152\)",
     ),
-    (lambda: source(name="a", weight=0.0), r"source 'a' has weight 0\.0; it must be > 0"),
+    (lambda: source(name="a", weight=-1.0), r"source 'a' has weight -1\.0; it must not be neg"),
+    (lambda: SourceConfig("a"), r"source 'a' has neither 'path' nor 'sources'"),
+    (lambda: source("a", sources=(source("b"),)), r"source 'a' has both 'path' and 'sources'"),
+    (
+      lambda: SourceConfig("a", sources=(source("b"),), epochs=2.0),
+      r"source 'a' is a group and has no epochs of its own; set them for its sources",
+    ),
+    (lambda: source("a", epochs=0.0), r"source 'a' has epochs 0\.0; it must be positive, or None"),
+    (lambda: source("a", limit=-3), r"source 'a' has limit -3; it must be positive, or None"),
+    (
+      lambda: DataConfig(sources=(source("a/b"),)),
+      r"data\.sources has the name 'a/b'; a name has no",
+    ),
+    (
+      lambda: DataConfig(sources=(SourceConfig("a", sources=(source("b"), source("b"))),)),
+      r"data\.sources\.a\.sources names \['b'\] more than once",
+    ),
+    (
+      lambda: DataConfig(eval_sources=(SourceConfig("a", sources=(source("b"),)),)),
+      r"data\.eval_sources\.a is a group",
+    ),
+    (
+      lambda: DataConfig(eval_sources=(source("a", limit=3),)),
+      r"data\.eval_sources\.a has epochs or a limit, but is evaluated whole",
+    ),
+    (
+      lambda: DataConfig(sources=(source("a", weight=0.0),)),
+      r"all of data\.sources have weight 0 at step 0",
+    ),
+    (
+      lambda: reweighted((10, {"captions/veccap": 1.0})),
+      r"reweight at step 10 names 'captions/veccap'; did you mean 'captions/vecap'\? The "
+      r"sources are \['captions', 'captions/web', 'captions/vecap', 'text'\]",
+    ),
+    (
+      lambda: reweighted((20, {}), (10, {})),
+      r"data\.reweight has steps \[20, 10\]; they must ascend",
+    ),
+    (
+      lambda: reweighted((0, {"text": 1.0})),
+      r"reweight at step 0: from step 0 on, the sources' own",
+    ),
+    (
+      lambda: reweighted((5, {"text": -1.0})),
+      r"step 5: weight -1\.0 of 'text' must not be negative",
+    ),
+    (
+      lambda: reweighted((5, {"text": 0.0, "captions": 0.0})),
+      r"all of data\.sources have weight 0 at step 5",
+    ),
     (
       lambda: DataConfig(sources=(source(name="a"), source(name="a"), source(name="b"))),
       r"data\.sources names \['a'\] more than once",

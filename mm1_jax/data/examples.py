@@ -13,6 +13,7 @@ ever predicted. Each item is tokenised on its own, so a prompt has the ids that 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +51,14 @@ class Example:
     return len(self.tokens)
 
 
+class Measure(NamedTuple):
+  """How long a record's example is, and where its items stand."""
+
+  num_positions: int
+  image_starts: list[int]  # first positions of its pictures, delimiters included
+  text_starts: list[int]  # of texts right behind another text; of documents with pictures only
+
+
 class Prompt(NamedTuple):
   """What a model is given to go on from."""
 
@@ -81,10 +90,10 @@ class Encoder:
 
   def encode_content(self, items: Items) -> list[int]:
     """Returns the ids of texts and pictures in order."""
-    ids: list[int] = []
-    for item in items:
-      ids += self.tokenizer.encode(item["text"]) if "text" in item else self.image_ids
-    return ids
+    return list(itertools.chain.from_iterable(map(self._encode_item, items)))
+
+  def _encode_item(self, item: Mapping[str, Any]) -> list[int]:
+    return self.tokenizer.encode(item["text"]) if "text" in item else self.image_ids
 
   def encode_prefix(self, items: Items) -> Prompt:
     """Returns the beginning of a document, for a pre-trained model to go on with."""
@@ -111,6 +120,19 @@ class Encoder:
       ids.append(self.tokenizer.eos_id)
       predict = [True] * len(ids)
     return self._example(ids, predict, images)
+
+  def measure_record(self, record: Record) -> Measure:
+    """Returns how long `encode_record` makes a record, without making the arrays."""
+    if "turns" in record:
+      example = self.encode_record(record)
+      return Measure(len(example), [span.start for span in example.spans], [])
+    items = record["content"]
+    # Behind `<s>` at 0. `</s>` is a target and takes no position.
+    starts = list(itertools.accumulate((len(self._encode_item(i)) for i in items), initial=1))
+    images = [start for start, item in zip(starts, items, strict=False) if "image" in item]
+    pairs = zip(starts[1:], items, items[1:], strict=False) if images else ()
+    texts = [start for start, before, item in pairs if "text" in before and "text" in item]
+    return Measure(starts[-1], images, texts)
 
   def _encode_turns(
     self, turns: Sequence[Mapping[str, Any]]

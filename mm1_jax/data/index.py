@@ -1,115 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
 """The length index: how long each example of a source is, and where its pictures stand.
 
-It is made by running the text side of `examples.py` over the source once, and kept on disk. With
-it, rows are planned without reading a record.
+It is made by running the text side of `examples.py` over the source once, shard by shard, and kept:
+a shard that is added to a source is the only one that is read. With it, rows are planned without
+reading a record.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
+import io
 import json
+import multiprocessing
 import os
-import pathlib
-import tempfile
 import time
+import uuid
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from absl import logging
 from etils import epath
 
-from mm1_jax.config import ConfigError
+from mm1_jax.config import ConfigError, SourceConfig
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.sources import DataError, RecordError, Source
 
 # Raise it when `examples.py` makes other ids or lengths: indexes made before are then not used.
-VERSION = 2
+VERSION = 3
 MIN_RECORDS_TO_JUDGE = 100  # a share of unreadable records means little below this many
+# Starting processes takes as long as indexing so many bytes does.
+MIN_BYTES_FOR_PROCESSES = 16_000_000
+SECONDS_BETWEEN_NEWS = 10.0
 
 TOO_LONG = "conversation longer than the row"
 TOO_MANY_IMAGES = "conversation with more images than the row has slots"
 UNREADABLE = "unreadable record"
+EMPTY = "empty record"
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """All usable examples of one source, in order; E of them, with I pictures."""
+  """All usable examples of one source, in order; E of them, with K breaks."""
 
   records: np.ndarray  # int64[E], number of the record in its source
   num_positions: np.ndarray  # int32[E]
   splittable: np.ndarray  # bool[E]: documents; an answer needs its question in the same row
-  image_starts: np.ndarray  # int32[I], first position of each picture, delimiter included
-  image_offsets: np.ndarray  # int64[E + 1]: example e has pictures [e] to [e + 1]
+  # First positions of the pictures, delimiters included, and of texts right behind another text.
+  breaks: np.ndarray  # int32[K]
+  is_image: np.ndarray  # bool[K]
+  break_offsets: np.ndarray  # int64[E + 1]: example e has breaks [e] to [e + 1]
   drops: collections.Counter  # records left out, by reason
 
   def __len__(self) -> int:
     return len(self.records)
 
+  @property
+  def num_images(self) -> int:
+    return int(self.is_image.sum())
+
   def images(self, example: int) -> np.ndarray:
     """Returns int32[n], where the pictures of an example start."""
-    return self.image_starts[self.image_offsets[example] : self.image_offsets[example + 1]]
+    at = slice(self.break_offsets[example], self.break_offsets[example + 1])
+    return self.breaks[at][self.is_image[at]]
+
+  def cuts(self, example: int, image_positions: int) -> list[int] | None:
+    """Returns where an example may be cut: between items; None is anywhere, in a text.
+
+    A picture keeps what stands behind it: with nothing to predict, it would teach nothing.
+    """
+    if not self.splittable[example]:
+      return []
+    at = slice(self.break_offsets[example], self.break_offsets[example + 1])
+    if at.start == at.stop:
+      return None
+    cuts, image_end = [], 1  # nothing but `<s>` stands before position 1
+    for start, is_image in zip(self.breaks[at].tolist(), self.is_image[at].tolist(), strict=True):
+      if start != image_end:
+        cuts.append(start)
+      if is_image:
+        image_end = start + image_positions
+    return cuts
 
 
 def load_index(
-  source: Source, encoder: Encoder, *, seq_len: int, max_images: int, max_drop_fraction: float
+  source: Source,
+  encoder: Encoder,
+  *,
+  seq_len: int,
+  max_images: int,
+  max_drop_fraction: float,
+  process_index: int = 0,
 ) -> Index:
-  """Returns a source's index, from the cache where it has been made before.
+  """Returns a source's index; its shards' come from the cache where they have been made before.
 
-  The cache is `$MM1_JAX_CACHE/index`, or `~/.cache/mm1_jax/index`.
+  The cache is `$MM1_JAX_CACHE/index`, or `~/.cache/mm1_jax/index`; it may be a gs:// path that many
+  hosts share. Each starts with another shard, so that they share the work too.
 
   Raises:
     ConfigError: a record has images and `max_images` is 0.
     DataError: no record can be used, or more than `max_drop_fraction` of them are unreadable.
   """
-  path = cache_dir() / f"{source.name}-{_key(source, encoder, seq_len, max_images)}.npz"
-  try:
-    index = _read(path)
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
-    start = time.time()
-    index = _build(source, encoder, seq_len, max_images)
-    logging.info(
-      "indexed source '%s' in %.1f s: %d examples, %d positions, %d images, left out %s",
-      *(source.name, time.time() - start, len(index)),
-      *(index.num_positions.sum(), len(index.image_starts), dict(index.drops)),
+  index = _concatenate(_load_shards(source, encoder, process_index))
+  if not max_images and index.num_images:
+    example = int(np.searchsorted(index.break_offsets, np.argmax(index.is_image), side="right")) - 1
+    record = source[int(index.records[example])]
+    raise ConfigError(
+      f"data.images_per_row is 0, but record '{record['id']}' of source '{source.name}' has "
+      f"images. Give rows image slots, or leave that source out."
     )
-    _write(path, index)
+  index = _drop_unfit(index, seq_len, max_images)
   _check(index, source, max_drop_fraction)
   return index
 
 
-def _build(source: Source, encoder: Encoder, seq_len: int, max_images: int) -> Index:
-  rows: list[tuple[int, int, bool]] = []
-  starts: list[list[int]] = []
-  drops: collections.Counter = collections.Counter()
-  for i in range(len(source)):
-    try:
-      record = source[i]
-    except RecordError as e:
-      logging.warning("%s", e)
-      drops[UNREADABLE] += 1
-      continue
-    example = encoder.encode_record(record)
-    if example.images and not max_images:
-      raise ConfigError(
-        f"data.images_per_row is 0, but record '{record['id']}' of source '{source.name}' has "
-        f"images. Give rows image slots, or leave that source out."
-      )
-    splittable = "turns" not in record
-    if not splittable and len(example) > seq_len:
-      drops[TOO_LONG] += 1
-    elif not splittable and len(example.images) > max_images:
-      drops[TOO_MANY_IMAGES] += 1
-    else:
-      rows.append((i, len(example), splittable))
-      starts.append([span.start for span in example.spans])
-  records, num_positions, splittable = zip(*rows, strict=True) if rows else ((), (), ())
+def _drop_unfit(index: Index, seq_len: int, max_images: int) -> Index:
+  """Leaves out conversations that no row can hold."""
+  whole = ~index.splittable
+  too_long = whole & (index.num_positions > seq_len)
+  images = np.add.reduceat(np.append(index.is_image, False), index.break_offsets[:-1], dtype=int)
+  images[np.diff(index.break_offsets) == 0] = 0  # reduceat has the next one's there
+  too_many = whole & ~too_long & (images > max_images)
+  drops = index.drops + collections.Counter(
+    {TOO_LONG: int(too_long.sum()), TOO_MANY_IMAGES: int(too_many.sum())}
+  )
+  keep = ~(too_long | too_many)
+  if keep.all():
+    return index
+  counts = np.diff(index.break_offsets)
+  keep_breaks = np.repeat(keep, counts)
   return Index(
-    records=np.array(records, np.int64),
-    num_positions=np.array(num_positions, np.int32),
-    splittable=np.array(splittable, bool),
-    image_starts=np.array([s for image in starts for s in image], np.int32),
-    image_offsets=np.cumsum([0, *map(len, starts)]),
+    records=index.records[keep],
+    num_positions=index.num_positions[keep],
+    splittable=index.splittable[keep],
+    breaks=index.breaks[keep_breaks],
+    is_image=index.is_image[keep_breaks],
+    break_offsets=_offsets(counts[keep]),
     drops=drops,
   )
 
@@ -129,44 +157,172 @@ def _check(index: Index, source: Source, max_drop_fraction: float) -> None:
     )
 
 
-# --- the cache
+# --- one shard
 
 
-def cache_dir() -> pathlib.Path:
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+  """The index of one shard, whatever the rows are; `records` count from its first."""
+
+  num_records: int
+  index: Index
+
+
+def _index_shard(config: SourceConfig, encoder: Encoder) -> _Shard:
+  source = Source(config)
+  rows: list[tuple[int, int, bool, int]] = []
+  breaks: list[tuple[int, bool]] = []
+  drops: collections.Counter = collections.Counter()
+  for i in range(len(source)):
+    try:
+      record = source[i]
+    except RecordError as e:
+      logging.warning("%s In %s.", e, config.path)
+      drops[UNREADABLE] += 1
+      continue
+    num_positions, images, texts = encoder.measure_record(record)
+    if num_positions <= 1:
+      drops[EMPTY] += 1
+      continue
+    here = sorted([(start, True) for start in images] + [(start, False) for start in texts])
+    rows.append((i, num_positions, "turns" not in record, len(here)))
+    breaks += here
+  records, num_positions, splittable, counts = zip(*rows, strict=True) if rows else ((),) * 4
+  starts, is_image = zip(*breaks, strict=True) if breaks else ((), ())
+  index = Index(
+    records=np.array(records, np.int64),
+    num_positions=np.array(num_positions, np.int32),
+    splittable=np.array(splittable, bool),
+    breaks=np.array(starts, np.int32),
+    is_image=np.array(is_image, bool),
+    break_offsets=_offsets(counts),
+    drops=drops,
+  )
+  return _Shard(len(source), index)
+
+
+def _concatenate(shards: Sequence[_Shard]) -> Index:
+  indexes = [shard.index for shard in shards]
+  firsts = _offsets([shard.num_records for shard in shards])
+  counts = np.concatenate([np.diff(index.break_offsets) for index in indexes])
+  return Index(
+    records=np.concatenate([i.records + first for i, first in zip(indexes, firsts, strict=False)]),
+    num_positions=np.concatenate([index.num_positions for index in indexes]),
+    splittable=np.concatenate([index.splittable for index in indexes]),
+    breaks=np.concatenate([index.breaks for index in indexes]),
+    is_image=np.concatenate([index.is_image for index in indexes]),
+    break_offsets=_offsets(counts),
+    drops=sum((index.drops for index in indexes), collections.Counter()),
+  )
+
+
+def _offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+  return np.cumsum(np.concatenate([[0], counts]), dtype=np.int64)
+
+
+# --- all shards, and the cache
+
+
+def cache_dir() -> epath.Path:
   """Returns the folder that indexes are kept in."""
-  return pathlib.Path(os.environ.get("MM1_JAX_CACHE", "~/.cache/mm1_jax")).expanduser() / "index"
+  return epath.Path(os.environ.get("MM1_JAX_CACHE", "~/.cache/mm1_jax")).expanduser() / "index"
 
 
-def _key(source: Source, encoder: Encoder, seq_len: int, max_images: int) -> str:
-  """Returns a hash of all that the index depends on."""
-  stats = [epath.Path(p).stat() for p in source.paths]
+def _load_shards(source: Source, encoder: Encoder, process_index: int) -> list[_Shard]:
+  """Returns the index of each shard, from the cache, or made now and then kept."""
+  files = [cache_dir() / f"{_key(path, encoder)}.npz" for path in source.paths]
+  shards = {i: shard for i, file in enumerate(files) if (shard := _read(file))}
+  missing = [i for i in range(len(files)) if i not in shards]
+  at = process_index % max(len(missing), 1)
+  jobs = {
+    i: (SourceConfig(name=source.name, path=source.paths[i]), encoder, files[i])
+    for i in missing[at:] + missing[:at]
+  }
+  start = told = time.monotonic()
+  kept = True
+  for i, shard in _make_shards(jobs):
+    shards[i] = shard
+    kept = kept and _write(files[i], shard)
+    if time.monotonic() - told > SECONDS_BETWEEN_NEWS:
+      told = time.monotonic()
+      logging.info("indexed %d of %d shards of source '%s'", len(shards), len(files), source.name)
+  if missing:
+    made = [shards[i].index for i in missing]
+    logging.info(
+      "indexed source '%s' in %.1f s: %d examples, %d positions, %d images, left out %s",
+      *(source.name, time.monotonic() - start, sum(map(len, made))),
+      *(sum(int(index.num_positions.sum()) for index in made), sum(i.num_images for i in made)),
+      dict(sum((index.drops for index in made), collections.Counter())),
+    )
+  return [shards[i] for i in range(len(files))]
+
+
+_Job = tuple[SourceConfig, Encoder, epath.Path]
+
+
+def _make_shards(jobs: Mapping[int, _Job]) -> Iterator[tuple[int, _Shard]]:
+  """Yields the shards as they are made, by several processes if that pays."""
+  size = sum(epath.Path(config.path).stat().length for config, _, _ in jobs.values())
+  num_processes = min(len(jobs), len(os.sched_getaffinity(0)))
+  left = dict(jobs)
+  if num_processes > 1 and size > MIN_BYTES_FOR_PROCESSES:
+    try:
+      for i, shard in _in_processes(jobs, num_processes):
+        del left[i]
+        yield i, shard
+    except BrokenProcessPool:
+      logging.warning("processes that index do not start, or were killed; going on without them")
+  for i, job in left.items():
+    yield i, _make_shard(*job)
+
+
+def _in_processes(jobs: Mapping[int, _Job], num_processes: int) -> Iterator[tuple[int, _Shard]]:
+  context = multiprocessing.get_context("spawn")  # threads of JAX do not survive a fork
+  with concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+    numbers = {pool.submit(_make_shard, *job): i for i, job in jobs.items()}
+    for future in concurrent.futures.as_completed(numbers):
+      yield numbers[future], future.result()
+
+
+def _make_shard(config: SourceConfig, encoder: Encoder, file: epath.Path) -> _Shard:
+  return _read(file) or _index_shard(config, encoder)  # another host may have made it by now
+
+
+def _key(path: str, encoder: Encoder) -> str:
+  """Returns a hash of all that the index of a shard depends on."""
+  stat = epath.Path(path).stat()
   parts = {
     "version": VERSION,
-    "records": len(source),
-    "shards": [
-      [path, stat.length, stat.mtime] for path, stat in zip(source.paths, stats, strict=True)
-    ],
+    "shard": [path, stat.length, stat.mtime],
     "tokenizer": hashlib.sha256(encoder.tokenizer.model).hexdigest(),
     "image": [encoder.tokens_per_image, encoder.image_delimiters],
-    "row": [seq_len, max_images],
   }
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _read(path: pathlib.Path) -> Index:
-  with np.load(path) as file:
-    arrays = {name: file[name] for name in file.files}
-  return Index(**{**arrays, "drops": collections.Counter(json.loads(str(arrays["drops"])))})
-
-
-def _write(path: pathlib.Path, index: Index) -> None:
-  """Writes next to the final name first: several processes may make the same index at once."""
-  arrays = {f.name: getattr(index, f.name) for f in dataclasses.fields(index)}
-  arrays["drops"] = np.array(json.dumps(index.drops))
+def _read(file: epath.Path) -> _Shard | None:
+  """Returns a shard's index; None if it is not there, or damaged."""
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-      np.savez(file, **arrays)
-    os.replace(file.name, path)
+    with np.load(io.BytesIO(file.read_bytes())) as arrays:
+      values = {name: arrays[name] for name in arrays.files}
+    drops = collections.Counter(json.loads(str(values.pop("drops"))))
+    return _Shard(int(values.pop("num_records")), Index(**values, drops=drops))
+  except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    return None
+
+
+def _write(file: epath.Path, shard: _Shard) -> bool:
+  """Writes next to the final name first: several processes may make the same index at once."""
+  arrays = {f.name: getattr(shard.index, f.name) for f in dataclasses.fields(Index)}
+  arrays["drops"] = np.array(json.dumps(shard.index.drops))
+  data = io.BytesIO()
+  np.savez(data, num_records=shard.num_records, **arrays)
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    new.write_bytes(data.getvalue())
+    new.replace(file)
   except OSError as e:
     logging.warning("the index is not kept (%s); set MM1_JAX_CACHE to a folder we may write to", e)
+    return False
+  return True

@@ -2,12 +2,15 @@
 """Rows out of examples: what goes together, and what a row then holds.
 
 A row has room for S positions and N images, and an example needs some of both. A row of captions
-runs out of image slots, a row of text leaves them empty. So captions and other short examples are
-spread over all rows, and long documents are poured into what room is left, cut where it ends.
+runs out of image slots, a row of text leaves them empty. So each row gets some of all: parts of
+long documents up to their share of a row, then captions and other short examples, such that
+positions and slots come to an end together, and last the text that may be cut to any length.
 All of this looks at lengths alone; examples are read when a batch is made.
 """
 
 import bisect
+import collections
+import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,12 +19,18 @@ import numpy as np
 from mm1_jax.batch import Batch
 from mm1_jax.data.examples import Example
 
-# Documents longer than this share of a row are cut to fit; shorter ones stay whole.
+# Examples longer than this share of a row get their place first, and documents may be cut there;
+# shorter ones stay whole.
 LONG = 0.25
-# No part of a document but its last is shorter than this share of a row.
+# A document is not cut into parts shorter than this share of a row, where it can be helped ...
 SHORTEST_CUT = 0.125
-# How many documents are looked at for one that can go on in a row.
-LOOK_AHEAD = 8
+# ... but a text may give a part of this share to a row that would else stay unfilled.
+SHORTEST_FILL = 1 / 32
+# The share of short examples that rows are prepared with. The rest is to choose from, when a row is
+# nearly full and one of just the right length is needed.
+PREPARED = 0.9
+# How many documents are looked at for the one that fills a row best.
+LOOK_AHEAD = 16
 
 
 class Item(NamedTuple):
@@ -29,7 +38,7 @@ class Item(NamedTuple):
 
   num_positions: int
   image_starts: Sequence[int]  # first positions of its pictures, ascending
-  splittable: bool
+  cuts: Sequence[int] | None  # where it may be cut, ascending; None is anywhere
 
 
 class Part(NamedTuple):
@@ -47,154 +56,218 @@ class Packing(NamedTuple):
   left: list[tuple[int, int]]  # item, first position that is in no row
 
 
-def pack(
-  items: Sequence[Item],
-  *,
-  num_rows: int,
-  seq_len: int,
-  images_per_row: int,
-  image_positions: int,
-  num_first: int = 0,
-) -> Packing:
+class RowShape(NamedTuple):
+  """What a row has room for."""
+
+  seq_len: int
+  images_per_row: int
+  image_positions: int  # of one picture, delimiters included; never cut through
+
+
+def pack(items: Sequence[Item], num_rows: int, shape: RowShape) -> Packing:
   """Packs items into rows, so that positions and image slots both fill up.
 
+  Where there are more items than room, the first go first, and of each kind about its share.
+
   Args:
-    items: those that cannot be split fit a row.
+    items: those that cannot be cut fit a row.
     num_rows: rows to fill.
-    seq_len: positions of a row.
-    images_per_row: image slots of a row.
-    image_positions: positions of a picture, delimiters included; never cut through.
-    num_first: the first so many items go before the others, whatever their size: they were left
-      over before, and would starve.
+    shape: of a row.
   """
-  rows = _Rows(num_rows, seq_len, images_per_row)
   positions = np.array([item.num_positions for item in items], np.int64)
   images = np.array([len(item.image_starts) for item in items], np.int64)
-  splittable = np.array([item.splittable for item in items], bool)
-  long = splittable & ((positions > LONG * seq_len) | (images > images_per_row))
-  # Whole items first, the hardest to place ahead; as many as leave long ones their share of room.
-  share = np.maximum(positions / seq_len, images / max(images_per_row, 1))
-  order = np.lexsort((-share, np.arange(len(items)) >= num_first))
-  whole = [i for i in order.tolist() if not long[i]]
-  left = [(i, 0) for i in np.flatnonzero(long).tolist()]
-  if left:
-    room = num_rows * seq_len * positions[~long].sum() / positions.sum()
-    slots = images_per_row * images[~long].sum() / max(images.sum(), 1)
-    left = rows.place_dense(left, items, image_positions, int(images_per_row - slots))
-    whole = rows.spread(whole, positions, images, max_positions=room, max_images=num_rows * slots)
-  left = rows.pour(left, items, image_positions)
-  left += [(i, 0) for i in rows.best_fit(whole, positions, images)]
-  return Packing(rows.parts, sorted(left))
+  anywhere = np.array([item.cuts is None for item in items], bool)
+  long = (positions > LONG * shape.seq_len) | (images > shape.images_per_row)
+  documents = np.flatnonzero(long & ~anywhere).tolist()
+  texts = np.flatnonzero(long & anywhere).tolist()
+  short = np.flatnonzero(~long)
+  total = max(int(positions.sum()), 1)
+  room = min(1.0, num_rows * shape.seq_len / total)  # there is room for this share of all
+  # So much of a row is for long ones: a part of that length leaves the short ones their share.
+  best = max(int(shape.seq_len * positions[long].sum() / total), 1)
+  before = np.cumsum(positions[short]) - positions[short]
+  prepared = before < PREPARED * room * positions[short].sum()
+
+  rows = _Rows(items, num_rows, shape)
+  reserved = rows.reserve(best, room * positions[texts].sum())
+  rows.place(documents, best, room * positions[documents].sum())
+  waiting = rows.spread(sorted(short[prepared].tolist(), key=lambda i: -positions[i]))
+  waiting = rows.fit(waiting + short[~prepared].tolist())
+  rows.release(reserved)
+  rows.pour(texts, np.argsort(-reserved, kind="stable").tolist())
+  rows.fill(documents)
+  rows.fit(waiting)
+  return Packing(rows.parts, rows.left())
 
 
 class _Rows:
-  """Rows that are being filled."""
+  """Rows that are being filled, and how far each item has got."""
 
-  def __init__(self, num_rows: int, seq_len: int, images_per_row: int):
+  def __init__(self, items: Sequence[Item], num_rows: int, shape: RowShape):
     self.parts: list[list[Part]] = [[] for _ in range(num_rows)]
-    self._seq_len = seq_len
-    self._slots = max(images_per_row, 1)
-    self._free_positions = np.full(num_rows, seq_len)
-    self._free_images = np.full(num_rows, images_per_row)
+    self._items = items
+    self._shape = shape
+    self._reached = [0] * len(items)  # first position of each item that is in no row
+    self._free_positions = np.full(num_rows, shape.seq_len)
+    self._free_images = np.full(num_rows, shape.images_per_row)
 
-  def spread(
-    self,
-    whole: list[int],
-    positions: np.ndarray,
-    images: np.ndarray,
-    *,
-    max_positions: float,
-    max_images: float,
-  ) -> list[int]:
-    """Puts each item into the emptiest row until the limits are met; returns those left."""
-    for at, i in enumerate(whole):
-      max_positions -= positions[i]
-      max_images -= images[i]
-      row = int(np.argmax(self._room(positions[i], images[i], nowhere=-np.inf)))
-      fits = positions[i] <= self._free_positions[row] and images[i] <= self._free_images[row]
-      if max_positions < 0 or (images[i] and max_images < 0) or not fits:
-        return whole[at:]
-      self._put(row, Part(i, 0, int(positions[i])), int(images[i]))
-    return []
+  def left(self) -> list[tuple[int, int]]:
+    """Returns the items that are not in rows up to their end, and how far they are."""
+    return [(i, n) for i, n in enumerate(self._reached) if n < self._items[i].num_positions]
 
-  def best_fit(self, whole: list[int], positions: np.ndarray, images: np.ndarray) -> list[int]:
-    """Puts each item into the fullest row that has room for it; returns those left."""
-    left = []
-    for i in whole:
-      room = self._room(positions[i], images[i], nowhere=np.inf)
-      row = int(np.argmin(room))
-      if np.isinf(room[row]):
-        left.append(i)
-      else:
-        self._put(row, Part(i, 0, int(positions[i])), int(images[i]))
-    return left
+  def reserve(self, best: int, num_positions: float) -> np.ndarray:
+    """Keeps room for texts, in few rows and much in each; returns how much."""
+    reserved = np.zeros_like(self._free_positions)
+    while num_positions >= 1:
+      row = int(np.argmin(reserved))
+      size = min(best, int(num_positions), self._shape.seq_len - int(reserved[row]))
+      if size == 0:
+        break
+      reserved[row] += size
+      num_positions -= size
+    self._free_positions -= reserved
+    return reserved
 
-  def place_dense(
-    self, long: list[tuple[int, int]], items: Sequence[Item], image_positions: int, slots: int
-  ) -> list[tuple[int, int]]:
-    """Puts documents into rows while these are empty, as far as `pour` could not.
+  def release(self, reserved: np.ndarray) -> None:
+    self._free_positions += reserved
+
+  def place(self, documents: Sequence[int], best: int, num_positions: float) -> None:
+    """Puts parts of documents into rows, of the next parts always the longest.
+
+    Each goes into the emptiest row, so that short ones find about the same everywhere. If there are
+    hardly any short ones, each goes where it leaves least room.
 
     Args:
-      long: documents and where they begin.
-      items: all items.
-      image_positions: of a picture.
-      slots: what `pour` may expect to find in a row. A stretch with so many pictures that it would
-        be cut into crumbs, or never come to its turn, is dense.
-
-    Returns:
-      The documents, and where they go on.
+      documents: the first have their turn before the last, if not all do.
+      best: how long a part should be.
+      num_positions: when to stop.
     """
-    rest = []
-    for i, start in long:
-      item = items[i]
-      while start < item.num_positions:
-        stop = furthest_cut(item, start, self._seq_len, max(slots, 1), image_positions)
-        if self._worthwhile(item, start, stop):
-          break  # not dense
-        row = int(np.argmax(self._room(0, 0, nowhere=-np.inf)))
-        stop = self._furthest_cut(row, item, start, image_positions)
-        if stop == start or (self.parts[row] and not self._worthwhile(item, start, stop)):
+    level = best <= (1 - SHORTEST_CUT) * self._shape.seq_len
+    ends, queue = {}, []
+    for i in documents:
+      ends[i] = min(num_positions, self._items[i].num_positions)
+      num_positions -= ends[i]
+      if ends[i] > 0:
+        queue.append((-self._next_size(i, best), i))
+    heapq.heapify(queue)
+    while queue:
+      size, i = heapq.heappop(queue)
+      start, stop = self._reached[i], self._reached[i] - size
+      row = self._row_for(stop - start, _count(self._items[i], start, stop), level=level)
+      if row is None:  # then a shorter part, or the document waits
+        row = int(np.argmax(self._free_positions))
+        stop = self._furthest_cut(row, i)
+        if not self._worthwhile(i, stop):
+          continue
+      self._put(row, i, stop)
+      if stop < ends[i]:
+        heapq.heappush(queue, (-self._next_size(i, best), i))
+
+  def spread(self, short: Sequence[int]) -> list[int]:
+    """Puts items where there is most room for each free slot; returns those without room.
+
+    So positions and slots of a row come to an end together: rows that are short of positions get
+    short captions. A row's last slot is left to `fit`.
+    """
+    left = []
+    for i in short:
+      size, images = self._items[i].num_positions, len(self._items[i].image_starts)
+      fits = (self._free_positions >= size) & (self._free_images > images if images else True)
+      room = np.where(fits, self._free_positions / np.maximum(self._free_images, 1), -1.0)
+      row = int(np.argmax(room))
+      if fits[row]:
+        self._put(row, i, size)
+      else:
+        left.append(i)
+    return left
+
+  def fit(self, short: Sequence[int]) -> list[int]:
+    """Fills the fullest row first, each with the longest that fit; returns what is left."""
+    by_images: dict[int, list[tuple[int, int]]] = {}
+    for i in short:
+      item = self._items[i]
+      by_images.setdefault(len(item.image_starts), []).append((item.num_positions, i))
+    for group in by_images.values():
+      group.sort(key=lambda entry: (entry[0], -entry[1]))  # of equals, the first goes first
+    for row in np.argsort(self._free_positions, kind="stable").tolist():
+      while True:
+        room = int(self._free_positions[row])
+        fitting = [
+          (group[at - 1][0], images)
+          for images, group in by_images.items()
+          if images <= self._free_images[row]
+          and (at := bisect.bisect_right(group, room, key=lambda entry: entry[0]))
+        ]
+        if not fitting:
           break
-        self._put(row, Part(i, start, stop), _count(item, start, stop))
-        start = stop
-      if start < item.num_positions:
-        rest.append((i, start))
-    return rest
+        size, images = max(fitting)
+        group = by_images[images]
+        _, i = group.pop(bisect.bisect_right(group, size, key=lambda entry: entry[0]) - 1)
+        self._put(row, i, size)
+    return sorted(i for group in by_images.values() for _, i in group)
 
-  def pour(
-    self, long: list[tuple[int, int]], items: Sequence[Item], image_positions: int
-  ) -> list[tuple[int, int]]:
-    """Fills rows one after another with documents, cut to fit; returns what is left of them."""
-    queue = list(long)
-    for row in range(len(self.parts)):
+  def pour(self, texts: Sequence[int], rows: Sequence[int]) -> None:
+    """Fills rows to the last position with texts, one after another, cut where a row ends."""
+    queue = collections.deque(texts)
+    for row in rows:
       while queue:
-        for at, (i, start) in enumerate(queue[:LOOK_AHEAD]):
-          stop = self._furthest_cut(row, items[i], start, image_positions)
-          if self._worthwhile(items[i], start, stop):
-            self._put(row, Part(i, start, stop), _count(items[i], start, stop))
-            queue[at : at + 1] = [(i, stop)] if stop < items[i].num_positions else []
-            break
-        else:
-          break  # none can go on in this row
-    return queue
+        i, room = queue[0], int(self._free_positions[row])
+        stop = min(self._items[i].num_positions, self._reached[i] + room)
+        whole = stop == self._items[i].num_positions
+        if not whole and room < SHORTEST_FILL * self._shape.seq_len:
+          break
+        self._put(row, i, stop)
+        if whole:
+          queue.popleft()
 
-  def _furthest_cut(self, row: int, item: Item, start: int, image_positions: int) -> int:
+  def fill(self, documents: Sequence[int]) -> None:
+    """Fills gaps with more parts of documents; of the first few, the one that fills a gap best."""
+    queue = [i for i in documents if self._reached[i] < self._items[i].num_positions]
+    least = SHORTEST_CUT * self._shape.seq_len
+    for row in np.flatnonzero(self._free_positions >= least).tolist():
+      while True:
+        stops = [(i, self._furthest_cut(row, i)) for i in queue[:LOOK_AHEAD]]
+        stops = [(stop - self._reached[i], i) for i, stop in stops if self._worthwhile(i, stop)]
+        if not stops:
+          break
+        size, i = max(stops)
+        self._put(row, i, self._reached[i] + size)
+        if self._reached[i] == self._items[i].num_positions:
+          queue.remove(i)
+
+  def _next_size(self, i: int, best: int) -> int:
+    """Returns the length of a document's next part, if it had a row to itself."""
+    item, start, shape = self._items[i], self._reached[i], self._shape
+    stop = furthest_cut(item, start, best, shape.images_per_row, shape)
+    if not self._worthwhile(i, stop):
+      stop = next_cut(item, stop)
+      if stop - start > shape.seq_len or _count(item, start, stop) > shape.images_per_row:
+        stop = furthest_cut(item, start, shape.seq_len, shape.images_per_row, shape)
+    return stop - start
+
+  def _furthest_cut(self, row: int, i: int) -> int:
     room = int(self._free_positions[row]), int(self._free_images[row])
-    return furthest_cut(item, start, *room, image_positions)
+    return furthest_cut(self._items[i], self._reached[i], *room, self._shape)
 
-  def _worthwhile(self, item: Item, start: int, stop: int) -> bool:
-    return stop == item.num_positions or stop - start >= SHORTEST_CUT * self._seq_len
+  def _worthwhile(self, i: int, stop: int) -> bool:
+    size = stop - self._reached[i]
+    whole = stop == self._items[i].num_positions
+    return size > 0 and (whole or size >= SHORTEST_CUT * self._shape.seq_len)
 
-  def _room(self, positions: int, images: int, nowhere: float) -> np.ndarray:
-    """Returns how much of both resources each row has; `nowhere` for rows it does not fit in."""
+  def _row_for(self, positions: int, images: int, *, level: bool) -> int | None:
+    """Returns the emptiest row with room, to keep rows level, or the fullest; None if none has."""
     fits = (self._free_positions >= positions) & (self._free_images >= images)
-    room = self._free_positions / self._seq_len + self._free_images / self._slots
-    return np.where(fits, room, nowhere)
+    free = self._free_positions if level else -self._free_positions
+    row = int(np.argmax(np.where(fits, free, -self._shape.seq_len - 1)))
+    return row if fits[row] else None
 
-  def _put(self, row: int, part: Part, num_images: int) -> None:
+  def _put(self, row: int, i: int, stop: int) -> None:
+    """Puts item `i`, from where it has got to up to `stop`, into a row."""
+    part = Part(i, self._reached[i], stop)
     self.parts[row].append(part)
     self._free_positions[row] -= part.stop - part.start
-    self._free_images[row] -= num_images
+    self._free_images[row] -= _count(self._items[i], part.start, part.stop)
+    self._reached[i] = stop
 
 
 def _count(item: Item, start: int, stop: int) -> int:
@@ -202,18 +275,36 @@ def _count(item: Item, start: int, stop: int) -> int:
   return bisect.bisect_left(item.image_starts, stop) - bisect.bisect_left(item.image_starts, start)
 
 
+def next_cut(item: Item, stop: int) -> int:
+  """Returns the first place behind `stop` where an item may be cut, or its end."""
+  at = bisect.bisect_right(item.cuts or (), stop)
+  return item.cuts[at] if item.cuts and at < len(item.cuts) else item.num_positions
+
+
 def furthest_cut(
-  item: Item, start: int, max_positions: int, max_images: int, image_positions: int
+  item: Item, start: int, max_positions: int, max_images: int, shape: RowShape
 ) -> int:
-  """Returns where a part from `start` on must end to keep within both limits and cut no picture."""
+  """Returns where a part from `start` on must end to keep within both limits; `start` for nowhere.
+
+  That is at one of the item's cuts. But what no whole row could hold from here to its next cut is
+  cut at the limit, or in front of the picture that stands there.
+  """
   stop = min(start + max_positions, item.num_positions)
   first = bisect.bisect_left(item.image_starts, start)
   if first + max_images < len(item.image_starts):
     stop = min(stop, item.image_starts[first + max_images])
+  if stop == item.num_positions or item.cuts is None:
+    return stop
+  at = bisect.bisect_right(item.cuts, stop)
+  if at and item.cuts[at - 1] > start:
+    return item.cuts[at - 1]
+  end = next_cut(item, start)
+  if end - start <= shape.seq_len and _count(item, start, end) <= shape.images_per_row:
+    return start
   last = bisect.bisect_left(item.image_starts, stop) - 1
-  if last >= first and item.image_starts[last] + image_positions > stop:
+  if last >= first and item.image_starts[last] + shape.image_positions > stop:
     stop = item.image_starts[last]
-  return int(stop)
+  return stop
 
 
 class Segment(NamedTuple):

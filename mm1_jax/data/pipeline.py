@@ -43,6 +43,8 @@ MIN_EXAMPLES_TO_JUDGE = 100  # a share of dropped examples means little below th
 ENDLESS = 1 << 40  # batches
 # A long document is cut over rows near each other; it is tokenised once for all of them.
 CACHED_DOCUMENTS = 64
+# Where slots are this many times the images of a full row, all rows find room for theirs.
+SLOTS_TO_SPARE = 1.05
 # Threads that make rows in each process. Decoding lets go of Python's lock, but what is around it
 # does not: two threads do nearly twice as much as one, and four hardly more than two.
 NUM_THREADS = 2
@@ -87,6 +89,7 @@ class Pipeline:
     num_rows: int,
     tokenizer: Tokenizer,
     indexes: dict[str, Index],
+    lengths: Sequence[float],
     state: dict[str, Any],
     max_drop_fraction: float,
   ):
@@ -95,6 +98,7 @@ class Pipeline:
     self.drops: collections.Counter = collections.Counter()
     self._loaded = [loaded]
     self._num_rows = num_rows
+    self._lengths = lengths
     self._state = state
     self._max_drop_fraction = max_drop_fraction
     self._num_examples = 0
@@ -133,11 +137,15 @@ class Pipeline:
       batch = self._state["batch"]
       self._error = PipelineError(f"making batch {batch} failed: {type(e).__name__}: {e}")
       raise self._error from e
-    self._state = {
-      **self._state,
-      "batch": self._state["batch"] + 1,
-      "plan": json.loads(rows[-1].next_window),
-    }
+    before, self._state = (
+      self._state,
+      {
+        **self._state,
+        "batch": self._state["batch"] + 1,
+        "plan": json.loads(rows[-1].next_window),
+      },
+    )
+    self._tell_used_up(before["plan"]["cursors"])
     return batch, stats
 
   def state(self) -> dict[str, Any]:
@@ -146,6 +154,16 @@ class Pipeline:
     It is the same on every process, and for any number of processes and workers.
     """
     return self._state
+
+  def _tell_used_up(self, before: Sequence[int]) -> None:
+    """Logs which sources gave their last example in the window that ends here."""
+    cursors = self._state["plan"]["cursors"]
+    for name, a, b, length in zip(self.indexes, before, cursors, self._lengths, strict=True):
+      if a < length <= b:
+        logging.info(
+          "source '%s' is used up at step %d; the others keep their proportions",
+          *(name, self._state["batch"]),
+        )
 
   def _count(self, stats: BatchStats) -> None:
     self._num_examples += stats.num_examples + sum(stats.drops.values())
@@ -216,13 +234,15 @@ def make_pipeline(
     raise ConfigError("data.sources is empty; name at least one source to train on.")
   rows = _local_rows(data, process_index, process_count)
   encoder = _encoder(data, tokens_per_image, image_token_id)
-  sources = [Source(config) for config in data.sources]
-  indexes = [_index(source, encoder, data) for source in sources]
+  sources = [Source(config) for config in data.leaves]
+  indexes = [_index(source, encoder, data, process_index) for source in sources]
   plan = Plan(data, indexes, len(encoder.image_ids))
+  if process_index == 0:
+    _log_slots(data, plan)
   now = fingerprint(data, len(encoder.image_ids), indexes)
   if state is None:
     state = {"batch": 0, "plan": plan.first_state.to_dict(), "fingerprint": now}
-  check_fingerprint(state["fingerprint"], now)
+  check_fingerprint(state["fingerprint"], now, state["plan"].get("batch", 0))
   planned = PlannedBatches(plan, WindowState.from_dict(state["plan"]), state["batch"], rows)
   load = RowLoader(data, sources, indexes, encoder, image_size)
   ahead = math.ceil(data.prefetch_batches * len(rows) / max(1, data.num_workers))
@@ -237,11 +257,30 @@ def make_pipeline(
     iter(loaded),
     num_rows=len(rows),
     tokenizer=encoder.tokenizer,
-    indexes={config.name: index for config, index in zip(data.sources, indexes, strict=True)},
+    indexes={config.name: index for config, index in zip(data.leaves, indexes, strict=True)},
+    lengths=[order.length for order in plan.orders],
     state=state,
     # Of several processes each sees a part; `train.loop` adds them up.
     max_drop_fraction=data.max_drop_fraction if process_count == 1 else 1.0,
   )
+
+
+def _log_slots(data: DataConfig, plan: Plan) -> None:
+  """Says how full the image slots will be, and how many would suit the data."""
+  for step in (0, *(change.step for change in data.reweight)):
+    images = plan.expected_images(step)
+    if not images or data.packing != "joint":
+      continue  # rows of one source need what that source needs
+    enough = min(math.ceil(SLOTS_TO_SPARE * images), data.seq_len // plan.image_positions)
+    if data.images_per_row < images:
+      used = f"too few: rows will be about {data.images_per_row / images:.0%} full"
+    else:
+      used = f"about {images / data.images_per_row:.0%} of them will be used"
+    logging.info(
+      "from step %d on, %.1f images come with a full row; data.images_per_row %d: %s%s",
+      *(step, images, data.images_per_row, used),
+      "" if data.images_per_row == enough else f"; {enough} would suit, {images / enough:.0%} used",
+    )
 
 
 def _ignore_interrupts(_worker: int, _num_workers: int) -> None:
@@ -282,7 +321,7 @@ def make_eval_batches(
   local = _local_rows(data, process_index, process_count)
   encoder = _encoder(data, tokens_per_image, image_token_id)
   opened = Source(source)
-  index = _index(opened, encoder, data)
+  index = _index(opened, encoder, data, process_index)
   rows = plan_once(index, data, len(encoder.image_ids))
   rows += [[]] * (-len(rows) % data.batch_size)
   starts = range(0, len(rows), data.batch_size)[:limit]
@@ -320,32 +359,30 @@ class PlannedBatches:
 
   def _reset(self) -> None:
     self._lock = threading.Lock()
-    self._windows: dict[int, tuple[list[Row], WindowState, WindowState]] = {}
-    self._next = self._base
+    # The two latest windows, each with its state and the next one's.
+    self._windows: collections.deque[tuple[list[Row], WindowState, WindowState]]
+    self._windows = collections.deque(maxlen=2)
 
   def __len__(self) -> int:
     return ENDLESS
 
   def __getitem__(self, index: int) -> tuple[list[Row], WindowState]:
     """Returns this process's rows of batch `first + index`, and the state for the one after it."""
-    window, offset = divmod(self._first + index, self._plan.batches_per_window)
-    rows, state, after = self._window(window)
-    start = offset * self._plan.batch_size
-    last = offset == self._plan.batches_per_window - 1
-    return [rows[start + r] for r in self._rows], after if last else state
+    batch = self._first + index
+    rows, state, after = self._window(batch)
+    start = (batch - state.batch) * self._plan.batch_size
+    return [rows[start + r] for r in self._rows], after if batch + 1 == after.batch else state
 
-  def _window(self, window: int) -> tuple[list[Row], WindowState, WindowState]:
-    """Returns the rows of a window, the state at its start, and the state at its end."""
+  def _window(self, batch: int) -> tuple[list[Row], WindowState, WindowState]:
+    """Returns the rows of the window that has a batch, its state, and the next one's."""
     with self._lock:
-      if window not in self._windows and window < self._next.window:
+      if self._windows and batch < self._windows[0][1].batch:
         self._windows.clear()
-        self._next = self._base
-      while window not in self._windows:
-        state = self._next
-        rows, self._next = self._plan.window(state)
-        self._windows[state.window] = rows, state, self._next
-        self._windows.pop(state.window - 2, None)
-      return self._windows[window]
+      while not self._windows or self._windows[-1][2].batch <= batch:
+        state = self._windows[-1][2] if self._windows else self._base
+        rows, after = self._plan.window(state)
+        self._windows.append((rows, state, after))
+      return next(window for window in self._windows if batch < window[2].batch)
 
   def __getstate__(self):
     return self._plan, self._base, self._first, self._rows
@@ -356,7 +393,7 @@ class PlannedBatches:
 
 
 class PlannedRows:
-  """The rows of planned batches one by one, each with the state for the batch after its own.
+  """The rows of planned batches one by one; the last of a batch with the state for the next batch.
 
   A row is what one thread makes at a time: the first batch is there after the time of a few rows,
   and what is in memory does not grow with the number of workers.
@@ -369,10 +406,10 @@ class PlannedRows:
   def __len__(self) -> int:
     return len(self._batches) * self._num_rows
 
-  def __getitem__(self, index: int) -> tuple[Row, WindowState]:
+  def __getitem__(self, index: int) -> tuple[Row, WindowState | None]:
     batch, row = divmod(index, self._num_rows)
     rows, state = self._batches[batch]
-    return rows[row], state
+    return rows[row], state if row == self._num_rows - 1 else None
 
 
 class RowLoader:
@@ -419,10 +456,10 @@ class RowLoader:
       example = cut(encode(piece.source, piece.example), piece.start, piece.stop)
       pixels = [self._decode(image) for image in example.images]
     except ImageError as e:
-      drops[e.reason] += 1
+      drops[f"{self._sources[piece.source].name}: {e.reason}"] += 1
     except RecordError as e:
       logging.warning("%s", e)
-      drops[UNREADABLE] += 1
+      drops[f"{self._sources[piece.source].name}: {UNREADABLE}"] += 1
     else:
       return Segment(piece.source, example, pixels)
     return None
@@ -462,13 +499,14 @@ def _encoder(data: DataConfig, tokens_per_image: int, image_token_id: int) -> En
   return encoder
 
 
-def _index(source: Source, encoder: Encoder, data: DataConfig) -> Index:
+def _index(source: Source, encoder: Encoder, data: DataConfig, process_index: int) -> Index:
   return load_index(
     source,
     encoder,
     seq_len=data.seq_len,
     max_images=data.images_per_row,
     max_drop_fraction=data.max_drop_fraction,
+    process_index=process_index,
   )
 
 

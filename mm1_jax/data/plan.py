@@ -4,24 +4,26 @@
 It is a function of the config and n alone, whatever the number of processes and workers.
 
 Rows are planned a window at a time. A window draws examples until it could fill its rows, each from
-the source that is furthest behind its share of all positions drawn so far; packs them; and shuffles
-the rows. What finds no room opens the next window, so that nothing is lost. Between two windows
-there is little to remember, and that is what a checkpoint holds.
+the source that is furthest behind its share of all positions; packs them; and shuffles the rows.
+What finds no room opens the next window, so that nothing is lost. Between two windows there is
+little to remember, and that is what a checkpoint holds: going on costs the same at every step.
 """
 
 import dataclasses
+import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from mm1_jax.config import ConfigError, DataConfig
+from mm1_jax.config import ConfigError, DataConfig, SourceConfig
 from mm1_jax.data.index import Index
-from mm1_jax.data.packing import Item, Packing, pack
+from mm1_jax.data.packing import Item, Part, RowShape, pack
+from mm1_jax.data.sources import DataError
 
-STATE_VERSION = 1
+STATE_VERSION = 2  # raise it when the same settings plan other rows
 # A window draws this much more than its rows hold. With more to choose from, rows fill better; what
 # is left over waits, so never more than this share of a window does.
 SURPLUS = 0.125
@@ -49,24 +51,50 @@ Row = list[Piece]
 
 @dataclasses.dataclass(frozen=True)
 class WindowState:
-  """All that window `window` depends on, besides the config."""
+  """All that a window depends on, besides the config."""
 
-  window: int
+  batch: int  # its first
   cursors: tuple[int, ...]  # examples drawn so far, by source
-  drawn: tuple[int, ...]  # positions drawn so far, by source
+  placed: tuple[int, ...]  # positions in rows since the weights last changed, by source
   carried: tuple[Rest, ...]  # drawn, and still without a row
 
   def to_dict(self) -> dict[str, Any]:
-    return dataclasses.asdict(self)
+    return dict(vars(self))
 
   @classmethod
   def from_dict(cls, values: dict[str, Any]) -> "WindowState":
     return cls(
-      window=values["window"],
+      batch=values["batch"],
       cursors=tuple(values["cursors"]),
-      drawn=tuple(values["drawn"]),
+      placed=tuple(values["placed"]),
       carried=tuple(Rest(*rest) for rest in values["carried"]),
     )
+
+
+class Order:
+  """The order that a source's examples are drawn in: another one each epoch, and never in memory.
+
+  Attributes:
+    length: how many can be drawn; `math.inf` for a source without end.
+  """
+
+  def __init__(self, source: SourceConfig, num_examples: int, seed: int):
+    # Seeded by name: the order does not change when another source joins the mixture.
+    self._name = f"{seed}/{source.seed}/{source.name}"
+    self._num_examples = num_examples
+    self._epoch = min(source.limit or num_examples, num_examples)  # its examples
+    self.length = math.inf if source.epochs is None else math.ceil(source.epochs * self._epoch)
+
+  def __getitem__(self, cursor: int) -> int:
+    epoch, at = divmod(cursor, self._epoch)
+    at = self._shuffle(at, self._epoch, f"epoch {epoch}")
+    if self._epoch == self._num_examples:
+      return at
+    return self._shuffle(at, self._num_examples, "limit")  # the same ones each epoch
+
+  def _shuffle(self, at: int, size: int, name: str) -> int:
+    seed = zlib.crc32(f"{self._name}/{name}".encode())
+    return grain.experimental.index_shuffle(at, max_index=size - 1, seed=seed, rounds=4)
 
 
 class Plan:
@@ -74,96 +102,200 @@ class Plan:
 
   Args:
     data: sources and row shape.
-    indexes: one for each of the sources.
+    indexes: one for each of `data.leaves`.
     image_positions: positions of a picture, delimiters included.
   """
 
   def __init__(self, data: DataConfig, indexes: Sequence[Index], image_positions: int):
     self.indexes = indexes
-    # A window is a whole number of batches.
-    self.batches_per_window = -(-data.window_rows // data.batch_size)
     self.batch_size = data.batch_size
-    self._num_rows = self.batches_per_window * data.batch_size
-    self._data = data
-    self._image_positions = image_positions
-    # Seeded by name: the order within a source does not change when another joins the mixture.
-    self._orders = [
-      grain.MapDataset.range(len(index))
-      .seed(zlib.crc32(f"{data.seed}/{source.name}".encode()))
-      .shuffle()
-      .repeat()
-      for source, index in zip(data.sources, indexes, strict=True)
+    self.image_positions = image_positions
+    self.orders = [
+      Order(source, len(index), data.seed)
+      for source, index in zip(data.leaves, indexes, strict=True)
     ]
+    self._data = data
+    self._shape = RowShape(data.seq_len, data.images_per_row, image_positions)
 
   @property
   def first_state(self) -> WindowState:
     zeros = (0,) * len(self.indexes)
-    return WindowState(window=0, cursors=zeros, drawn=zeros, carried=())
+    return WindowState(batch=0, cursors=zeros, placed=zeros, carried=())
 
   def window(self, state: WindowState) -> tuple[list[Row], WindowState]:
-    """Returns the rows of a window, and the state of the next."""
-    cursors, drawn = list(state.cursors), list(state.drawn)
-    pool = list(state.carried)
-    items = [_item(rest, self.indexes) for rest in pool]
-    for rest, item in list(self._draw(items, cursors, drawn)):
-      pool.append(rest)
-      items.append(item)
-    packing = _pack(items, self._data, self._image_positions, self._num_rows, len(state.carried))
-    rows = _rows(pool, packing)
-    order = np.random.default_rng([self._data.seed, state.window]).permutation(len(rows))
+    """Returns the rows of a window, whole batches of them, and the state of the next.
+
+    Raises:
+      DataError: all sources are used up.
+    """
+    shares = self._data.shares(state.batch)
+    num_rows = self.batch_size * _num_batches(self._data, state.batch)
+    cursors, placed = list(state.cursors), list(state.placed)
+    pool = _Pool(self._data, self._shape, self.indexes)
+    for rest in state.carried:
+      if shares[rest.source]:  # else it waits until the source has some weight again
+        pool.add(rest)
+    if any(change.step == state.batch for change in self._data.reweight):
+      # New shares begin here. What waits counts as drawn for once, so that they hold at once.
+      placed = [0] * len(shares)
+      self._draw(pool, shares, cursors, pool.positions, (1 + SURPLUS) * num_rows)
+    else:
+      self._draw(pool, shares, cursors, placed, (1 + SURPLUS) * num_rows)
+    num_rows = min(num_rows, int(pool.size) // self.batch_size * self.batch_size)
+    if not num_rows:
+      raise DataError(
+        f"the data ends at step {state.batch}: all epochs of all sources are used up. Allow more "
+        f"of them in data.sources, or set train.num_steps to {state.batch}."
+      )
+    rows, left = pool.pack(num_rows)
+    for piece in (piece for row in rows for piece in row):
+      placed[piece.source] += piece.stop - piece.start
+    order = np.random.default_rng([self._data.seed, state.batch]).permutation(num_rows)
     return [rows[r] for r in order], WindowState(
-      state.window + 1, tuple(cursors), tuple(drawn), tuple(_left(pool, packing))
+      batch=state.batch + num_rows // self.batch_size,
+      cursors=tuple(cursors),
+      placed=tuple(placed),
+      carried=(*left, *(rest for rest in state.carried if not shares[rest.source])),
+    )
+
+  def expected_images(self, step: int) -> float:
+    """Returns how many pictures come with a full row of the mixture at a step."""
+    shares = self._data.shares(step)
+    return self._data.seq_len * sum(
+      share * index.num_images / int(index.num_positions.sum())
+      for share, index in zip(shares, self.indexes, strict=True)
     )
 
   def _draw(
-    self, waiting: Sequence[Item], cursors: list[int], drawn: list[int]
-  ) -> Iterator[tuple[Rest, Item]]:
-    """Draws examples until positions or images suffice; moves `cursors` and `drawn` along."""
-    positions = sum(item.num_positions for item in waiting)
-    images = sum(len(item.image_starts) for item in waiting)
-    slots = self._data.images_per_row
-    max_positions = (1 + SURPLUS) * self._num_rows * self._data.seq_len
-    max_images = (1 + SURPLUS) * self._num_rows * slots
-    weights = [source.weight for source in self._data.sources]
-    nexts = [self._next(s, cursors) for s in range(len(cursors))]
-    items = [_item(rest, self.indexes) for rest in nexts]
-    while positions < max_positions and (images < max_images or not slots):
-      # Half of what comes next counts, so that long examples come neither too early nor too late.
-      source = min(
-        range(len(drawn)), key=lambda s: (drawn[s] + items[s].num_positions / 2) / weights[s]
-      )
-      rest, item = nexts[source], items[source]
-      cursors[source] += 1
-      nexts[source] = self._next(source, cursors)
-      items[source] = _item(nexts[source], self.indexes)
-      drawn[source] += item.num_positions
-      positions += item.num_positions
-      images += len(item.image_starts)
-      yield rest, item
+    self,
+    pool: "_Pool",
+    shares: Sequence[float],
+    cursors: list[int],
+    placed: Sequence[int],
+    num_rows: float,
+  ) -> None:
+    """Draws examples into the pool until they could fill the rows; moves `cursors` along.
 
-  def _next(self, source: int, cursors: Sequence[int]) -> Rest:
-    return Rest(source, int(np.asarray(self._orders[source][cursors[source]])), 0)
+    Args:
+      pool: what is there already.
+      shares: of the sources.
+      cursors: how many examples each source has given.
+      placed: positions that sources are ahead with.
+      num_rows: when to stop.
+    """
+    drawn = list(placed)
+    nexts = {s: self._next(s, cursors[s]) for s, share in enumerate(shares) if share}
+    while pool.size < num_rows:
+      # Half of what comes next counts, so that long examples come neither too early nor too late.
+      ahead = {s: (drawn[s] + size / 2) / shares[s] for s, (_, size) in nexts.items() if size}
+      if not ahead:
+        break  # all are used up
+      source = min(ahead, key=lambda s: ahead[s])
+      example, size = nexts[source]
+      pool.add(Rest(source, example, 0))
+      drawn[source] += size
+      cursors[source] += 1
+      nexts[source] = self._next(source, cursors[source])
+
+  def _next(self, source: int, cursor: int) -> tuple[int, int]:
+    """Returns the example that comes next, and its positions; 0 of these if there is none."""
+    if cursor >= self.orders[source].length:
+      return 0, 0
+    example = self.orders[source][cursor]
+    return example, int(self.indexes[source].num_positions[example])
+
+
+class _Pool:
+  """Examples that wait for a row.
+
+  Attributes:
+    size: how many rows they could fill.
+    positions: how many they have, by source.
+  """
+
+  def __init__(self, data: DataConfig, shape: RowShape, indexes: Sequence[Index]):
+    self.positions = [0] * len(indexes)
+    self.size = 0.0
+    self._shape = shape
+    self._indexes = indexes
+    # Sources whose examples share rows have the same number here.
+    self._groups = [s if data.packing == "per_source" else 0 for s in range(len(indexes))]
+    self._group_positions = [0] * len(indexes)
+    self._group_images = [0] * len(indexes)
+    self._rests: list[Rest] = []
+    self._items: list[Item] = []
+
+  def add(self, rest: Rest) -> None:
+    item = self._item(rest)
+    self._rests.append(rest)
+    self._items.append(item)
+    self.positions[rest.source] += item.num_positions
+    group = self._groups[rest.source]
+    self.size -= self._group_size(group)
+    self._group_positions[group] += item.num_positions
+    self._group_images[group] += len(item.image_starts)
+    self.size += self._group_size(group)
+
+  def pack(self, num_rows: int) -> tuple[list[Row], list[Rest]]:
+    """Returns rows, and what is left over, in the order in which it came."""
+    rows: list[Row] = []
+    left: dict[int, int] = {}
+    for group, num in self._split(num_rows).items():
+      members = [i for i, rest in enumerate(self._rests) if self._groups[rest.source] == group]
+      packing = pack([self._items[i] for i in members], num, self._shape)
+      rows += [[self._piece(members[part.item], part) for part in row] for row in packing.rows]
+      left |= {members[item]: start for item, start in packing.left}
+    rests = [
+      self._rests[i]._replace(start=self._rests[i].start + start)
+      for i, start in sorted(left.items())
+    ]
+    return rows, rests
+
+  def _split(self, num_rows: int) -> dict[int, int]:
+    """Divides rows among the groups, as each could fill them; the largest remainders round up."""
+    sizes = {g: size for g in set(self._groups) if (size := self._group_size(g))}
+    exact = {g: num_rows * size / sum(sizes.values()) for g, size in sizes.items()}
+    split = {g: int(share) for g, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda g: split[g] - exact[g])
+    for group in by_remainder[: num_rows - sum(split.values())]:
+      split[group] += 1
+    return split
+
+  def _group_size(self, group: int) -> float:
+    positions = self._group_positions[group] / self._shape.seq_len
+    return max(positions, self._group_images[group] / max(self._shape.images_per_row, 1))
+
+  def _item(self, rest: Rest) -> Item:
+    """Returns what `pack` needs to know; its positions count from `rest.start`."""
+    index, example, first = self._indexes[rest.source], rest.example, rest.start
+    cuts = index.cuts(example, self._shape.image_positions)
+    return Item(
+      num_positions=int(index.num_positions[example]) - first,
+      image_starts=[start - first for start in index.images(example).tolist() if start >= first],
+      cuts=None if cuts is None else [cut - first for cut in cuts if cut > first],
+    )
+
+  def _piece(self, item: int, part: Part) -> Piece:
+    source, example, first = self._rests[item]
+    return Piece(source, example, first + part.start, first + part.stop)
 
 
 def plan_once(index: Index, data: DataConfig, image_positions: int) -> list[Row]:
   """Returns rows that hold every example of one source exactly once, about in order."""
+  shape = RowShape(data.seq_len, data.images_per_row, image_positions)
   rows: list[Row] = []
   waiting: list[Rest] = []
   coming = iter(range(len(index)))
   while True:
-    pool = list(waiting)
-    items = [_item(rest, [index]) for rest in pool]
-    size = sum(_size(item, data) for item in items)
-    while size < data.window_rows and (example := next(coming, None)) is not None:
-      pool.append(Rest(0, example, 0))
-      items.append(_item(pool[-1], [index]))
-      size += _size(items[-1], data)
-    if not pool:
+    pool = _Pool(data, shape, [index])
+    for rest in waiting:
+      pool.add(rest)
+    while pool.size < data.window_rows and (example := next(coming, None)) is not None:
+      pool.add(Rest(0, example, 0))
+    if not pool.size:
       return rows
-    num_rows = min(data.window_rows, int(np.ceil(size)))
-    packing = _pack(items, data, image_positions, num_rows, len(waiting))
-    rows += [row for row in _rows(pool, packing) if row]
-    waiting = _left(pool, packing)
+    more, waiting = pool.pack(min(data.window_rows, math.ceil(pool.size)))
+    rows += [row for row in more if row]
 
 
 def fingerprint(data: DataConfig, image_positions: int, indexes: Sequence[Index]) -> dict[str, Any]:
@@ -174,17 +306,30 @@ def fingerprint(data: DataConfig, image_positions: int, indexes: Sequence[Index]
     "seq_len": data.seq_len,
     "batch_size": data.batch_size,
     "images_per_row": data.images_per_row,
+    "packing": data.packing,
     "window_rows": data.window_rows,
     "image_positions": image_positions,
     "sources": [
-      [s.name, s.weight, len(i), int(i.num_positions.sum()), len(i.image_starts)]
-      for s, i in zip(data.sources, indexes, strict=True)
+      [*(s.name, s.weight, s.epochs, s.limit, s.seed), *_totals(index)]
+      for s, index in zip(data.leaves, indexes, strict=True)
     ],
+    "reweight": [[change.step, *map(list, change.weights)] for change in data.reweight],
   }
 
 
-def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
-  """Raises a ConfigError that names what has changed since the state was saved."""
+def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], batch: int) -> None:
+  """Raises a ConfigError that names what has changed since a state was saved.
+
+  Weights may still change from a step on that no window has reached; `batch` is the first of the
+  state's window.
+  """
+  end = batch + math.ceil(now["window_rows"] / now["batch_size"])
+
+  def planned(values: dict[str, Any]) -> dict[str, Any]:
+    changes = values.get("reweight", [])
+    return {**values, "reweight": [change for change in changes if change[0] < end]}
+
+  saved, now = planned(saved), planned(now)
   changed = [
     f"{key}: {saved.get(key)} then, {value} now"
     for key, value in now.items()
@@ -197,48 +342,11 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
     )
 
 
-def _item(rest: Rest, indexes: Sequence[Index]) -> Item:
-  """Returns what `pack` needs to know; its positions count from `rest.start`."""
-  index = indexes[rest.source]
-  starts = index.images(rest.example)
-  starts = starts[starts >= rest.start] - rest.start
-  return Item(
-    num_positions=int(index.num_positions[rest.example]) - rest.start,
-    image_starts=starts.tolist(),
-    splittable=bool(index.splittable[rest.example]),
-  )
+def _num_batches(data: DataConfig, batch: int) -> int:
+  """Returns how many batches a window has that begins at `batch`; at a reweighting it ends."""
+  changes = [change.step - batch for change in data.reweight if change.step > batch]
+  return min([math.ceil(data.window_rows / data.batch_size), *changes])
 
 
-def _size(item: Item, data: DataConfig) -> float:
-  """Returns what share of a row an item takes, of the resource it takes more of."""
-  images = len(item.image_starts) / max(data.images_per_row, 1)
-  return max(item.num_positions / data.seq_len, images)
-
-
-def _pack(
-  items: Sequence[Item],
-  data: DataConfig,
-  image_positions: int,
-  num_rows: int,
-  num_first: int,
-) -> Packing:
-  return pack(
-    items,
-    num_rows=num_rows,
-    seq_len=data.seq_len,
-    images_per_row=data.images_per_row,
-    image_positions=image_positions,
-    num_first=num_first,
-  )
-
-
-def _rows(pool: Sequence[Rest], packing: Packing) -> list[Row]:
-  def piece(item: int, start: int, stop: int) -> Piece:
-    source, example, offset = pool[item]
-    return Piece(source, example, offset + start, offset + stop)
-
-  return [[piece(*part) for part in row] for row in packing.rows]
-
-
-def _left(pool: Sequence[Rest], packing: Packing) -> list[Rest]:
-  return [pool[i]._replace(start=pool[i].start + start) for i, start in packing.left]
+def _totals(index: Index) -> tuple[int, int, int]:
+  return len(index), int(index.num_positions.sum()), index.num_images

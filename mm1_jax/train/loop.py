@@ -314,7 +314,7 @@ def _draw(
   """Draws the first batch: the cheapest way to see a mistake in the data."""
   if jax.process_index() == 0:
     encoder = Encoder(pipeline.tokenizer, run.model.connector.num_tokens, run.data.image_delimiters)
-    picture = draw_batch(batch, encoder, [source.name for source in run.data.sources])
+    picture = draw_batch(batch, encoder, [source.name for source in run.data.leaves])
     writer.write_images(0, {"first_batch": picture})
     with (epath.Path(workdir) / "first_batch.png").open("wb") as file:
       PIL.Image.fromarray(picture).save(file, "PNG")

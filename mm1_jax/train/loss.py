@@ -90,7 +90,7 @@ def loss_fn(
     share: of the batch that this is; weighs the router losses, which are means already.
   """
   output = model(batch)
-  tokens = cross_entropy(model.decoder, output.hidden, batch, len(run.data.sources) or 1)
+  tokens = cross_entropy(model.decoder, output.hidden, batch, len(run.data.leaves) or 1)
   total = (jnp.sum(tokens.nll) + run.train.z_loss * tokens.z) / num_targets
   cfg = run.model.decoder.moe
   if cfg is not None and output.moe is not None:

@@ -128,7 +128,7 @@ def _gradients(
     summed = jax.tree.map(jnp.add, carry, (losses.total, losses.tokens, grads))
     return summed, losses.moe
 
-  num_sources = len(run.data.sources) or 1
+  num_sources = len(run.data.leaves) or 1
   sums = TokenSums(jnp.zeros(num_sources), jnp.zeros(num_sources), jnp.zeros(()))
   zeros = jnp.zeros(()), sums, jax.tree.map(jnp.zeros_like, trainable)
   (total, tokens, grads), moe = jax.lax.scan(body, zeros, split_rows(batch, num))
@@ -159,7 +159,7 @@ def _metrics(losses: Losses, run: RunConfig) -> Metrics:
     "z_loss": _average(run.train.z_loss * tokens.z, count),
     **{
       f"loss/{source.name}": _average(tokens.nll[i], tokens.count[i])
-      for i, source in enumerate(run.data.sources)
+      for i, source in enumerate(run.data.leaves)
     },
   }
   if losses.moe is not None:

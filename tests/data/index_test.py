@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The index holds the lengths of what `Encoder` makes, counts what it leaves out, and is kept."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -8,13 +9,13 @@ import msgpack
 import numpy as np
 import pytest
 from array_record.python import array_record_module
-from small_data import conversation, document
+from small_data import conversation, document, sample_source
 
 from mm1_jax.config import ConfigError, SourceConfig
 from mm1_jax.data import index as index_module
 from mm1_jax.data.examples import Encoder
-from mm1_jax.data.index import TOO_LONG, TOO_MANY_IMAGES, UNREADABLE, load_index
-from mm1_jax.data.sources import DataError, Source
+from mm1_jax.data.index import EMPTY, TOO_LONG, TOO_MANY_IMAGES, UNREADABLE, Index, load_index
+from mm1_jax.data.sources import DataError, Source, write_shards
 
 
 @pytest.fixture
@@ -53,6 +54,40 @@ def test_conversations_that_do_not_fit_are_counted(write, load):
   assert index.drops == {TOO_LONG: 1, TOO_MANY_IMAGES: 1}
 
 
+def test_documents_are_cut_between_items_and_texts_anywhere(write, load):
+  """In front of pictures and texts, but what stands behind a picture stays with it."""
+  records = [
+    ["text only", "more"],
+    [b"1", "a", b"2", b"3", "b", "c"],
+    conversation("c", [b"1", "a"], ["d"]),
+  ]
+  index = load(write("a", records), seq_len=200)
+  assert index.cuts(0, 6) is None
+  assert index.images(1).tolist() == [1, 8, 14]
+  assert index.cuts(1, 6) == [8, 21]
+  assert index.cuts(2, 6) == []
+
+
+def test_lengths_are_those_of_the_encoded_sample(load, tokenizer):
+  """Lengths are counted item by item: they must be what `encode_record` makes."""
+  encoder = Encoder(tokenizer, 4)
+  for part in ("captions", "interleaved", "text", "sft"):
+    config = sample_source(part, "heldout")
+    source, index = Source(config), load(config, seq_len=9999, max_images=99)
+    assert len(index) == len(source)
+    for e in range(0, len(index), 5):
+      example = encoder.encode_record(source[int(index.records[e])])
+      assert len(example) == index.num_positions[e]
+      assert [span.start for span in example.spans] == index.images(e).tolist()
+
+
+def test_empty_records_are_counted(write, load):
+  records = [[""], ["a"], ["", ""], [b"1"]]
+  index = load(write("a", records))
+  assert index.records.tolist() == [1, 3]
+  assert index.drops == {EMPTY: 2}
+
+
 def test_nothing_usable(write, load):
   with pytest.raises(DataError, match=f"none of its 1 records can be used.*{TOO_LONG}"):
     load(write("a", [conversation("long", ["1" * 100], ["y"])]))
@@ -86,27 +121,56 @@ def test_too_many_unreadable_records(tmp_path, load):
 def test_is_kept_until_something_changes(write, load, monkeypatch, cache):
   config = write("kept", [["a", b"1"], conversation("long", ["1" * 100], ["y"])])
   built = load(config)
-  real = index_module._build
+  real = index_module._index_shard
   calls = []
-  monkeypatch.setattr(index_module, "_build", lambda *args: calls.append(1) or real(*args))
+  monkeypatch.setattr(index_module, "_index_shard", lambda *args: calls.append(1) or real(*args))
   again = load(config)
   assert not calls
-  for field in ("records", "num_positions", "splittable", "image_starts", "image_offsets"):
-    np.testing.assert_array_equal(getattr(built, field), getattr(again, field))
-  assert built.drops == again.drops
+  assert_same(built, again)
+  load(config, seq_len=65)  # the rows may change
+  assert not calls
   load(config, tokens_per_image=5)
-  load(config, seq_len=65)
-  assert len(calls) == 2
+  assert len(calls) == 1
   (shard,) = Source(config).paths
   os.utime(shard, (1, 1))
   load(config)
-  assert len(calls) == 3
+  assert len(calls) == 2
+
+
+def test_only_a_new_shard_is_indexed(write, load, monkeypatch, tmp_path):
+  config = write("grows", [["a", b"1"], conversation("long", ["1" * 100], ["y"]), ["b"]], 2)
+  load(config)
+  real, made = index_module._index_shard, []
+  monkeypatch.setattr(index_module, "_index_shard", lambda c, e: made.append(c.path) or real(c, e))
+  write_shards([document("new", "c", b"2", "d", "e")], str(tmp_path / "grows-z"), 1)
+  index = load(config)
+  assert [pathlib.Path(path).name for path in made] == ["grows-z-00000-of-00001.arrayrecord"]
+  assert index.records.tolist() == [0, 1, 3]  # shard by shard, without the long one
+  assert [index.images(e).tolist() for e in range(3)] == [[2], [], [2]]
+  assert index.cuts(2, 6) == [2, 9]
+  assert index.drops == {TOO_LONG: 1}
+
+
+def test_processes_index_the_same(write, load, monkeypatch, tmp_path):
+  records = [["a" * i, b"1", "b"] for i in range(40)] + [conversation("c", [b"1"], ["d"])]
+  config = write("many", records, num_shards=5)
+  alone = load(config)
+  monkeypatch.setenv("MM1_JAX_CACHE", str(tmp_path / "another"))
+  monkeypatch.setattr(index_module, "MIN_BYTES_FOR_PROCESSES", 0)
+  monkeypatch.setattr(index_module, "_index_shard", None)  # of this process
+  assert_same(load(config), alone)
+
+
+def assert_same(a: Index, b: Index) -> None:
+  for field in dataclasses.fields(Index):
+    np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), field.name)
 
 
 def test_damaged_cache_is_made_again(write, load, cache):
+  before = {*(cache / "index").glob("*.npz")}
   config = write("torn", [["a"]])
   load(config)
-  (file,) = (cache / "index").glob("torn-*.npz")
+  (file,) = {*(cache / "index").glob("*.npz")} - before
   file.write_bytes(file.read_bytes()[:100])
   assert len(load(config)) == 1
 

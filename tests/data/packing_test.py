@@ -5,129 +5,188 @@ import numpy as np
 import pytest
 
 from mm1_jax.data.examples import Example, Span
-from mm1_jax.data.packing import Item, Packing, Part, Segment, assemble, furthest_cut, pack
+from mm1_jax.data.packing import (
+  Item,
+  Packing,
+  Part,
+  RowShape,
+  Segment,
+  assemble,
+  furthest_cut,
+  next_cut,
+  pack,
+)
 
 IMAGE = 4  # positions of a picture
 
 
 def whole(num_positions: int, num_images: int = 0) -> Item:
-  return Item(num_positions, [IMAGE * i for i in range(num_images)], False)
+  """A caption, or a conversation."""
+  return Item(num_positions, [IMAGE * i for i in range(num_images)], [])
+
+
+def text(num_positions: int) -> Item:
+  return Item(num_positions, [], None)
 
 
 def document(num_positions: int, *image_starts: int) -> Item:
-  return Item(num_positions, list(image_starts), True)
+  """May be cut in front of pictures; of some in a row, in front of the first."""
+  ends = [0, *(start + IMAGE for start in image_starts)]
+  cuts = [start for start, end in zip(image_starts, ends, strict=False) if start != end]
+  return Item(num_positions, list(image_starts), cuts)
 
 
-def do_pack(items, num_rows, seq_len, images_per_row, num_first=0) -> Packing:
-  return pack(
-    items,
-    num_rows=num_rows,
-    seq_len=seq_len,
-    images_per_row=images_per_row,
-    image_positions=IMAGE,
-    num_first=num_first,
-  )
-
-
-def check(packing: Packing, items, seq_len, images_per_row) -> None:
-  """Checks that parts are in order and complete, fit their rows, and cut no picture."""
-  reached = [0] * len(items)
+def check(packing: Packing, items, shape: RowShape) -> None:
+  """Checks that parts are complete, fit their rows, and end where they may."""
+  parts = [[] for _ in items]
   for row in packing.rows:
-    assert sum(p.stop - p.start for p in row) <= seq_len
+    assert sum(p.stop - p.start for p in row) <= shape.seq_len
     images = 0
     for part in row:
-      assert part.start == reached[part.item] < part.stop
-      reached[part.item] = part.stop
-      item = items[part.item]
-      for start in item.image_starts:
+      assert part.start < part.stop
+      parts[part.item].append((part.start, part.stop))
+      for start in items[part.item].image_starts:
         overlap = min(part.stop, start + IMAGE) - max(part.start, start)
         assert overlap <= 0 or overlap == IMAGE
         images += overlap == IMAGE
-      assert item.splittable or part == (part.item, 0, item.num_positions)
-    assert images <= images_per_row
+    assert images <= shape.images_per_row
   left = dict(packing.left)
-  assert [left.get(i, item.num_positions) for i, item in enumerate(items)] == reached
+  for i, (item, of_item) in enumerate(zip(items, parts, strict=True)):
+    of_item.sort()
+    end = left.get(i, item.num_positions)
+    assert [a for a, _ in of_item] + [end] == [0] + [b for _, b in of_item]
+    for _, stop in of_item if item.cuts is not None else ():
+      allowed = [0, *item.cuts, item.num_positions]
+      if stop not in allowed:  # then no row could hold what stands between the cuts around it
+        before = max(cut for cut in allowed if cut < stop)
+        after = next_cut(item, stop)
+        images = sum(before <= start < after for start in item.image_starts)
+        assert after - before > shape.seq_len or images > shape.images_per_row
 
 
 @pytest.mark.parametrize(
   ("start", "max_positions", "max_images", "stop"),
   [
-    (0, 100, 9, 30),  # all of it
-    (0, 7, 9, 7),  # in the text before the pictures
-    (0, 10, 9, 10),  # just before the first picture
-    (0, 12, 9, 10),  # not through it
-    (0, 14, 9, 14),  # between the two
-    (0, 17, 9, 14),  # not through the second
-    (0, 18, 9, 18),
-    (0, 100, 1, 14),  # one picture only
+    (0, 100, 9, 60),  # all of it
+    (0, 59, 9, 30),  # in front of the third picture
+    (0, 29, 9, 10),  # of the first two, in front of the first
+    (0, 10, 9, 10),
+    (0, 9, 9, 0),  # not in its first text, which another row could hold
+    (0, 100, 2, 30),  # two pictures only
+    (0, 100, 1, 10),  # one picture only: its text would be in another row
     (0, 100, 0, 10),
-    (10, 100, 0, 10),  # nowhere to go
-    (10, 3, 9, 10),
-    (14, 100, 1, 30),
-    (18, 5, 0, 23),
+    (10, 100, 1, 10),  # nowhere to go
+    (10, 19, 9, 10),
+    (10, 20, 9, 30),
+    (30, 100, 1, 60),
+    (34, 100, 0, 60),
+    (34, 20, 9, 34),
   ],
 )
 def test_furthest_cut(start, max_positions, max_images, stop):
-  item = document(30, 10, 14)
-  assert furthest_cut(item, start, max_positions, max_images, IMAGE) == stop
+  item, shape = document(60, 10, 14, 30), RowShape(40, 5, IMAGE)
+  assert furthest_cut(item, start, max_positions, max_images, shape) == stop
 
 
-def test_whole_items_go_where_they_leave_least_room():
-  items = [whole(3), whole(6), whole(5), whole(4), whole(2)]
-  packing = do_pack(items, num_rows=2, seq_len=10, images_per_row=0)
-  check(packing, items, 10, 0)
+@pytest.mark.parametrize(
+  ("start", "max_positions", "max_images", "stop"),
+  [
+    (0, 12, 9, 12),  # no row holds the first text: cut there
+    (0, 29, 9, 29),
+    (30, 100, 2, 38),  # nor four pictures: cut between them
+    (30, 11, 2, 38),
+    (30, 6, 2, 34),  # not through one
+    (30, 3, 2, 30),
+    (46, 100, 9, 60),
+  ],
+)
+def test_what_no_row_holds_is_cut_where_it_must(start, max_positions, max_images, stop):
+  item, shape = document(60, 30, 34, 38, 42), RowShape(20, 2, IMAGE)
+  assert furthest_cut(item, start, max_positions, max_images, shape) == stop
+
+
+def test_a_text_is_cut_anywhere():
+  assert furthest_cut(text(60), 13, 20, 0, RowShape(40, 0, IMAGE)) == 33
+
+
+def test_conversations_go_where_they_leave_least_room():
+  items, shape = [whole(n) for n in (3, 6, 5, 4, 3)], RowShape(10, 0, IMAGE)
+  packing = pack(items, 2, shape)
+  check(packing, items, shape)
   assert packing == Packing(
-    [[Part(1, 0, 6), Part(3, 0, 4)], [Part(2, 0, 5), Part(0, 0, 3), Part(4, 0, 2)]], []
+    [[Part(1, 0, 6), Part(3, 0, 4)], [Part(2, 0, 5), Part(0, 0, 3)]], [(4, 0)]
   )
 
 
+def test_a_row_is_finished_by_what_fits_best():
+  items, shape = [whole(n, 1) for n in (20, 24, 22, 21, 23)], RowShape(90, 4, IMAGE)
+  packing = pack(items, 1, shape)
+  check(packing, items, shape)
+  assert sum(p.stop for p in packing.rows[0]) == 90  # 24 + 23 + 22 + 21
+  assert packing.left == [(0, 0)]
+
+
 def test_image_slots_bound_a_row_too():
-  items = [whole(5, 1)] * 5
-  packing = do_pack(items, num_rows=2, seq_len=100, images_per_row=2)
-  check(packing, items, 100, 2)
+  items, shape = [whole(5, 1)] * 5, RowShape(100, 2, IMAGE)
+  packing = pack(items, 2, shape)
+  check(packing, items, shape)
   assert [len(row) for row in packing.rows] == [2, 2]
   assert packing.left == [(4, 0)]
 
 
-def test_what_waited_goes_first():
-  items = [whole(1), whole(10), whole(10)]
-  packing = do_pack(items, num_rows=1, seq_len=10, images_per_row=0, num_first=1)
-  assert packing == Packing([[Part(0, 0, 1)]], [(1, 0), (2, 0)])
-
-
 def test_documents_fill_what_captions_leave():
-  captions = [whole(20, 1)] * 8
-  items = [*captions, document(240)]
-  packing = do_pack(items, num_rows=4, seq_len=100, images_per_row=2)
-  check(packing, items, 100, 2)
-  for row in packing.rows:  # two captions and 60 positions of the document in each
+  items, shape = [*[whole(20, 1)] * 8, text(240)], RowShape(100, 2, IMAGE)
+  packing = pack(items, 4, shape)
+  check(packing, items, shape)
+  for row in packing.rows:  # two captions and 60 positions of the text in each
     assert sum(p.stop - p.start for p in row) == 100
     assert sum(p.item < 8 for p in row) == 2
   assert packing.left == []
 
 
-def test_a_document_stops_at_a_picture_without_slot():
-  items = [document(100, 50, 54)]
-  packing = do_pack(items, num_rows=2, seq_len=100, images_per_row=1)
-  check(packing, items, 100, 1)
-  assert packing.rows == [[Part(0, 0, 54)], [Part(0, 54, 100)]]
+def test_short_captions_go_where_positions_are_scarce():
+  """The longer document leaves its row few positions for as many slots."""
+  captions = [whole(n, 1) for n in np.random.default_rng(0).integers(10, 110, 60).tolist()]
+  items, shape = [whole(1450, 1), whole(1150, 1), *captions], RowShape(2000, 12, IMAGE)
+  packing = pack(items, 2, shape)
+  check(packing, items, shape)
+  mean = {}
+  for row in packing.rows:
+    assert sum(p.stop - p.start for p in row) > 0.98 * 2000
+    mean[row[0].item] = np.mean([p.stop for p in row[1:]])
+  assert mean[0] < 0.9 * mean[1]
 
 
-@pytest.mark.parametrize("seed", range(20))
+def test_a_document_goes_on_in_another_row():
+  items, shape = [document(100, 50, 54)], RowShape(60, 2, IMAGE)
+  packing = pack(items, 2, shape)
+  check(packing, items, shape)
+  assert packing.rows == [[Part(0, 0, 50)], [Part(0, 50, 100)]]
+
+
+@pytest.mark.parametrize("seed", range(40))
 def test_random_pools(seed):
   rng = np.random.default_rng(seed)
-  seq_len, slots, num_rows = 64, int(rng.integers(1, 5)), 16
+  shape = RowShape(64, int(rng.integers(1, 5)), IMAGE)
   items = []
   for _ in range(60):
-    if rng.random() < 0.5:
-      items.append(whole(int(rng.integers(IMAGE * slots, 40)), int(rng.integers(0, slots + 1))))
+    kind = rng.integers(3)
+    if kind == 0:
+      num_images = int(rng.integers(0, shape.images_per_row + 1))
+      items.append(whole(int(rng.integers(IMAGE * shape.images_per_row, 40)), num_images))
+    elif kind == 1:
+      items.append(text(int(rng.integers(1, 150))))
     else:
       starts = np.cumsum(rng.integers(IMAGE, 40, rng.integers(0, 6))) - IMAGE
       end = int(starts[-1]) + IMAGE if len(starts) else 0
       items.append(document(end + int(rng.integers(1, 80)), *starts.tolist()))
-  packing = do_pack(items, num_rows, seq_len, slots, num_first=5)
-  check(packing, items, seq_len, slots)
-  assert packing == do_pack(items, num_rows, seq_len, slots, num_first=5)
+  packing = pack(items, 16, shape)
+  check(packing, items, shape)
+  assert packing == pack(items, 16, shape)
+  assert packing.left  # there was more than room
+  more = pack(items, 200, shape)
+  check(more, items, shape)
+  assert more.left == []  # there is room for all
 
 
 def test_assemble():

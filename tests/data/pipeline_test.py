@@ -215,8 +215,8 @@ def test_unreadable_image_is_dropped_and_counted(small, jpeg):
   data = small([*good, [b"no jpeg", "lost"]], seq_len=128, batch_size=4)
   pipeline = make_pipeline(data, **IMAGES)
   found = list(itertools.islice(pipeline, 12))
-  assert sum(stats.drops.get("unreadable image", 0) for _, stats in found) > 0
-  assert pipeline.drops["unreadable image"] > 0
+  assert sum(stats.drops.get("s0: unreadable image", 0) for _, stats in found) > 0
+  assert pipeline.drops["s0: unreadable image"] > 0
   for batch, _ in found:
     assert (batch.tokens == 4).sum() == 16 * batch.image_mask.sum()
     assert ((batch.segment_ids > 0) == (batch.tokens != 0)).all()
@@ -225,7 +225,7 @@ def test_unreadable_image_is_dropped_and_counted(small, jpeg):
 def test_too_many_unreadable_images_stop_the_run(small, jpeg):
   data = small([[jpeg(9), "good"]] * 9 + [[b"bad", "bad"]], seq_len=64, batch_size=8)
   pipeline = make_pipeline(data, **IMAGES)
-  message = r"of \d+ examples were dropped \({'unreadable image': \d+}\), more than"
+  message = r"of \d+ examples were dropped \({'s0: unreadable image': \d+}\), more than"
   with pytest.raises(DataError, match=message):
     take(pipeline, 50)
   with pytest.raises(DataError, match=message):  # and stays so

@@ -2,14 +2,17 @@
 """Shares, completeness and repeatability of the plan, on lengths alone."""
 
 import collections
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from mm1_jax.config import ConfigError, DataConfig, SourceConfig
+from mm1_jax.config import ConfigError, DataConfig, ReweightConfig, SourceConfig
 from mm1_jax.data.index import Index
-from mm1_jax.data.plan import Plan, WindowState, check_fingerprint, fingerprint, plan_once
+from mm1_jax.data.pipeline import PlannedBatches
+from mm1_jax.data.plan import Order, Plan, WindowState, check_fingerprint, fingerprint, plan_once
+from mm1_jax.data.sources import DataError
 
 IMAGE = 18  # positions of a picture
 WEIGHTS = {"captions": 45.0, "interleaved": 45.0, "text": 10.0}
@@ -22,8 +25,9 @@ def make_index(lengths, images, splittable=True) -> Index:
     records=np.arange(len(lengths)),
     num_positions=np.array(lengths, np.int32),
     splittable=np.full(len(lengths), splittable),
-    image_starts=np.array([s for image in starts for s in image], np.int32),
-    image_offsets=np.cumsum([0, *images]),
+    breaks=np.array([s for image in starts for s in image], np.int32),
+    is_image=np.ones(sum(images), bool),
+    break_offsets=np.cumsum([0, *images]),
     drops=collections.Counter(),
   )
 
@@ -43,7 +47,7 @@ def indexes():
 
 def make_data(**changes) -> DataConfig:
   values = {
-    "sources": tuple(SourceConfig(name=n, path="", weight=w) for n, w in WEIGHTS.items()),
+    "sources": tuple(SourceConfig(n, "x", w) for n, w in WEIGHTS.items()),
     "seq_len": 512,
     "batch_size": 16,
     "images_per_row": 5,
@@ -84,7 +88,6 @@ def test_nothing_is_lost_or_doubled(indexes):
     epochs, rest = divmod(state.cursors[source], len(index))
     times = [placed[source, e] / index.num_positions[e] for e in range(len(index))]
     assert collections.Counter(times) == {epochs + 1: rest, epochs: len(index) - rest} or not rest
-  assert sum(placed.values()) == sum(state.drawn)
 
 
 def test_what_waits_stays_little(indexes):
@@ -121,31 +124,203 @@ def test_epochs_differ_and_so_do_seeds(indexes):
 def test_a_source_keeps_its_order_in_another_mixture(indexes):
   alone = Plan(make_data(sources=make_data().sources[2:]), indexes[2:], IMAGE)
   mixed = Plan(make_data(), indexes, IMAGE)
-  assert [alone._orders[0][i] for i in range(99)] == [mixed._orders[2][i] for i in range(99)]
+  assert [alone.orders[0][i] for i in range(99)] == [mixed.orders[2][i] for i in range(99)]
 
 
 @pytest.mark.parametrize(("batch_size", "per_window"), [(64, 1), (48, 2), (100, 1), (1, 64)])
 def test_a_window_is_whole_batches(indexes, batch_size, per_window):
   plan = Plan(make_data(batch_size=batch_size), indexes, IMAGE)
   rows, _ = plan.window(plan.first_state)
-  assert plan.batches_per_window == per_window
   assert len(rows) == per_window * batch_size
 
 
-def test_plan_once_covers_all_in_order(indexes):
+def test_plan_once_covers_all_about_in_order(indexes):
   for index in indexes:
     rows = plan_once(index, make_data(window_rows=8), IMAGE)
-    reached = collections.Counter()
+    parts = [[] for _ in range(len(index))]
     for _, example, start, stop in (piece for row in rows for piece in row):
-      assert reached[example] == start
-      reached[example] = stop
-    assert [reached[e] for e in range(len(index))] == index.num_positions.tolist()
+      parts[example].append((start, stop))
+    for of_example, end in zip(parts, index.num_positions.tolist(), strict=True):
+      of_example.sort()
+      assert [0, *(b for _, b in of_example)] == [*(a for a, _ in of_example), end]
     assert rows[0][0].example < 50
 
 
 def test_changed_data_is_told(indexes):
   then = fingerprint(make_data(), IMAGE, indexes)
-  check_fingerprint(json.loads(json.dumps(then)), then)
+  check_fingerprint(json.loads(json.dumps(then)), then, 0)
   now = fingerprint(make_data(seq_len=256), IMAGE, indexes)
   with pytest.raises(ConfigError, match=r"other data .seq_len: 512 then, 256 now"):
-    check_fingerprint(then, now)
+    check_fingerprint(then, now, 0)
+
+
+def test_weights_of_later_steps_may_still_change(indexes):
+  """Windows of 64 rows are 4 batches: the one that begins at 8 knows of no step after 11."""
+  then, now = (
+    fingerprint(make_data(reweight=(change(step, text=0.5),)), IMAGE, indexes) for step in (12, 20)
+  )
+  check_fingerprint(json.loads(json.dumps(then)), now, 8)
+  with pytest.raises(ConfigError, match=r"reweight: \[\[12, \['text', 0.5\]\]\] then, \[\] now"):
+    check_fingerprint(then, now, 9)
+
+
+# --- weights that change, groups, epochs and limits
+
+
+def change(step: int, **weights: float) -> ReweightConfig:
+  return ReweightConfig(step, tuple(weights.items()))
+
+
+def positions_by_source(rows, num_sources: int = 3) -> np.ndarray:
+  positions = np.zeros(num_sources)
+  for piece in (piece for row in rows for piece in row):
+    positions[piece.source] += piece.stop - piece.start
+  return positions
+
+
+def test_weights_change_at_their_step(indexes):
+  """At step 10, which is in the middle of a window of 4 batches: that one ends there."""
+  data = make_data(reweight=(change(10, captions=20, text=35), change(25, interleaved=0)))
+  plan = Plan(data, indexes, IMAGE)
+  batches, state, begins = [], plan.first_state, []
+  while state.batch < 45:
+    begins.append(state.batch)
+    rows, state = plan.window(state)
+    batches += [rows[i : i + 16] for i in range(0, len(rows), 16)]
+  assert begins[:8] == [0, 4, 8, 10, 14, 18, 22, 25]
+
+  def shares(steps: range) -> np.ndarray:
+    positions = positions_by_source(row for step in steps for row in batches[step])
+    return positions / positions.sum()
+
+  np.testing.assert_allclose(shares(range(10)), [0.45, 0.45, 0.10], atol=0.05)
+  np.testing.assert_allclose(shares(range(10, 14)), [0.20, 0.45, 0.35], atol=0.05)
+  np.testing.assert_allclose(shares(range(10, 25)), [0.20, 0.45, 0.35], atol=0.02)
+  assert shares(range(25, 45))[1] == 0  # not even what was drawn before
+  np.testing.assert_allclose(shares(range(25, 45)), [20 / 55, 0, 35 / 55], atol=0.02)
+
+
+def test_what_waits_at_weight_0_comes_back(indexes):
+  data = make_data(reweight=(change(4, interleaved=0), change(8, interleaved=45)))
+  _, state = windows(Plan(data, indexes, IMAGE), 1)
+  waited = [rest for rest in state.carried if rest.source == 1]
+  assert waited
+  more, state = windows(Plan(data, indexes, IMAGE), 1, state)
+  assert [rest for rest in state.carried if rest.source == 1] == waited
+  last, _ = windows(Plan(data, indexes, IMAGE), 1, state)
+  assert {rest.example for rest in waited} <= {p.example for row in last for p in row}
+  assert positions_by_source(more)[1] == 0
+
+
+def test_shares_of_groups(indexes):
+  """Captions are 45%, of which a tenth are of the second kind."""
+  kinds = SourceConfig("web", "x", 9), SourceConfig("synthetic", "x", 1)
+  sources = SourceConfig("captions", weight=0.45, sources=kinds), SourceConfig("text", "x", 0.55)
+  data = make_data(sources=sources)
+  assert [source.name for source in data.leaves] == ["captions/web", "captions/synthetic", "text"]
+  rows, _ = windows(Plan(data, [indexes[0], indexes[0], indexes[2]], IMAGE), 10)
+  positions = positions_by_source(rows)
+  np.testing.assert_allclose(positions / positions.sum(), [0.405, 0.045, 0.55], atol=0.01)
+
+
+def test_a_source_that_is_used_up_leaves_the_others_their_proportions(indexes):
+  captions, *others = make_data().sources
+  sources = dataclasses.replace(captions, epochs=1.5), *others
+  plan = Plan(make_data(sources=sources), indexes, IMAGE)
+  rows, state = windows(plan, 15)
+  seen = collections.Counter(p.example for row in rows for p in row if p.source == 0)
+  seen.update(rest.example for rest in state.carried if rest.source == 0)
+  assert collections.Counter(seen.values()) == {2: 450, 1: 450}  # 1.5 epochs of 900
+  assert state.cursors[0] == 1350
+  more = positions_by_source(windows(plan, 8, state)[0])
+  assert more[0] < 0.001 * more.sum()  # what was left over
+  np.testing.assert_allclose(more / more.sum(), [0, 45 / 55, 10 / 55], atol=0.02)
+
+
+def test_the_end_of_all_data_is_told_with_its_step(indexes):
+  """Batches are given as long as they can be filled."""
+  sources = tuple(dataclasses.replace(s, epochs=1) for s in make_data().sources[:1])
+  plan = Plan(make_data(sources=sources, images_per_row=28), indexes[:1], IMAGE)
+  rows, state = [], plan.first_state
+  with pytest.raises(DataError, match=r"data ends at step \d.*train.num_steps to") as error:
+    while True:
+      more, state = plan.window(state)
+      rows += more
+  assert f"step {state.batch}: " in str(error.value)
+  assert len(rows) == 16 * state.batch
+  left = indexes[0].num_positions.sum() - positions_by_source(rows, 1).sum()
+  assert left < 16 * 512
+
+
+def test_a_limit_picks_examples_at_random_and_keeps_them(indexes):
+  def picked(epoch: int, **changes) -> list[int]:
+    source = SourceConfig("text", "x", limit=20, **changes)
+    order = Order(source, num_examples=1000, seed=0)
+    return [order[epoch * 20 + i] for i in range(20)]
+
+  assert len(set(picked(0))) == 20
+  assert max(picked(0)) > 500
+  assert set(picked(0)) == set(picked(1))
+  assert picked(0) != picked(1)
+  assert set(picked(0)) != set(picked(0, seed=1))
+
+
+def test_an_order_is_of_each_example_once_an_epoch():
+  order = Order(SourceConfig("text", "x"), num_examples=100, seed=0)
+  first, second = ([order[e * 100 + i] for i in range(100)] for e in (0, 1))
+  assert sorted(first) == sorted(second) == list(range(100))
+  assert first != second
+  assert (
+    Order(SourceConfig("text", "x", limit=500), 100, 0)[7] == first[7]
+  )  # no more than there are
+
+
+def test_huge_sources_cost_no_more():
+  order = Order(SourceConfig("web", "x"), num_examples=4_000_000_000, seed=0)
+  assert 0 <= order[10_000_000_000] < 4_000_000_000
+
+
+# --- one source a row
+
+
+def test_per_source_rows_have_one_source_each(indexes):
+  data = make_data(packing="per_source", images_per_row=8)
+  rows, _ = windows(Plan(data, indexes, IMAGE), 12)
+  assert all(len({piece.source for piece in row}) == 1 for row in rows)
+  positions = positions_by_source(rows)
+  np.testing.assert_allclose(positions / positions.sum(), [0.45, 0.45, 0.10], atol=0.01)
+
+
+# --- going on
+
+
+def test_going_on_does_no_work_for_the_steps_before(indexes):
+  """However far a run has come, one window is planned, from a state of about the same size."""
+  drawn = collections.Counter()
+
+  class Counting(Plan):
+    def window(self, state):
+      drawn["windows"] += 1
+      return super().window(state)
+
+    def _next(self, source, cursor):
+      drawn["examples"] += 1
+      return super()._next(source, cursor)
+
+  def first_batch_after(state: WindowState) -> tuple[int, int]:
+    drawn.clear()
+    batches = PlannedBatches(Counting(make_data(), indexes, IMAGE), state, state.batch, range(16))
+    batches[0]
+    return drawn["windows"], drawn["examples"]
+
+  _, near = windows(Plan(make_data(), indexes, IMAGE), 3)
+  far = dataclasses.replace(
+    near,
+    batch=near.batch + 1_000_000,
+    cursors=tuple(c + 900_000_000 for c in near.cursors),
+    placed=tuple(n + share * 10**11 for n, share in zip(near.placed, (45, 45, 10), strict=True)),
+  )
+  windows_near, examples_near = first_batch_after(near)
+  windows_far, examples_far = first_batch_after(far)
+  assert windows_near == windows_far == 1
+  assert examples_far == pytest.approx(examples_near, rel=0.1)

@@ -114,7 +114,7 @@ def test_metrics_are_of_this_step():
   assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(parts), rel=1e-5)
   mask, sources = tiny.BATCH.loss_mask, tiny.BATCH.source_ids
   counts = [float((mask * (sources == m)).sum()) for m in range(2)]
-  of_sources = [metrics[f"loss/{source.name}"] for source in DENSE.data.sources]
+  of_sources = [metrics[f"loss/{source.name}"] for source in DENSE.data.leaves]
   assert metrics["loss"] == pytest.approx(np.average(of_sources, weights=counts), rel=1e-5)
   assert of_sources[0] != pytest.approx(of_sources[1], rel=1e-3)
 

@@ -115,7 +115,7 @@ def find_source(run: RunConfig, name: str) -> SourceConfig:
   Raises:
     ConfigError: there is none; the message lists them.
   """
-  known = {source.name: source for source in run.data.sources}
+  known = {source.name: source for source in run.data.leaves}
   known |= {f"eval_sources.{source.name}": source for source in run.data.eval_sources}
   if name not in known:
     raise ConfigError(f"no source '{name}'; the config has {', '.join(known) or 'none'}.")

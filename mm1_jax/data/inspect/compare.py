@@ -43,8 +43,8 @@ class Records:
   """The records of all sources, to compare rows with."""
 
   def __init__(self, run: RunConfig, encoder: Encoder, indexes: Mapping[str, Index]):
-    self._sources = [Source(config) for config in run.data.sources]
-    self._indexes = [indexes[config.name] for config in run.data.sources]
+    self._sources = [Source(config) for config in run.data.leaves]
+    self._indexes = [indexes[config.name] for config in run.data.leaves]
     self._encoder = encoder
     self._decode = functools.partial(
       decode_image,

@@ -140,7 +140,8 @@ def read_stream(run: RunConfig, *, first_step: int, num_batches: int, num_rows: 
   )
   first = _pipeline(run, data, share, None)
   encoder = Encoder(first.tokenizer, run.model.connector.num_tokens, data.image_delimiters)
-  sources = _source_facts(run, first)
+  steps = range(first_step, first_step + num_batches)
+  sources = _source_facts(data, steps, first)
   plan = Plan(data, list(first.indexes.values()), run.image_positions)
   planned = PlannedBatches(plan, plan.first_state, 0, range(data.batch_size))
   state = {**first.state(), **_seek(planned, first_step)}
@@ -148,7 +149,7 @@ def read_stream(run: RunConfig, *, first_step: int, num_batches: int, num_rows: 
   stream = Stream(
     run,
     encoder,
-    range(first_step, first_step + num_batches),
+    steps,
     share,
     sources,
     Checks(encoder, len(sources)),
@@ -193,11 +194,11 @@ def _seek(planned: PlannedBatches, step: int) -> dict[str, Any]:
   return {"batch": step, "plan": state.to_dict()}
 
 
-def _source_facts(run: RunConfig, pipeline: Pipeline) -> list[SourceFacts]:
-  total = sum(source.weight for source in run.data.sources)
+def _source_facts(data: DataConfig, steps: range, pipeline: Pipeline) -> list[SourceFacts]:
+  asked = np.mean([data.shares(step) for step in steps], axis=0).tolist()
   return [
-    SourceFacts(s.name, s.weight / total, left_out=pipeline.indexes[s.name].drops)
-    for s in run.data.sources
+    SourceFacts(source.name, share, left_out=pipeline.indexes[source.name].drops)
+    for source, share in zip(data.leaves, asked, strict=True)
   ]
 
 
@@ -228,7 +229,7 @@ def _add_batch(
     origins, drops = records.compare(row, segments, pieces, names[r], stream.checks)
     for source, reason in drops:
       stream.sources[source].drops[reason] += 1
-      found[reason] += 1
+      found[f"{stream.sources[source].name}: {reason}"] += 1
     _add_row(stream, row, segments, origins)
     if len(stream.drawn) < MAX_DRAWN:
       stream.drawn.append(DrawnRow(names[r], row, segments, origins))
