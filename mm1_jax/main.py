@@ -7,6 +7,8 @@ under Slurm the processes find each other, elsewhere give --coordinator, --num_p
 --process_id. This file only connects: see `train/loop.py`.
 """
 
+import sys
+
 from absl import app, flags
 
 from mm1_jax import cli, distributed
@@ -32,6 +34,9 @@ _START_TIMEOUT = flags.DEFINE_integer(
 _PEER_TIMEOUT = flags.DEFINE_integer(
   "peer_timeout", 60, "Seconds after which a process that is silent counts as dead.", lower_bound=5
 )
+_STOPPED_CODE = flags.DEFINE_integer(
+  "stopped_code", 0, "Exit code if a signal stops the run early; a scheduler may start it again."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -44,7 +49,10 @@ def main(argv: list[str]) -> None:
   ):
     run = cli.load_config(_CONFIG)
     distributed.check_same("code and config", distributed.code_version() | run.to_dict())
-    train(run, _WORKDIR.value)
+    state = train(run, _WORKDIR.value)
+    stopped = int(state.step) < run.train.num_steps
+  if stopped:
+    sys.exit(_STOPPED_CODE.value)
 
 
 if __name__ == "__main__":

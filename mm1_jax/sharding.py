@@ -6,14 +6,17 @@ types: an array's type says how it is sharded, and a collective happens only whe
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mm1_jax.batch import Batch
-from mm1_jax.config import BATCH_AXES, MESH_AXES, RunConfig
+from mm1_jax.config import BATCH_AXES, MESH_AXES, ConfigError, RunConfig
 
 FSDP = ("fsdp", "expert")  # axes that dense weights are split over, beside `tensor`
 
@@ -49,10 +52,44 @@ class Layout:
 LAYOUT = Layout()
 
 
-def make_mesh(run: RunConfig) -> Mesh:
-  """Returns the mesh over all devices; raises ConfigError where the run does not divide over it."""
-  sizes = run.check_mesh(jax.device_count())
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+def make_mesh(run: RunConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """Returns the mesh over `devices`, all there are if not given, laid out along their network.
+
+  Between slices runs `data`, the axis that needs the fewest bytes.
+
+  Raises:
+    ConfigError: the run does not divide over the mesh, or `data` not over the slices.
+  """
+  devices = jax.devices() if devices is None else devices
+  grid = arrange(run.check_mesh(len(devices)), devices)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def arrange(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+  """Returns devices in the order of a mesh of `sizes`, for which they are many enough.
+
+  Raises:
+    ConfigError: the first axis is not a multiple of the slices.
+  """
+  num = len({getattr(device, "slice_index", 0) for device in devices})
+  if sizes[0] % num:
+    raise ConfigError(
+      f"mesh.data {sizes[0]} must be a multiple of the {num} slices, which it runs between; "
+      f"--config.mesh.data={num} would fit."
+    )
+
+  def lay_out(split: bool) -> np.ndarray:
+    if num == 1:
+      return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
+    inside, between = (sizes[0] // num, *sizes[1:]), (num, *(1 for _ in sizes[1:]))
+    return mesh_utils.create_hybrid_device_mesh(
+      inside, between, devices, allow_split_physical_axes=split
+    )
+
+  try:
+    return lay_out(split=False)
+  except NotImplementedError:  # no axis of the mesh is made of whole axes of the torus
+    return lay_out(split=True)
 
 
 def gather(weight: jax.Array, dtype: jax.typing.DTypeLike, keep: str | None = None) -> jax.Array:

@@ -2,11 +2,13 @@
 """Several processes on this machine, each with a few of eight CPU devices, as one run.
 
 However the devices are dealt out to processes, and however often these die or are stopped, losses
-agree with those of one process to 1e-5 (sums over devices come in another order), and data order,
+agree with those of one process to 1e-6 (sums over devices come in another order), and data order,
 counters and saved steps exactly.
 """
 
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -24,6 +26,7 @@ import pytest
 from mm1_jax import distributed
 from mm1_jax.config import ConfigError
 from mm1_jax.metrics import read_metrics
+from mm1_jax.sharding import arrange
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORKER = pathlib.Path(__file__).parent / "multihost_worker.py"
@@ -158,11 +161,14 @@ def params(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
 
   with ocp.PyTreeCheckpointer() as checkpointer:
     path = workdir / "checkpoints" / str(step) / "params"
-    restored = checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=None))
-  return {name: np.asarray(x) for name, x in restored.items()}
+    names = checkpointer.metadata(path).item_metadata.keys()
+    # As numpy: the devices it was saved from are not here.
+    args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    return checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=args))
 
 
 EXACT = ("data/", "lr", "skipped")
+LOSSES = ("loss", "eval/loss")
 UNEQUAL = ("speed/", "memory/")
 
 
@@ -173,7 +179,7 @@ def assert_same_run(actual: pathlib.Path, expected: pathlib.Path, *, step: int =
     if name.startswith(UNEQUAL):
       continue
     assert list(a[name]) == list(values), name
-    rel = 0 if name.startswith(EXACT) else 1e-5
+    rel = 0 if name.startswith(EXACT) else 1e-6 if name.startswith(LOSSES) else 1e-5
     assert list(a[name].values()) == pytest.approx(list(values.values()), rel=rel, nan_ok=True), (
       name
     )
@@ -182,7 +188,9 @@ def assert_same_run(actual: pathlib.Path, expected: pathlib.Path, *, step: int =
   a, b = params(actual, step), params(expected, step)
   assert a.keys() == b.keys()
   for name, value in b.items():
-    np.testing.assert_allclose(a[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    # Keys' bias has no gradient but rounding, which AdamW makes as large as any other.
+    if "key_bias" not in name:
+      np.testing.assert_allclose(a[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -245,15 +253,13 @@ def test_a_frozen_process_ends_the_others(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", [0, 1])
-def test_sigterm_to_one_stops_all_at_one_step(straight, tmp_path, who):
+def test_sigterm_to_one_stops_all_at_one_step(straight, tmp_path):
   """And two, then one process go on from there, as the same run."""
   workdir = tmp_path / "run"
-  results = run(workdir, 4, hooks={who: ["SIGTERM", 3]})
+  results = run(workdir, 4, hooks={2: ["SIGTERM", 3]})
   check_ok(results)
   assert saved_steps(workdir) == [2, 3]
-  by = "SIGTERM" if who == 0 else "another process"
-  assert f"stopped by {by}; saved at step 3, run again to go on" in results[0].err
+  assert "stopped by another process; saved at step 3, run again to go on" in results[0].err
   results = run(workdir, 2, hooks={1: ["SIGTERM", 5]})
   check_ok(results)
   assert "resuming at step 3" in results[0].err
@@ -340,6 +346,54 @@ def test_processes_that_do_not_come():
   assert "it answers, but others have not come" in said[0]
   assert "cannot be reached" in said[1]
   assert "is process 0 running there" in said[1]
+
+
+# --- where devices and rows go
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What JAX knows of a TPU before it computes: a host has 2 x 2 of them."""
+
+  id: int
+  coords: tuple[int, int, int]
+  slice_index: int
+  process_index: int
+  platform: str = "tpu"
+  device_kind: str = "TPU v5p"
+  core_on_chip: int = 0
+
+
+def chips(shape: tuple[int, int, int], num_slices: int = 1) -> list[Chip]:
+  """Returns the chips of slices in the order that JAX lists them: host by host."""
+  found = []
+  for s in range(num_slices):
+    for i, (x, y, z) in enumerate(np.ndindex(*shape)):
+      host = (x // 2 * (shape[1] // 2) + y // 2) * shape[2] + z
+      num_hosts = shape[0] * shape[1] * shape[2] // 4
+      found.append(Chip(s * math.prod(shape) + i, (x, y, z), s, s * num_hosts + host))
+  return sorted(found, key=lambda c: (c.process_index, c.id))
+
+
+def test_slices_are_joined_by_the_data_axis_alone():
+  grid = arrange((4, 16, 1, 1), chips((4, 4, 2), num_slices=2))
+  slices = np.vectorize(lambda c: c.slice_index, otypes=[int])(grid)
+  assert grid.shape == (4, 16, 1, 1)
+  assert (slices == np.array([0, 0, 1, 1]).reshape(4, 1, 1, 1)).all()
+
+
+def test_an_axis_of_the_mesh_runs_along_the_torus():
+  """Neighbours in `tensor` are neighbours in the torus; JAX's own list would not have it so."""
+  for sizes in ((1, 16, 1, 4), (1, 32, 1, 2)):  # the second only fits with a torus axis split
+    grid = arrange(sizes, chips((4, 4, 4)))
+    coords = np.array([c.coords for c in grid.reshape(-1)]).reshape(*sizes, 3)
+    steps = np.abs(np.diff(coords, axis=3)).sum(-1)
+    assert (steps == 1).all()
+
+
+def test_slices_that_do_not_divide():
+  with pytest.raises(ConfigError, match=r"mesh.data 1 .* 2 slices.*mesh.data=2 would fit"):
+    arrange((1, 32, 1, 1), chips((4, 2, 2), num_slices=2))
 
 
 # --- finding each other
