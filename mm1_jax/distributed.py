@@ -40,6 +40,7 @@ FAILED, SAME = "mm1_jax/failed", "mm1_jax/same"  # keys in the store
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # for the others to say what they know
 SHARED_SECONDS = 60.0  # network file systems keep listings for up to a minute
+WAIT_MS = 30 * 60_000  # for each other, where one may have more to do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +266,8 @@ def _say(reason: str) -> None:
 def check_same(what: str, values: Mapping[str, Any]) -> None:
   """Compares plain nested values over the processes; returns when all have found them the same.
 
+  Each `what` can be compared once.
+
   Raises:
     ConfigError: they differ from process 0's; the message names the first key that does.
   """
@@ -274,7 +277,7 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
   mine = dict(_flatten(json.loads(json.dumps(values))))
   if jax.process_index() == 0:
     _store().key_value_set(key, json.dumps(mine))
-  theirs = json.loads(_store().blocking_key_value_get(key, _MINUTES))
+  theirs = json.loads(_store().blocking_key_value_get(key, WAIT_MS))
   for name in {**theirs, **mine}:
     if mine.get(name) != theirs.get(name):
       raise ConfigError(
@@ -283,9 +286,6 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
         "same command, code and files."
       )
   barrier(key)
-
-
-_MINUTES = 30 * 60_000  # ms that processes wait for each other where one may have more to do
 
 
 def code_version() -> dict[str, str]:
@@ -309,7 +309,7 @@ def _flatten(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def barrier(name: str) -> None:
   """Returns when every process has come here; each name can be used once."""
   if jax.process_count() > 1:
-    _store().wait_at_barrier(name, _MINUTES)
+    _store().wait_at_barrier(name, WAIT_MS)
 
 
 def check_shared(folder: epath.PathLike) -> None:
@@ -326,7 +326,7 @@ def check_shared(folder: epath.PathLike) -> None:
     name = f"shared-{uuid.uuid4().hex}.tmp"
     (folder / name).write_text("Written by process 0, looked for by the others.\n")
     _store().key_value_set("mm1_jax/shared", name)
-  path = folder / _store().blocking_key_value_get("mm1_jax/shared", _MINUTES)
+  path = folder / _store().blocking_key_value_get("mm1_jax/shared", WAIT_MS)
   deadline = time.monotonic() + SHARED_SECONDS
   while not path.exists():
     if time.monotonic() > deadline:
