@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inspecting data: the figures are right, every mistake in a batch is seen, texts stay texts."""
 
-import dataclasses
 import html.parser
 import json
 import pathlib
@@ -18,6 +17,7 @@ from mm1_jax.config import (
   ConfigError,
   ConnectorConfig,
   ModelConfig,
+  ReweightConfig,
   RunConfig,
   SourceConfig,
   VisionConfig,
@@ -52,9 +52,7 @@ def make_run(sample_data):
   """Makes a run of 16-pixel pictures that take four positions, and their delimiters two."""
 
   def make(*sources: SourceConfig, **changes) -> RunConfig:
-    data = sample_data(**changes)
-    if sources:
-      data = dataclasses.replace(data, sources=sources)
+    data = sample_data(**changes, **({"sources": sources} if sources else {}))
     vision = VisionConfig(image_size=(16, 16), patch_size=4, position_grid=(4, 4))
     connector = ConnectorConfig(token_grid=(2, 2))
     return RunConfig(name="tiny", model=ModelConfig(vision=vision, connector=connector), data=data)
@@ -136,6 +134,21 @@ def test_what_is_dropped_and_cut_is_counted(make_run, write, jpeg, tmp_path):
   page = Page(drawing.page)
   for text in ("unreadable image", "conversation longer than the row", "of its 30"):
     assert text in page.text
+
+
+def test_groups_and_shares_that_change(make_run, tmp_path):
+  def source(name: str, weight: float) -> SourceConfig:
+    return SourceConfig(name, str(SAMPLE / "captions-heldout-*.arrayrecord"), weight)
+
+  captions = SourceConfig("captions", weight=0.5, sources=(source("web", 3), source("vecap", 1)))
+  change = ReweightConfig(step=2, weights=(("captions", 0.25), ("text", 0.75)))
+  run = make_run(captions, source("text", 0.5), reweight=(change,), window_rows=8, seq_len=256)
+  drawing = inspect.draw_stream(run, tmp_path, num_batches=4, num_rows=2)
+  asked = {name: of["asked_fraction"] for name, of in drawing.facts["sources"].items()}
+  assert asked == pytest.approx({"captions/web": 0.28125, "captions/vecap": 0.09375, "text": 0.625})
+  assert drawing.failed == []
+  page = inspect.draw_source(run, tmp_path, "captions/web", num_records=2).page
+  assert page.name == "source-captions-web.html"
 
 
 def test_a_later_step_is_the_one_that_training_gets(make_run, tmp_path):
@@ -329,12 +342,13 @@ def test_texts_of_all_kinds_stay_texts(make_run, write, jpeg, tmp_path):
     document("two", jpeg(5), jpeg(6), "a\n\n  b"),
     conversation("chat", [jpeg(7), "what?"], ["that", jpeg(8)], ["and?"], ["<b>no</b>"]),
     document("unreadable", b"GIF89a", "a"),
-    document("long", "word " * 700),
+    document("long", "word " * 380),
   ]
-  source = write("all", records)
-  run = make_run(source, seq_len=128, batch_size=4, images_per_row=4, window_rows=16)
-  packed = inspect.draw_stream(run, tmp_path, num_batches=8, num_rows=4)
-  raw = inspect.draw_source(run, tmp_path, "all")
+  sources = [write(f"one{i}", [record]) for i, record in enumerate(records)]
+  rows = {"seq_len": 128, "batch_size": 4, "images_per_row": 4, "window_rows": 24}
+  run = make_run(*sources, **rows, max_drop_fraction=1.0)
+  packed = inspect.draw_stream(run, tmp_path, num_batches=6, num_rows=4)
+  raw = inspect.draw_source(run, tmp_path, write("all", records))
   assert packed.failed == []
   assert raw.facts["kinds"] == {"document": 7, "conversation": 1}
   assert raw.facts["left_out"] == {"unreadable image": 1}
@@ -349,7 +363,7 @@ def test_texts_of_all_kinds_stay_texts(make_run, write, jpeg, tmp_path):
     assert all(a.startswith(("data:image/", "#r")) for a in page.addresses)
     with PIL.Image.open(drawing.picture) as drawn:
       assert drawn.width > 1000
-  assert "1,700 characters not shown" in Page(raw.page).text
+  assert "100 characters not shown" in Page(raw.page).text
   assert "left out: unreadable image" in Page(raw.page).text
 
 
