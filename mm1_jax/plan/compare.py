@@ -7,7 +7,14 @@ from typing import Any
 
 from mm1_jax.plan.compile import PlanError
 
-_HIDDEN = ("kept", "slowest", "notes", "shortage")  # lists, and what only one of two may have
+# Lists, and what only one of two may have.
+_HIDDEN = ("compiler_memory", "kept", "slowest", "notes", "shortage")
+  "compiler_memory",
+  "kept",
+  "slowest",
+  "notes",
+  "shortage",
+)  # lists, and what only one of two may have
 
 
 def read_figures(path: str) -> dict[str, Any]:

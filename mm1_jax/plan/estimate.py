@@ -168,25 +168,29 @@ def step_flops(run: RunConfig, what: What) -> dict[str, int]:
 
 
 def _memory(compiled: Compiled) -> dict[str, float]:
-  """Returns the bytes of a device by kind, each once: donated arguments are outputs too."""
+  """Returns the bytes of a device by kind; the temporaries are those of the fullest moment.
+
+  The compiler's `temporaries` are more than it asks for (and refuses by): they count as if no two
+  could take turns in the same place. Its `peak` is arguments and temporaries together.
+  """
   memory: dict[str, float] = dict(compiled.result.arguments)
   stats = compiled.result.memory
   if stats:
     # Arguments that the program does not read are not in the compiler's sum, but on the device.
     memory["padding"] = max(0, stats["arguments"] - sum(memory.values()))
-    memory["temporaries"] = stats["temporaries"]
-    memory["outputs"] = stats["outputs"] - stats["aliased"]
+    memory["temporaries"] = stats["peak"] - stats["arguments"]
     memory["code"] = stats["code"]
   return memory
 
 
 def _shortage(compiled: Compiled, memory: dict[str, float], topology: Topology) -> Shortage | None:
-  """Returns what is missing. The compiler does not refuse all that is too large for the chip."""
-  if compiled.result.refusal:
-    shortage = read_shortage(compiled.result.refusal)
-    return dataclasses.replace(shortage, buffers=shortage.buffers or compiled.result.kept)
-  needed, available = sum(memory.values()), topology.chip.hbm_gib * GIB
-  return Shortage(needed, available, compiled.result.kept) if needed > available else None
+  """Returns what is missing. The compiler refuses by temporaries alone, arguments left out."""
+  result, total = compiled.result, sum(memory.values())
+  if result.refusal:
+    shortage = read_shortage(result.refusal, arguments=total)
+    return dataclasses.replace(shortage, buffers=shortage.buffers or result.kept)
+  available = topology.chip.hbm_gib * GIB
+  return Shortage(total, available, result.kept) if total > available else None
 
 
 def _simulate(hlo: str, topology: Topology) -> tuple[Step, list[str]]:

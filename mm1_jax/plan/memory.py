@@ -43,33 +43,34 @@ class Shortage:
     return self.needed - self.available
 
 
-def read_shortage(message: str) -> Shortage:
-  """Reads the compiler's message; its two forms are
+def read_shortage(message: str, *, arguments: float) -> Shortage:
+  """Reads the compiler's message, which is either of
 
-    Ran out of memory on HBM, the total memory required for ... (54.66G) exceeds available HBM (...)
+    Ran out of memory on HBM, the total memory required for HLO temporaries (54.66G) exceeds ...
     Ran out of memory in memory space hbm. Used 20.51G of 15.75G hbm. ...
+
+  Args:
+    message: of the exception.
+    arguments: their bytes, which the first form leaves out.
 
   Raises:
     ValueError: it is neither.
   """
-  match = re.search(
-    r"Used ([\d.]+)(\w?) of ([\d.]+)(\w?) hbm"
-    r"|required for [^(]*\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)",
-    message,
-  )
+  size = r"([\d.]+)([KMGT]?)"
+  early = re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message)
+  late = re.search(rf"Used {size} of {size} hbm", message)
+  match = early or late
   if not match:
     raise ValueError(f"not an out-of-memory message: {message[:200]}")
-  needed, unit, available, available_unit = (group for group in match.groups() if group is not None)
-  return Shortage(
-    float(needed) * _UNITS[unit], float(available) * _UNITS[available_unit], _allocations(message)
-  )
+  needed = float(match[1]) * _UNITS[match[2]] + (arguments if early else 0)
+  return Shortage(needed, float(match[3]) * _UNITS[match[4]], _allocations(message))
 
 
 def _allocations(message: str) -> list[Buffer]:
   """Returns the buffers that a message lists, the largest first."""
   buffers = []
   for text in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
-    size = re.match(r"([\d.]+)(\w?)", text)
+    size = re.match(r"([\d.]+)([KMGT]?)", text)
     shape = re.search(r"Shape: (\S+)", text)
     operation = re.search(r'op_name="([^"]*)"', text)
     source = re.search(r'source_file="([^"]*)" source_line=(\d+)', text)

@@ -12,9 +12,8 @@ from mm1_jax.plan.estimate import ROOM, Plan, Step
 from mm1_jax.plan.memory import GIB
 
 _MEANINGS = {
-  "temporaries": "activations, gradients, workspace",
+  "temporaries": "activations, gradients, workspace, at the fullest moment",
   "padding": "of params, optimizer and batch to whole tiles",
-  "outputs": "that take no argument's place",
   "matmul": "matrix products",
   "elementwise": "everything else that is computed",
   "kernel": "Pallas kernels",
@@ -54,6 +53,7 @@ def figures(plan: Plan, price: float | None = None) -> dict[str, Any]:
       "available": topology.chip.hbm_gib * GIB,
       "share": plan.memory_share,
     },
+    "compiler_memory": result.memory,
     "kept": [vars(buffer) for buffer in result.kept],
     "model_flops": plan.model_flops,
     "compile": {

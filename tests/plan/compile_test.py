@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real TPU compiler, on a machine without a TPU: `make test` brings libtpu."""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import mm1_debug
+from mm1_jax.config import ConfigError, RunConfig
+from mm1_jax.plan import compile as plan_compile
+from mm1_jax.plan.compile import PlanError, compile_program, find_libtpu
+from mm1_jax.plan.estimate import make_plan
+from mm1_jax.plan.report import figures
+from mm1_jax.plan.topology import find_topology
+
+try:
+  find_libtpu()
+  MISSING = ""
+except PlanError as e:
+  MISSING = str(e)
+needs_libtpu = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+
+def debug_run(kind: str = "dense", **data) -> RunConfig:
+  run = RunConfig.from_dict(mm1_debug.get_config(kind).to_dict())
+  return dataclasses.replace(run, data=dataclasses.replace(run.data, **data))
+
+
+@needs_libtpu
+def test_the_command_plans_decode(tmp_path):
+  cache = tmp_path / "cache"
+  arguments = ["--config=configs/mm1_debug.py", "--topology=v5e-4", "--what=decode"]
+  files = [f"--cache={cache}", f"--json={tmp_path}/a.json", f"--picture={tmp_path}/a.png"]
+  done = command(*arguments, *files)
+  assert done.returncode == 0, done.stderr
+  assert "mm1_debug: decode on v5e-4 (2x2, 4 chips, 1 hosts)" in done.stdout
+  assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+  before = entries(cache)
+  plan = make_plan(debug_run(), find_topology("v5e-4"), "decode", cache=cache)
+  assert len(before) == 1
+  assert entries(cache) == before, "what was compiled once is found again"
+  assert figures(plan) == json.loads((tmp_path / "a.json").read_text())
+  assert plan.fits
+  assert plan.step is not None
+  # Nothing is recomputed, so the program does what the model asks for, product for product.
+  assert plan.step.flops * 4 == pytest.approx(plan.model_flops["total"], rel=1e-3)
+  # Keys and values: 4 layers x 16 rows x 256 slots x 2 heads x 32, float32, over 4 devices.
+  assert plan.memory["cache"] == pytest.approx(2 * 4 * 16 * 256 * 2 * 32 * 4 / 4, rel=0.01)
+  assert plan.step.collectives["all-gather"].wire > 0
+  assert 0 < plan.step.lower < plan.step.upper < 1e-2
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_other_programs_are_other_entries(tmp_path):
+  topology = find_topology("v5e-4")
+  compile_program(debug_run(), topology, "decode", cache=tmp_path)
+  compile_program(debug_run(batch_size=32), topology, "decode", cache=tmp_path)
+  compile_program(debug_run(), find_topology("v6e-4"), "decode", cache=tmp_path)
+  options: dict[str, str | bool] = {"xla_tpu_scoped_vmem_limit_kib": "8192"}
+  compile_program(debug_run(), topology, "decode", options=options, cache=tmp_path)
+  assert len(entries(tmp_path)) == 4
+
+
+def entries(cache: pathlib.Path) -> dict[str, float]:
+  return {path.name: path.stat().st_mtime for path in cache.iterdir()}
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+  program = [sys.executable, "-m", "mm1_jax.plan", *arguments]
+  return subprocess.run(program, capture_output=True, text=True)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "slice_name"), [("dense", "v5p-8"), ("moe", "v5e-4")])
+def test_a_plan_of_the_train_step(kind, slice_name, tmp_path):
+  run, topology = debug_run(kind), find_topology(slice_name)
+  plan = make_plan(run, topology, cache=tmp_path)
+  assert plan.fits
+  assert plan.step is not None
+  executed = plan.step.flops * topology.num_devices
+  # At least the model's, but for the half of the attention that it does not count; the dropless
+  # and capacity paths of experts multiply some empty slots.
+  assert 0.95 < executed / plan.model_flops["total"] < 1.7
+  # AdamW keeps two moments of every param.
+  assert plan.memory["optimizer"] == pytest.approx(2 * plan.memory["params"], rel=0.01)
+  vision, decoder = run.model.vision.depth, run.model.decoder
+  loops = set(plan.step.trip_counts.values())
+  assert {vision, decoder.depth // decoder.layers_per_unit} <= loops
+  assert any(kind in plan.step.collectives for kind in ("reduce-scatter", "all-reduce"))
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_out_of_memory_is_an_answer(tmp_path):
+  run = debug_run(batch_size=65536)
+  plan = make_plan(run, find_topology("v5e-4"), cache=tmp_path)
+  assert plan.shortage is not None
+  assert plan.shortage.available == pytest.approx(15.75 * 2**30)
+  assert plan.shortage.buffers
+  assert plan.advice
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--config=configs/mm1_debug.py", "--topology=v5p-3"], "there is no TPU slice 'v5p-3'"),
+    (["--compare=a.json"], "--compare takes two files"),
+  ],
+)
+def test_a_mistake_is_one_line(arguments, message):
+  done = command(*arguments)
+  assert done.returncode == 1
+  assert done.stderr.startswith("error: ")
+  assert message in done.stderr
+  assert done.stderr.count("\n") == 1
+
+
+def test_a_mesh_that_does_not_divide(tmp_path):
+  with pytest.raises(ConfigError, match="256 would fit"):
+    compile_program(debug_run(), find_topology("v5e-256"), "train", cache=tmp_path)
+
+
+def test_without_the_compiler(monkeypatch, tmp_path):
+  monkeypatch.setattr(sys, "prefix", str(tmp_path))
+  monkeypatch.setattr(sys, "path", [p for p in sys.path if "libtpu" not in p])
+  if list(importlib.metadata.distributions(name="libtpu")):
+    pytest.skip("libtpu is installed among the other packages")
+  with pytest.raises(PlanError, match=r"`make libtpu` \(or pip install 'libtpu==0\.0\."):
+    find_libtpu()
+
+
+def test_a_compiler_of_another_version(monkeypatch, tmp_path):
+  info = tmp_path / "libtpu" / "libtpu-9.9.dist-info"
+  info.mkdir(parents=True)
+  (info / "METADATA").write_text("Metadata-Version: 2.1\nName: libtpu\nVersion: 9.9\n")
+  monkeypatch.setattr(sys, "prefix", str(tmp_path))
+  with pytest.raises(PlanError, match=r"libtpu 9\.9 does not fit jax"):
+    find_libtpu()
+
+
+def test_a_compiler_that_fails_is_shown(monkeypatch, tmp_path):
+  monkeypatch.setattr(plan_compile, "find_libtpu", lambda: plan_compile.Libtpu("1", "/no/such.so"))
+  with pytest.raises(PlanError, match="compiling failed with exit code 1; the last lines were"):
+    compile_program(debug_run(), find_topology("v5e-4"), "decode", cache=tmp_path)
+  assert list(tmp_path.iterdir()) == []
