@@ -9,12 +9,6 @@ from mm1_jax.plan.compile import PlanError
 
 # Lists, and what only one of two may have.
 _HIDDEN = ("compiler_memory", "kept", "slowest", "notes", "shortage")
-  "compiler_memory",
-  "kept",
-  "slowest",
-  "notes",
-  "shortage",
-)  # lists, and what only one of two may have
 
 
 def read_figures(path: str) -> dict[str, Any]:
