@@ -4,9 +4,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 BIN := .venv/bin
 STAMP := .venv/.installed
+LIBTPU := .venv/libtpu/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint clean
+.PHONY: help run test test-slow lint libtpu clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,16 +15,18 @@ help:  ## Show this list.
 run: $(STAMP)  ## Train a tiny MM1 on the sample data, ask it about pictures, write runs/demo.
 	$(BIN)/python -m launch.demo --workdir=runs/demo
 
-test: $(STAMP)  ## Run the fast tests.
+test: $(STAMP) $(LIBTPU)  ## Run the fast tests.
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(STAMP)  ## Run the slow tests: whole runs, crashes, full-size configs.
+test-slow: $(STAMP) $(LIBTPU)  ## Run the slow tests: whole runs, crashes, full-size configs.
 	$(BIN)/python -m pytest -m slow -n 2 || test $$? -eq 5  # 5: there are none
 
 lint: $(STAMP)  ## Check style, formatting and types.
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+libtpu: $(LIBTPU)  ## Bring the TPU compiler, for plans on a machine without a TPU (200 MB).
 
 clean:  ## Remove .venv, caches and builds; runs/ stays.
 	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
@@ -40,3 +43,12 @@ $(STAMP): setup.py constraints.txt
 	  sed -u -n 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  installing them/p; /^ *ERROR/,$$p'
 	@touch $@
 	@echo "Set up."
+
+# Beside the other packages: where JAX can import it, every program without a TPU complains of it.
+# Without a wheel for this machine, the tests that need it are skipped and say so.
+$(LIBTPU): $(STAMP) constraints.txt
+	@echo "Bringing libtpu, the TPU compiler (200 MB), this time only."
+	@mkdir -p $(@D)
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --upgrade \
+	  --no-deps --target $(@D) -c constraints.txt libtpu || echo "There is none for this machine."
+	@touch $@

@@ -30,6 +30,7 @@ EXTRAS = {
   "tpu": ["gcsfs", "google-cloud-storage", "jax[tpu]"],
   "cuda": ["jax[cuda13]"],  # drivers older than 580: jax[cuda12] by hand
   "data": ["apache-beam"],  # python -m mm1_jax.data.build
+  "plan": ["libtpu"],  # python -m mm1_jax.plan; `make libtpu` keeps it out of JAX's way
   "convert": ["safetensors", "torch", "transformers"],
   "serve": ["gradio"],
   "dev": [
