@@ -166,7 +166,7 @@ def write_tfds(out: pathlib.Path, records: list[Record]) -> None:
   """A set called `pictures`, with the features `image` and `captions.text`."""
   import tensorflow_datasets as tfds  # seconds, and only this needs it
 
-  class Pictures(tfds.core.GeneratorBasedBuilder):
+  class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Made on the spot."""
 
     VERSION = tfds.core.Version("1.0.0")

@@ -176,7 +176,7 @@ class Images:
 def _image_credits(raw: pathlib.Path) -> dict[str, str]:
   """Returns credit lines by file stem; some books print them at the end of the caption."""
   credits = {}
-  for row in _rows(raw / "captions" / "openstax_alt.jsonl"):
+  for row in raw_rows(raw / "captions" / "openstax_alt.jsonl"):
     printed = CREDIT_LINE.findall(" ".join(row["captions"][1:]))
     credits[pathlib.Path(row["image"]).stem] = row["credit"] or " ".join(printed)
   return credits
@@ -204,7 +204,7 @@ def _look(image: PIL.Image.Image) -> str:
 
 def _captions(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
   folder = raw / "captions"
-  for row in _rows(folder / "openstax_alt.jsonl"):
+  for row in raw_rows(folder / "openstax_alt.jsonl"):
     text = shorten(row["captions"][0])
     image, links = images.read(folder / row["image"])
     links = (*links, f"module/{row['module']}", f"text/{_plain(row['captions'][0])}")
@@ -216,7 +216,7 @@ def _captions(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
     )
     part = "captions" if images.may_ship([row["image"]]) else "unused"
     yield Candidate(part, "openstax", record, links)
-  for row in _rows(folder / "clipart.jsonl"):
+  for row in raw_rows(folder / "clipart.jsonl"):
     text = _clipart_caption(row)
     image, links = images.read(folder / row["image"])
     title = re.sub(r"[^a-z]", "", row["captions"][0].lower())
@@ -226,25 +226,32 @@ def _captions(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
 
 
 def _interleaved(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
-  for row in _rows(raw / "interleaved" / "openstax.jsonl.gz"):
+  for row in raw_rows(raw / "interleaved" / "openstax.jsonl.gz"):
     num_chars = sum(len(item.get("text", "")) for item in row["content"])
-    content, links = [], [f"module/{row['id'].split('/')[-1]}"]
-    for item in row["content"]:
-      if item["type"] == "image":
-        image, image_links = images.read(raw / "interleaved" / item["image"])
-        content.append({"image": image})
-        links += image_links
-      elif item["text"].strip():
-        # The dump's items have no space around them; a picture stands on its own line.
-        content.append({"text": ("\n" if content else "") + item["text"].strip() + "\n"})
     paths = [item["image"] for item in row["content"] if item["type"] == "image"]
+    read = {path: images.read(raw / "interleaved" / path) for path in paths}
+    content = page_items(row, {path: image for path, (image, _) in read.items()})
+    links = [f"module/{row['id'].split('/')[-1]}"]
+    links += [link for _, image_links in read.values() for link in image_links]
     fits = len(paths) <= 10 and num_chars <= MAX_MODULE and images.may_ship(paths)
     record = _document(row, content, image_credit=images.credit(paths))
     yield Candidate("interleaved" if fits else "unused", "openstax", record, tuple(links))
 
 
+def page_items(row: Row, images: Mapping[str, bytes]) -> list[dict[str, Any]]:
+  """Returns the items of a textbook module, its pictures from `images` by path."""
+  items: list[dict[str, Any]] = []
+  for item in row["content"]:
+    if item["type"] == "image":
+      items.append({"image": images[item["image"]]})
+    elif item["text"].strip():
+      # The dump's items have no space around them; a picture stands on its own line.
+      items.append({"text": ("\n" if items else "") + item["text"].strip() + "\n"})
+  return items
+
+
 def _text(raw: pathlib.Path) -> Iterator[Candidate]:
-  for row in _rows(raw / "text" / "text.jsonl.gz"):
+  for row in raw_rows(raw / "text" / "text.jsonl.gz"):
     if ("text", row["source"]) not in QUOTAS:
       continue
     if row["source"] == "openstax":
@@ -262,7 +269,7 @@ def _text(raw: pathlib.Path) -> Iterator[Candidate]:
 
 def _sft(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
   folder = raw / "sft"
-  for row in _rows(folder / "sft.jsonl"):
+  for row in raw_rows(folder / "sft.jsonl"):
     if ("sft", row["source"]) not in QUOTAS:
       continue
     pictures, links = [], [f"text/{_plain(row['question'] + row['answer'])}"]
@@ -282,7 +289,7 @@ def _sft(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
     record = _conversation(row, question, answer, image_credit=images.credit(row["images"]))
     part = "sft" if images.may_ship(row["images"]) else "unused"
     yield Candidate(part, row["source"], record, tuple(links))
-  for row in _rows(folder / "text_only.jsonl.gz"):
+  for row in raw_rows(folder / "text_only.jsonl.gz"):
     question, answer = (turn["value"] for turn in row["conversations"])
     links = (f"module/{row['id'].split('/')[2]}", f"text/{_plain(question + answer)}")
     record = _conversation(row, [{"text": question}], answer)
@@ -444,7 +451,7 @@ def _statistics(records: list[sources.Record], paths: list[str]) -> dict[str, An
 
 def _credits(raw: pathlib.Path, records: list[sources.Record]) -> str:
   books = collections.defaultdict(set)
-  for row in _rows(raw / "interleaved" / "openstax.jsonl.gz"):
+  for row in raw_rows(raw / "interleaved" / "openstax.jsonl.gz"):
     repository, _, path = row["url"].partition("/blob/")
     books[row["book"]].add(f"{repository} at {path[:9]}")
   listing = "\n".join(
@@ -486,7 +493,8 @@ def _items(record: sources.Record) -> list[dict[str, Any]]:
   return [item for turn in record["turns"] for item in turn["content"]]
 
 
-def _rows(path: pathlib.Path) -> Iterator[Row]:
+def raw_rows(path: pathlib.Path) -> Iterator[Row]:
+  """Yields the rows of a .jsonl or .jsonl.gz file of the dump."""
   opener = gzip.open if path.suffix == ".gz" else open
   with opener(path, "rt", encoding="utf-8") as lines:
     yield from map(json.loads, lines)

@@ -58,6 +58,14 @@ def test_json_in_parts(tmp_path, monkeypatch, rows_per_shard, layout):
   assert len(parts) > 60 / rows_per_shard / 4
 
 
+def test_cuts_between_lines(tmp_path):
+  """Lines of one length, so that every cut is where a line begins."""
+  (tmp_path / "a.jsonl").write_text("".join(f'{{"n": {10 + i}}}\n' for i in range(60)))
+  (file,) = match(str(tmp_path / "a.jsonl"), "--input")
+  parts = files.split_json(file, 10)
+  assert [len(list(files.json_rows(part))) for part in parts] == [10] * 6
+
+
 def test_array_with_an_odd_element(tmp_path):
   """What is no JSON spoils one row; brackets that do not match, the rest of the file."""
   (tmp_path / "a.json").write_text('[1, {"a": nul}, "x", ["]", 2], [}, ], "y"]')

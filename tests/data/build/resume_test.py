@@ -96,10 +96,15 @@ def test_prefixes_that_begin_alike(flags, tmp_path, capsys):
 
 
 def test_same_input_same_bytes(flags, tmp_path):
+  with (tmp_path / "a.jsonl").open("a") as file:
+    file.write("{\n")
   main(flags)
   main([flag.replace("/out", "/again") for flag in flags])
   again = {n.replace("again", "out"): h for n, h in hashes(tmp_path / "again").items()}
   assert again == hashes(tmp_path / "out")
+  dead = (tmp_path / "out-dead.jsonl.gz").read_bytes()
+  assert dead == (tmp_path / "again-dead.jsonl.gz").read_bytes()
+  assert dead[4:8] == bytes(4)  # gzip's time
 
 
 def test_nothing_left_and_too_much_bad(flags, tmp_path, capsys):

@@ -151,6 +151,30 @@ def test_built_shards_train(flags, tmp_path, tokenizer):
   assert batch.image_mask.any()
 
 
+def test_mmc4_places(tmp_path):
+  """Two pictures in front of the third sentence, in their order; one sentence after it."""
+  pictures = [r["content"][0]["image"] for r in raw_sample.read("captions", 2)]
+  for i, data in enumerate(pictures):
+    (tmp_path / f"{i}.jpg").write_bytes(data)
+  infos = [{"image_name": f"{i}.jpg", "matched_text_index": 2} for i in (1, 0)]
+  row = {"text_list": ["One.", "Two.", "Three.", "Four."], "image_info": infos}
+  (tmp_path / "a.jsonl").write_text(json.dumps(row))
+  main(["mmc4", f"--input={tmp_path}/a.jsonl", f"--images={tmp_path}", f"--output={tmp_path}/out"])
+  (record,) = read_back(tmp_path / "out")
+  first, second = {"image": pictures[1]}, {"image": pictures[0]}
+  assert record["content"] == [{"text": "One. Two."}, first, second, {"text": "Three. Four."}]
+
+
+def test_system_turn(tmp_path):
+  turns = [("system", "Be kind."), ("human", "Hi"), ("gpt", "Yes")]
+  talk = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+  (tmp_path / "a.jsonl").write_text(json.dumps(talk))
+  main(["llava", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out"])
+  (record,) = read_back(tmp_path / "out")
+  contents = [turn["content"] for turn in record["turns"]]
+  assert contents == [[{"text": "Be kind.\n\nHi"}], [{"text": "Yes"}]]
+
+
 def test_limit(flags, tmp_path):
   main(["webdataset", *flags["webdataset"], f"--output={tmp_path}/few", "--limit=5"])
   assert len(read_back(tmp_path / "few")) == 5
