@@ -55,8 +55,10 @@ def check(packing: Packing, items, shape: RowShape) -> None:
     of_item.sort()
     end = left.get(i, item.num_positions)
     assert [a for a, _ in of_item] + [end] == [0] + [b for _, b in of_item]
-    for _, stop in of_item if item.cuts is not None else ():
-      allowed = [0, *item.cuts, item.num_positions]
+    if item.cuts is None:
+      continue
+    allowed = [0, *item.cuts, item.num_positions]
+    for _, stop in of_item:
       if stop not in allowed:  # then no row could hold what stands between the cuts around it
         before = max(cut for cut in allowed if cut < stop)
         after = next_cut(item, stop)

@@ -233,7 +233,7 @@ def test_a_source_that_is_used_up_leaves_the_others_their_proportions(indexes):
   assert collections.Counter(seen.values()) == {2: 450, 1: 450}  # 1.5 epochs of 900
   assert state.cursors[0] == 1350
   more = positions_by_source(windows(plan, 8, state)[0])
-  assert more[0] < 0.001 * more.sum()  # what was left over
+  assert more[0] < 0.01 * more.sum()  # what was left over
   np.testing.assert_allclose(more / more.sum(), [0, 45 / 55, 10 / 55], atol=0.02)
 
 
@@ -241,15 +241,13 @@ def test_the_end_of_all_data_is_told_with_its_step(indexes):
   """Batches are given as long as they can be filled."""
   sources = tuple(dataclasses.replace(s, epochs=1) for s in make_data().sources[:1])
   plan = Plan(make_data(sources=sources, images_per_row=28), indexes[:1], IMAGE)
-  rows, state = [], plan.first_state
-  with pytest.raises(DataError, match=r"data ends at step \d.*train.num_steps to") as error:
-    while True:
-      more, state = plan.window(state)
-      rows += more
-  assert f"step {state.batch}: " in str(error.value)
+  rows, state = windows(plan, 3)  # of 4 batches, but there is less
+  assert state.batch < 12
   assert len(rows) == 16 * state.batch
   left = indexes[0].num_positions.sum() - positions_by_source(rows, 1).sum()
   assert left < 16 * 512
+  with pytest.raises(DataError, match=f"data ends at step {state.batch}: .*train.num_steps to"):
+    plan.window(state)
 
 
 def test_a_limit_picks_examples_at_random_and_keeps_them(indexes):
