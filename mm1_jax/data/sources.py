@@ -80,11 +80,16 @@ def expand(config: SourceConfig) -> tuple[str, ...]:
   """Returns the shards that a source's glob matches, sorted.
 
   Raises:
-    DataError: there is none.
+    DataError: there is none, or what lists such a path is not installed.
   """
   path = epath.Path(config.path)
   if "://" in config.path:
-    paths = sorted(str(p) for p in path.parent.glob(path.name))
+    try:
+      paths = sorted(str(p) for p in path.parent.glob(path.name))
+    except ImportError as e:
+      raise DataError(
+        f"source '{config.name}': cannot list {config.path} ({e}). For gs://, pip install gcsfs."
+      ) from e
   else:
     paths = sorted(glob.glob(os.path.abspath(path.expanduser())))
   if not paths:
