@@ -302,7 +302,7 @@ def test_drops_are_judged_over_all_processes(straight, tmp_path):
       {"optimizer__learning_rate": [1e-3, 2e-3]},
       "differ in code and config: optimizer.learning_rate is 0.002 on process 1 and 0.001 on",
     ),
-    ({"mesh__tensor": 3}, "8 devices"),
+    ({"mesh__tensor": 3}, "needs 24 devices; there are 8"),
   ],
 )
 def test_a_mistake_ends_all_with_its_message(tmp_path, overrides, says):
