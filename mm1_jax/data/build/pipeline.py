@@ -150,6 +150,8 @@ def _finished_jobs(options: Options, jobs: list[Job]) -> set[str]:
         f"{shards[job.name]} was built {_difference(options, job, sidecar)}. Give --overwrite to "
         f"build it again, or another --output."
       )
+  # A sidecar must not outlive its shard: shards are padded, so another may be of the same size.
+  FileSystems.delete([sidecars[job.name] for job in there if job.name not in done])
   return done
 
 

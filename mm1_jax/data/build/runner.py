@@ -3,7 +3,6 @@
 
 import argparse
 import os
-import re
 
 from apache_beam.options import pipeline_options
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
@@ -46,8 +45,6 @@ def _refuse_unknown(args: list[str]) -> None:
   for group in PipelineOptions.__subclasses__():
     if hasattr(group, "_add_argparse_args"):
       group._add_argparse_args(parser)  # pyright: ignore[reportArgumentType]
-  unknown = [arg for arg in parser.parse_known_args(args)[1] if re.match("-", arg)] or [
-    arg for arg in args if not arg.startswith("-")
-  ]
+  unknown = parser.parse_known_args(args)[1]
   if unknown:
     raise ConfigError(f"{unknown[0]} is a flag neither of this format nor of Beam; see --help.")

@@ -85,6 +85,24 @@ def test_other_flags_or_inputs_are_refused(flags, tmp_path):
   main(flags)  # and is now what these flags mean
 
 
+def test_an_overwrite_that_is_killed(flags, tmp_path, monkeypatch):
+  """Killed behind a new shard, before its sidecar: the old sidecar does not vouch for it."""
+  from mm1_jax.data.build import shards as module
+
+  main(flags)
+  before = hashes(tmp_path / "out")
+  with monkeypatch.context() as patch:
+    patch.setattr(module, "sidecar_path", lambda *_: f"{tmp_path}/gone/sidecar.json")
+    with pytest.raises(Exception, match="gone"):
+      main([*flags, "--source=another", "--overwrite"])
+  halfway = hashes(tmp_path / "out")
+  assert halfway != before
+  sizes = {path.stat().st_size for path in tmp_path.glob("out-*.arrayrecord")}
+  assert len(sizes) == 1
+  main(flags)
+  assert hashes(tmp_path / "out") == before
+
+
 def test_prefixes_that_begin_alike(flags, tmp_path, capsys):
   main([flag.replace("/out", "/out-more") for flag in flags])
   before = shards(tmp_path / "out-more")
@@ -122,6 +140,9 @@ def test_nothing_left_and_too_much_bad(flags, tmp_path, capsys):
 def test_unknown_flags_and_no_store(flags, tmp_path):
   with pytest.raises(ConfigError, match="--max_chrs=5 is a flag neither of this format nor of Be"):
     main([*flags, "--max_chrs=5"])
+  with pytest.raises(ConfigError, match="stray is a flag neither"):
+    main([*flags, "stray"])
+  main([*flags, "--direct_num_workers", "1"])  # Beam's, in two words
   rest = [f"--input={tmp_path}/a.jsonl", f"--images={tmp_path}/none", f"--output={tmp_path}/l"]
   with pytest.raises(DataError, match=r"--images=.*/none is no folder"):
     main(["llava", *rest])
