@@ -12,9 +12,10 @@ import PIL.Image
 import pytest
 from small_data import SAMPLE, document
 
+from mm1_jax.batch import Batch
 from mm1_jax.config import DataConfig
 from mm1_jax.data.image import EMPTY, TOO_LARGE, TRUNCATED, UNREADABLE
-from mm1_jax.data.pipeline import make_pipeline
+from mm1_jax.data.pipeline import BatchStats, make_pipeline
 from mm1_jax.data.sources import DataError
 
 IMAGES = {"image_size": (16, 16), "tokens_per_image": 16, "image_token_id": 4}
@@ -95,27 +96,28 @@ def config(source, **changes) -> DataConfig:
   )
 
 
+def check(batch: Batch, stats: BatchStats) -> int:
+  """Returns the pictures in a batch, where each example has the one that belongs to it."""
+  assert batch.image_mask.sum() == stats.num_images == stats.num_examples
+  assert (batch.tokens == 4).sum() == 16 * stats.num_images
+  return stats.num_images
+
+
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_are_counted_by_reason(write, records, num_workers: int):
   source = dataclasses.replace(write("s", records), epochs=1)
   data = config(source, max_drop_fraction=1.0, num_workers=num_workers)
   pipeline = make_pipeline(data, **IMAGES)
-  kept = 0
+  num_images = []
   with pytest.raises(DataError, match="the data ends"):
-    for batch, stats in pipeline:
-      kept += stats.num_examples
-      # Who is left has the picture that belongs to it.
-      assert batch.image_mask.sum() == stats.num_examples
-      assert (batch.tokens == 4).sum() == 16 * stats.num_images
+    num_images.extend(check(batch, stats) for batch, stats in pipeline)
   pipeline.close()
-  expected = collections.Counter(f"s: {reason}" for _, reason in hostile())
   assert pipeline.drops == collections.Counter(f"s: {reason}" for _, reason in hostile())
-  assert kept == NUM_GOOD
+  assert sum(num_images) == NUM_GOOD
 
 
 def test_the_run_stops_with_the_reasons(write, records):
   pipeline = make_pipeline(config(write("s", records)), **IMAGES)
   with pytest.raises(DataError, match=r"examples were dropped \(.*truncated image.*more than"):
-    for _ in range(100):
-      next(pipeline)
+    list(pipeline)
   pipeline.close()
