@@ -45,6 +45,13 @@ def test_a_fusion_that_reads_all_moves_all():
   assert hbm_bytes(entry.by_name["f"], entry, module) == (26 + 2) * LAYER
 
 
+def test_what_stays_in_vmem_is_free():
+  text = FUSED.replace("ROOT %f = f32[8,64,64]{2,1,0}", "ROOT %f = f32[8,64,64]{2,1,0:S(1)}")
+  module = Module(text.replace("UPDATE", ":S(1)"))
+  entry = module.computations["main"]
+  assert hbm_bytes(entry.by_name["f"], entry, module) == LAYER
+
+
 def kernel(op_name: str, result: str, *operands: str, config: str = ""):
   params = "".join(f"  %p{i} = {shape} parameter({i})\n" for i, shape in enumerate(operands))
   names = ", ".join(f"%p{i}" for i in range(len(operands)))
