@@ -22,7 +22,7 @@ from absl import app, flags
 
 from mm1_jax import cli
 from mm1_jax.config import ConfigError
-from mm1_jax.plan.compare import compare_table, read_figures
+from mm1_jax.plan.compare import compare_table, markdown_table, read_figures
 from mm1_jax.plan.compile import What, default_cache
 from mm1_jax.plan.estimate import make_plan
 from mm1_jax.plan.report import draw, figures, table
@@ -44,6 +44,9 @@ _REMATS = flags.DEFINE_list("remats", None, "For --search: values of model.remat
 _ACCUMULATION = flags.DEFINE_list(
   "accumulation", ["1", "2", "4"], "For --search: values of train.accumulation_steps."
 )
+_MARKDOWN = flags.DEFINE_list(
+  "markdown", None, "JSON files of plans, for one Markdown table."
+)
 _COMPARE = flags.DEFINE_list("compare", None, "Two JSON files of plans, to set side by side.")
 
 
@@ -53,6 +56,9 @@ def main(argv: list[str]) -> None:
     if len(_COMPARE.value) != 2:
       raise ConfigError("--compare takes two files: --compare=a.json,b.json.")
     print(compare_table(*map(read_figures, _COMPARE.value)))
+    return
+  if _MARKDOWN.value is not None:
+    print(markdown_table([read_figures(path) for path in _MARKDOWN.value]))
     return
   if _TOPOLOGY.value is None:
     raise ConfigError("--topology=SLICE is needed, such as v5p-128 or v5e-256.")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two plans side by side, from the JSON files that they were written to."""
+"""Plans side by side, from the JSON files that they were written to."""
 
 import json
 import pathlib
 from typing import Any
 
 from mm1_jax.plan.compile import PlanError
+from mm1_jax.plan.memory import GIB
 
 # Lists, and what only one of two may have.
 _HIDDEN = ("compiler_memory", "kept", "slowest", "notes", "shortage")
@@ -39,6 +40,45 @@ def compare_table(first: dict[str, Any], second: dict[str, Any]) -> str:
       ratio = f"{right / left:.3f} x"
     lines.append(f"{name:<34} {_show(left):>16} {_show(right):>16}  {ratio}".rstrip())
   return "\n".join(lines) if lines else "the two plans are equal."
+
+
+def markdown_table(plans: list[dict[str, Any]]) -> str:
+  """Returns a row for each plan, as docs/plans.md has them; times only where they can be quoted."""
+  lines = [
+    "| config | slice | mesh | rows at a time | remat | memory GiB | of chip | step s | MFU | "
+    "collectives | days | chip-hours | compile s | compile GiB |",
+    "|" + "---|" * 14,
+  ]
+  for plan in plans:
+    memory, mesh = plan["memory"], plan["mesh"]
+    cells = [
+      plan["config"] + ("" if plan["what"] == "train" else f" {plan['what']}"),
+      plan["slice"],
+      ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device",
+      str(plan["rows_a_device"]),
+      plan["remat"],
+      f"{memory['total'] / GIB:.1f}",
+      f"{memory['share']:.0%}" + ("" if plan["fits"] else ", does not fit"),
+      *_times(plan),
+      f"{plan['compile']['seconds']:.0f}",
+      f"{plan['compile']['gib']:.1f}",
+    ]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def _times(plan: dict[str, Any]) -> list[str]:
+  """Returns a plan's cells that depend on predicted time."""
+  if not (plan["fits"] and plan.get("calibrated")):
+    return ["-"] * 5
+  step, run = plan["step_seconds"], plan.get("run")
+  return [
+    f"{step['expected']:.3g} ({step['lower']:.3g} to {step['upper']:.3g})",
+    f"{plan['mfu']['expected']:.1%}",
+    f"{plan['collective_share']:.1%}",
+    f"{run['days']:.1f}" if run else "-",
+    f"{run['chip_hours']:,.0f}" if run else "-",
+  ]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

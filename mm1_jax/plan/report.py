@@ -246,13 +246,13 @@ def _draw_kinds(axes: Axes, plan: Plan, step: Step) -> None:
   for i, (kind, seconds) in enumerate(_largest_first(step.seconds_by_kind)):
     axes.barh(0, seconds, left=left, color=drawing.color(i), label=f"{kind} {seconds:.3g}")
     left += seconds
-  axes.axvspan(step.lower, step.upper, color=drawing.PADDING, alpha=0.5, zorder=0)
+  axes.plot([step.lower, step.upper], [0.48, 0.48], color=drawing.INK, linewidth=2)
   axes.axvline(step.seconds, color=drawing.INK)
   title = f"step: {step.seconds:.3g} s expected, {plan.mfu(step.seconds):.1%} MFU"
   axes.set_title(
     title + ("" if plan.topology.chip.calibrated else ", UNCALIBRATED"), loc="left", fontsize=10
   )
-  _finish(axes, "s, the compiler's estimate by kind; grey: from the roofline to it")
+  _finish(axes, "s, the compiler's estimate by kind; line above: from the roofline to it")
 
 
 def _draw_regions(axes: Axes, step: Step) -> None:

@@ -203,7 +203,7 @@ class Simulator:
   def _loop(self, loop: Instruction, computation: Computation, clock, ledger, price) -> None:
     num = self.module.trip_count(loop, computation)
     if num is None:
-      self.pricer.notes["loop of unknown length, counted once"] += 1
+      self.pricer.notes["TIMES TOO LOW: a loop of unknown length was counted once"] += 1
       num = 1
     self.trip_counts[loop.name] = num
     body = loop.called("body")

@@ -12,7 +12,7 @@ import pytest
 from configs import mm1_3b, mm1_debug
 from mm1_jax.config import ConfigError, MeshConfig, RunConfig
 from mm1_jax.metrics import model_flops
-from mm1_jax.plan.compare import compare_table, read_figures
+from mm1_jax.plan.compare import compare_table, markdown_table, read_figures
 from mm1_jax.plan.compile import Compiled, PlanError, Result
 from mm1_jax.plan.estimate import Plan, read_plan, step_flops
 from mm1_jax.plan.memory import GIB, Buffer
@@ -202,6 +202,16 @@ def test_two_plans_side_by_side(tmp_path):
   assert lines[0].split()[1:] == ["full", "dots"]
   assert lines[1].endswith("2.000 x")
   assert compare_table(first, first) == "the two plans are equal."
+
+
+def test_the_table_quotes_no_time_that_was_never_checked():
+  plans = [a_plan(), a_plan(topology=find_topology("v6e-64")), a_plan(temporaries=100 * GIB)]
+  rows = [line.split(" | ") for line in markdown_table([figures(p) for p in plans]).splitlines()]
+  assert {len(row) for row in (rows[0], *rows[2:])} == {14}
+  assert rows[2][5:7] == ["14.0", "15%"]
+  assert rows[2][7] != "-"
+  assert rows[3][7:12] == rows[4][7:12] == ["-"] * 5
+  assert rows[4][6] == "109%, does not fit"
 
 
 def test_a_file_that_is_no_plan(tmp_path):
