@@ -109,13 +109,15 @@ def layers(run: RunConfig, mesh: Mesh, repeats: int) -> None:
 def steps(run: RunConfig, mesh: Mesh, warm_steps: int, repeats: int) -> None:
   """Times training steps on real rows, all paths from the same state and on the same batch."""
   assert run.model.decoder.moe is not None
-  state = jax.jit(lambda: init_state(MM1(jax.random.key(0), run.model), run))()
-  with contextlib.closing(training_batches(run, None, mesh)) as batches:
-    for _ in range(warm_steps):
-      state, _ = train_step(state, device_batch(next(batches)[0], mesh), run=run)
-    batch = device_batch(next(batches)[0], mesh)
   # Traced inside another jit, a step donates nothing: every call starts from the same state.
   step = jax.jit(lambda state, batch, run: train_step(state, batch, run=run), static_argnames="run")
+  fast = {"xla_backend_optimization_level": 0}  # to compile: it runs once
+  make = jax.jit(lambda: init_state(MM1(jax.random.key(0), run.model), run), compiler_options=fast)
+  state = make()
+  with contextlib.closing(training_batches(run, None, mesh)) as batches:
+    for _ in range(warm_steps):
+      state, _ = step(state, device_batch(next(batches)[0], mesh), run=run)
+    batch = device_batch(next(batches)[0], mesh)
   calls, stats = {}, {}
   for path, factor in PATHS.items():
     moe = dataclasses.replace(run.model.decoder.moe, capacity_factor=factor)
