@@ -33,27 +33,6 @@ class DecoderOutput(NamedTuple):
   cache: KVCache | None
 
 
-@jax.custom_vjp
-def swiglu(gate: Float[Array, "B S F"], up: Float[Array, "B S F"]) -> Float[Array, "B S F"]:
-  """Returns silu(gate) * up, with everything between matrix products written to memory once.
-
-  Left alone, the TPU compiler computes it inside each product that reads it, once for every tile.
-  """
-  return jax.lax.optimization_barrier(jax.nn.silu(gate) * up)
-
-
-def _swiglu_forward(gate, up):
-  return swiglu(gate, up), (gate, up)
-
-
-def _swiglu_backward(inputs, grad):
-  _, vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *inputs)
-  return jax.lax.optimization_barrier(vjp(jax.lax.optimization_barrier(grad)))
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
-
-
 class SwiGLU(nnx.Module):
   """silu(x W_gate) * (x W_up), projected back (arXiv 2002.05202)."""
 
@@ -67,7 +46,7 @@ class SwiGLU(nnx.Module):
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     gate = jnp.einsum("bsd,df->bsf", x, gather(self.gate[...], x.dtype))
     up = jnp.einsum("bsd,df->bsf", x, gather(self.up[...], x.dtype))
-    h = swiglu(checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up"))
+    h = jax.nn.silu(checkpoint_name(gate, "mlp_gate")) * checkpoint_name(up, "mlp_up")
     return jnp.einsum("bsf,fd->bsd", h, gather(self.down[...], x.dtype), out_sharding=LAYOUT.act_b)
 
 
@@ -102,11 +81,9 @@ class Layer(nnx.Module):
 
     `kwargs` are the attention's: positions, and who sees whom.
     """
-    # Barriers: a norm is computed once, not inside each of the matrix products that read it.
-    y = jax.lax.optimization_barrier(self.attention_norm(x))
-    y, cache = self.attention(y, cache=cache, **kwargs)
+    y, cache = self.attention(self.attention_norm(x), cache=cache, **kwargs)
     x = checkpoint_name(x + y, "residual")
-    y = jax.lax.optimization_barrier(self.mlp_norm(x))
+    y = self.mlp_norm(x)
     if isinstance(self.mlp, MoE):
       y, stats = self.mlp(y, valid, dropless=cache is not None)
       return x + y, stats, cache
