@@ -422,6 +422,8 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
+  # Of AdamW's first moment; its second, and the params, are always float32.
+  moment_dtype: Literal["float32", "bfloat16"] = "float32"
   clip_norm: float = 1.0
   frozen: tuple[str, ...] = ()  # parts with no gradient, no optimizer state and no decay
 

@@ -59,7 +59,7 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
   """Returns the transformation of gradients into updates, over what `split_frozen` trains."""
   cfg = run.optimizer
   if cfg.name == "adamw":
-    precondition = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+    precondition = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moment_dtype)
   else:
     precondition = optax.chain(
       optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()

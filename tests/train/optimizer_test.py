@@ -377,3 +377,20 @@ def test_three_steps_on_eight_devices_compile_once(name):
   assert step_module.train_step._cache_size() == before + 1
   assert losses[2] < losses[1] < losses[0]
   assert all(map(math.isfinite, losses))
+
+
+def test_first_moment_in_bfloat16_takes_half_the_memory_and_next_to_the_same_steps():
+  params = {"w": jnp.linspace(-1.0, 1.0, 64)}
+  ends = {}
+  for dtype in ("float32", "bfloat16"):
+    cfg = dataclasses.replace(DECAYED, warmup_steps=0, moment_dtype=dtype)
+    optimizer = make_optimizer(tiny_step.run_config(optimizer=cfg))
+    ends[dtype], state = params, optimizer.init(params)
+    for _ in range(5):
+      updates, state = optimizer.update(jax.tree.map(jnp.sin, ends[dtype]), state, ends[dtype])
+      ends[dtype] = optax.apply_updates(ends[dtype], updates)
+    moments = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.shape == (64,)]
+    assert moments == [dtype, "float32"]
+  moved = ends["float32"]["w"] - params["w"]
+  np.testing.assert_allclose(ends["bfloat16"]["w"] - params["w"], moved, rtol=0.01)
+  assert (ends["bfloat16"]["w"] != ends["float32"]["w"]).any()
