@@ -93,7 +93,10 @@ def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[Trai
 def train_step_on(mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns `train_step`, to be compiled with the options of the mesh's chips."""
   options = compiler_options(mesh.devices.flat[0].device_kind)
-  return _jit(train_step.__wrapped__, compiler_options=options) if options else train_step
+  if not options:
+    return train_step
+  plain = train_step.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
+  return _jit(plain, compiler_options=options)
 
 
 @functools.partial(jax.jit, static_argnames="run")
