@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_data import SAMPLE, conversation, sample_source
 
+from bench import batch_order
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig
 from mm1_jax.data.pipeline import PipelineError, make_eval_batches, make_pipeline
@@ -166,6 +167,50 @@ def test_state_does_not_know_processes(sample_data):
     take(pipeline, 5)
   states = [pipeline.state() for pipeline in pipelines]
   assert states[0] == states[1] == states[2]
+
+
+@pytest.mark.slow
+def test_real_processes_stops_and_restarts_change_nothing():
+  """A shorter run of what `bench/batch_order.py` prints."""
+  data, ways = batch_order.small_data(), batch_order.ways(12, (3, 9))
+  alone = batch_order.run(data, ways["1 process"])
+  assert len(set(alone)) == 12  # no two batches are the same
+  assert batch_order.run(data, ways["4 processes, 2 from 3, 1 from 9"]) == alone
+  assert batch_order.run(data, ways["2 processes, 4 workers each"]) == alone
+
+
+@pytest.mark.parametrize(
+  ("texts", "pictures", "some", "all_rows"),
+  [(9, 0, False, False), (0, 9, True, True), (9, 1, True, False)],
+)
+def test_batches_of_one_kind(small, jpeg, texts, pictures, some, all_rows):
+  """Only text, only pictures, and rows without pictures beside rows with some."""
+  sources = [["a b c " * 30]] * texts, [[jpeg(9)]] * pictures
+  data = small(*filter(None, sources), seq_len=40, batch_size=4, images_per_row=1)
+  batches = take(make_pipeline(data, **IMAGES), 6)
+  with_pictures = np.concatenate([batch.image_mask.any(axis=1) for batch in batches])
+  assert (with_pictures.any(), with_pictures.all()) == (some, all_rows)
+
+
+def test_the_end_of_the_data_is_an_error_with_its_step(small):
+  """Also from workers; and a source that is used up is told once."""
+  data = small([["a b c d e f"]] * 40, seq_len=16, images_per_row=0, window_rows=2)
+  data = dataclasses.replace(
+    data, sources=tuple(dataclasses.replace(s, epochs=1.0) for s in data.sources)
+  )
+  for num_workers in (0, 1):
+    pipeline = make_pipeline(dataclasses.replace(data, num_workers=num_workers), **IMAGES)
+    with pytest.raises(DataError, match=r"the data ends at step \d+: all epochs"):
+      take(pipeline, 100)
+    pipeline.close()
+
+
+def test_the_log_says_how_many_slots_suit(small, jpeg, caplog):
+  """A row of 64 positions holds 3 captions of 20."""
+  data = small([[jpeg(9), "a"]] * 9, images_per_row=2)
+  with caplog.at_level("INFO"):
+    make_pipeline(data, **IMAGES).close()
+  assert "3.2 images come with a full row; data.images_per_row 2: too few" in caplog.text
 
 
 # --- evaluation
