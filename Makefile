@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 LIBTPU := .venv/libtpu/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint libtpu clean
+.PHONY: help run test test-slow test-long lint libtpu clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: $(STAMP) $(LIBTPU)  ## Run the fast tests.
 
 test-slow: $(STAMP) $(LIBTPU)  ## Run the slow tests: whole runs, crashes, full-size configs.
 	$(BIN)/python -m pytest -m slow -n 2 || test $$? -eq 5  # 5: there are none
+
+test-long: $(STAMP)  ## Run the tests that CI leaves out: several processes that train and die, the notebook.
+	$(BIN)/python -m pytest -m long
 
 lint: $(STAMP)  ## Check style, formatting and types.
 	$(BIN)/python -m ruff check .

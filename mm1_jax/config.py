@@ -142,8 +142,8 @@ class MoEConfig:
   top_k: int = 2
   # Slots per expert and row = capacity_factor * top_k * S / num_experts; None never drops a token.
   capacity_factor: float | None = 2.0
-  # Dropless over an `expert` axis: rows that a chip has room for, relative to an even load. Where one
-  # chip gets more, that layer takes its tokens in rounds: slower, but nothing is dropped.
+  # Dropless over an `expert` axis: rows that a chip has room for, relative to an even load. Where
+  # one chip gets more, that layer takes its tokens in rounds: slower, but nothing is dropped.
   exchange_factor: float = 1.5
   balance_loss: float = 0.01
   router_z_loss: float = 0.001

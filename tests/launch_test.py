@@ -330,7 +330,7 @@ def test_the_notebook_is_stored_without_outputs():
   assert not [c for c in cells if c.get("outputs") or c.get("execution_count")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_top_to_bottom(tmp_path, monkeypatch):
   """A few steps of it, in a copy of the checkout: it trains, draws, and answers."""
   import nbclient

@@ -217,7 +217,7 @@ def test_two_processes_are_the_same_run_as_one(straight, tmp_path):
   assert {p.name for p in workdir.iterdir()} == {p.name for p in straight.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_on_two_goes_on_on_one(straight, tmp_path, victim):
   """kill -9 of one process in step 4: the other ends by itself, and says why."""
@@ -238,7 +238,7 @@ def test_killed_on_two_goes_on_on_one(straight, tmp_path, victim):
   assert_same_run(workdir, straight)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_frozen_process_ends_the_others(tmp_path):
   """As a host does that swaps, or has lost the network: nothing closes its connections."""
   processes = start(tmp_path / "run", 2, hooks={1: ["SIGSTOP", 3]})
@@ -252,7 +252,7 @@ def test_a_frozen_process_ends_the_others(tmp_path):
   assert "stopped sending heartbeats" in results[0].err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_to_one_stops_all_at_one_step(straight, tmp_path):
   """And two, then one process go on from there, as the same run."""
   workdir = tmp_path / "run"
@@ -268,7 +268,7 @@ def test_sigterm_to_one_stops_all_at_one_step(straight, tmp_path):
   assert_same_run(workdir, straight)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_data_error_on_one_ends_all_with_it(tmp_path):
   results = run(tmp_path / "run", 2, hooks={1: ["DataError", 3]})
   for result in results:
@@ -279,7 +279,7 @@ def test_a_data_error_on_one_ends_all_with_it(tmp_path):
   assert others == "error: process 1 of 2 failed: source 'text', record 7: not a record at all"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_drops_are_judged_over_all_processes(straight, tmp_path):
   """Alone, process 1 is over the limit; together they are under it. The log has the sum."""
   hooks = {1: ["drop", 30]}
@@ -294,7 +294,7 @@ def test_drops_are_judged_over_all_processes(straight, tmp_path):
     assert re.search(r"error: \d+ of \d+ examples were dropped .* more than data.max_drop_", line)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   ("overrides", "says"),
   [
@@ -315,7 +315,7 @@ def test_a_mistake_ends_all_with_its_message(tmp_path, overrides, says):
   assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workdirs_that_are_not_one(tmp_path):
   results = run(tmp_path / "run", 2, hooks={1: ["workdir", str(tmp_path / "local")]})
   (line,) = errors(results[1])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache gives what the full forward gives, and tokens are drawn as asked."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,14 +95,16 @@ def _decode_logits(params, tokens, positions, cache):
 def test_prefill_and_decode_give_the_logits_of_the_full_forward(params):
   tokens, images = make_rows()
   expected = full_logits(params, tokens, images)
+  # Of the largest logit: tokens meet in other groups, so experts add in another order.
+  close = functools.partial(np.testing.assert_allclose, atol=1e-5 * np.abs(expected).max())
   logits, cache = prefill_logits(params, left_pad(tokens), images)
   for i, length in enumerate(LENGTHS):
-    np.testing.assert_allclose(logits[i, SLOTS - length :], expected[i, :length], atol=1e-5)
+    close(logits[i, SLOTS - length :], expected[i, :length])
   for step in range(NEW):
     at = LENGTHS[:, None] + step
     logits, cache = decode_logits(params, np.take_along_axis(tokens, at, axis=1), at, cache)
     for i, length in enumerate(LENGTHS):
-      np.testing.assert_allclose(logits[i, 0], expected[i, length + step], atol=1e-5)
+      close(logits[i, 0], expected[i, length + step])
 
 
 def test_what_stands_in_padding_changes_nothing(params):

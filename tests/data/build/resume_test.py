@@ -217,7 +217,7 @@ def test_killed_in_the_middle(tmp_path):
   assert manifests[0] == manifests[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_is_bounded(tmp_path):
   """250 MB of rows in one gzipped file, one of them of 10 MB: far less is held."""
   line = json.dumps({"text": "word " * 20_000}) + "\n"
