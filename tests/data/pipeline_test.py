@@ -126,6 +126,7 @@ def test_conversations(small, tokenizer, jpeg):
 def test_processes_have_slices_of_the_global_batch(sample_data):
   data = sample_data()
   whole = take(make_pipeline(data, **IMAGES), 5)
+  assert len({batch.tokens.tobytes() for batch in whole}) == 5  # of a window's four, each its own
   halves = [
     take(make_pipeline(data, **IMAGES, process_index=i, process_count=2), 5) for i in (0, 1)
   ]
