@@ -44,9 +44,7 @@ _REMATS = flags.DEFINE_list("remats", None, "For --search: values of model.remat
 _ACCUMULATION = flags.DEFINE_list(
   "accumulation", ["1", "2", "4"], "For --search: values of train.accumulation_steps."
 )
-_MARKDOWN = flags.DEFINE_list(
-  "markdown", None, "JSON files of plans, for one Markdown table."
-)
+_MARKDOWN = flags.DEFINE_list("markdown", None, "JSON files of plans, for one Markdown table.")
 _COMPARE = flags.DEFINE_list("compare", None, "Two JSON files of plans, to set side by side.")
 
 
