@@ -205,7 +205,8 @@ def test_what_a_run_writes(straight):
   for name in every_step:
     assert list(metrics[name]) == steps, name
     assert np.isfinite(list(metrics[name].values())).all(), name
-  for source in ("captions", "interleaved", "text"):
+  # A text of the sample is longer than its share of so short a run, and comes later.
+  for source in ("captions", "interleaved"):
     assert metrics[f"loss/{source}"], source
     assert list(metrics[f"eval/loss/{source}"]) == [5, 10], source
   for name in ("step_seconds", "tokens_per_second", "images_per_second", "data_wait"):
