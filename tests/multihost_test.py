@@ -201,7 +201,7 @@ def straight(tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_the_same_run_as_one(straight, tmp_path):
   workdir = tmp_path / "run"
   results = run(workdir, 2)

@@ -57,7 +57,7 @@ def test_the_command_plans_decode(tmp_path):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_programs_are_other_entries(tmp_path):
   topology = find_topology("v5e-4")
   compile_program(debug_run(), topology, "decode", cache=tmp_path)
@@ -78,7 +78,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "slice_name"), [("dense", "v5p-8"), ("moe", "v5e-4")])
 def test_a_plan_of_the_train_step(kind, slice_name, tmp_path):
   run, topology = debug_run(kind), find_topology(slice_name)
@@ -98,7 +98,7 @@ def test_a_plan_of_the_train_step(kind, slice_name, tmp_path):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.long
 def test_out_of_memory_is_an_answer(tmp_path):
   run = debug_run(batch_size=65536)
   plan = make_plan(run, find_topology("v5e-4"), cache=tmp_path)
