@@ -31,6 +31,7 @@ EXTRAS = {
   "cuda": ["jax[cuda13]"],  # drivers older than 580: jax[cuda12] by hand
   "data": ["apache-beam"],  # python -m mm1_jax.data.build
   "plan": ["libtpu"],  # python -m mm1_jax.plan; `make libtpu` keeps it out of JAX's way
+  "bench": ["tensorflow-cpu", "torch", "webdataset"],  # peers of bench/data.py, in a venv of theirs
   "convert": ["safetensors", "torch", "transformers"],
   "serve": ["gradio"],
   "dev": [

@@ -45,8 +45,8 @@ ENDLESS = 1 << 40  # batches
 CACHED_DOCUMENTS = 64
 # Where slots are this many times the images of a full row, all rows find room for theirs.
 SLOTS_TO_SPARE = 1.05
-# Threads that make rows in each process. Decoding lets go of Python's lock, but what is around it
-# does not: two threads do nearly twice as much as one, and four hardly more than two.
+# Threads that make rows in each process. Reading and decoding let go of Python's lock, but what is
+# around them does not: more than a few cores are for worker processes.
 NUM_THREADS = 2
 
 
