@@ -5,6 +5,7 @@ The reference is Pillow: it decodes and resizes every picture here a second time
 """
 
 import io
+import itertools
 import struct
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import PIL.Image
 import pytest
 from small_data import SAMPLE
 
-from mm1_jax.config import SourceConfig
+from mm1_jax.config import DataConfig, SourceConfig
 from mm1_jax.data import image
+from mm1_jax.data.pipeline import make_pipeline
 from mm1_jax.data.sources import Source
 
 
@@ -327,3 +329,29 @@ def test_bombs_are_never_decoded(tmp_path):
   out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
   assert int(out[0]) < 20_000  # kB
   assert float(out[1]) < 1  # seconds
+
+
+# --- through the pipeline
+
+
+def test_the_config_says_how_pictures_fit_and_how_large_they_may_be(write):
+  small = encode(np.full((4, 8, 3), 9, np.uint8))
+  large = encode(np.full((40, 80, 3), 9, np.uint8))
+  data = DataConfig(
+    sources=(write("s", [[small, "a"], [large, "a"]]),),
+    tokenizer=str(SAMPLE / "tokenizer.model"),
+    seq_len=16,
+    batch_size=1,
+    images_per_row=1,
+    window_rows=2,
+    image_fit="pad",
+    max_image_pixels=32,
+  )
+  pipeline = make_pipeline(data, image_size=(8, 8), tokens_per_image=2, image_token_id=4)
+  batches = [batch for batch, _ in itertools.islice(pipeline, 4)]
+  pipeline.close()
+  pictures = [b.images[0, 0] for b in batches if b.image_mask.any()]
+  assert len(pictures) == pipeline.drops["s: image too large"] == 2
+  expected = np.full((8, 8, 3), image.PAD_COLOR, np.uint8)
+  expected[2:6] = 9
+  np.testing.assert_array_equal(pictures[0], expected)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's checkpoint answers prompts of any shape, and says what it cannot use."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ from tiny_model import SEQ_LEN, TOKENS_PER_IMAGE
 from mm1_jax import checkpoint
 from mm1_jax.checkpoint import CheckpointError
 from mm1_jax.config import ConfigError
+from mm1_jax.data.image import PAD_COLOR
 from mm1_jax.data.sources import DataError
 from mm1_jax.inference import sampler
 from mm1_jax.inference.model import Model, PromptError
@@ -155,6 +157,17 @@ def test_all_forms_of_a_picture_are_the_same_pixels(model, pictures):
     np.testing.assert_array_equal(other, pixels[0])
   clear = PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0))
   assert (model.encode([clear]).images[0] == 255).all()
+
+
+def test_pictures_fit_as_in_training(model, monkeypatch):
+  data = dataclasses.replace(model.run.data, image_fit="pad", max_image_pixels=200)
+  monkeypatch.setattr(model, "run", dataclasses.replace(model.run, data=data))
+  wide = np.full((8, 16, 3), 9, np.uint8)
+  (pixels,) = model.encode([wide]).images
+  assert (pixels[4:12] == 9).all()
+  assert (pixels[:4] == PAD_COLOR).all()
+  with pytest.raises(PromptError, match="image too large"):
+    model.encode([np.full((20, 20, 3), 9, np.uint8)])
 
 
 def test_a_picture_that_cannot_be_used_is_named(model, pictures, tmp_path):
