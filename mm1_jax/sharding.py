@@ -92,15 +92,13 @@ def arrange(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     return lay_out(split=True)
 
 
-def gather(weight: jax.Array, dtype: jax.typing.DTypeLike, keep: str | None = None) -> jax.Array:
+def gather(weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   """Casts a stored weight for computing, then all-gathers it over the FSDP axes.
 
-  Casting first halves the bytes on the wire. `keep` names an axis that stays split (the expert
-  axis of expert weights).
+  Casting first halves the bytes on the wire.
   """
-  drop = {axis for axis in FSDP if axis != keep}
   spec = jax.typeof(weight).sharding.spec
-  kept = [None if _axes(entry) & drop else entry for entry in spec]
+  kept = [None if _axes(entry) & set(FSDP) else entry for entry in spec]
   return jax.sharding.reshard(weight.astype(dtype), P(*kept))
 
 

@@ -46,22 +46,21 @@ def test_mesh_that_does_not_fit_the_run_is_refused():
 
 
 @pytest.mark.parametrize(
-  ("spec", "keep", "expected"),
+  ("spec", "expected"),
   [
-    (P(FSDP, "tensor"), None, P(None, "tensor")),
-    (P("tensor", FSDP), None, P("tensor", None)),
-    (P("expert", "fsdp", "tensor"), "expert", P("expert", None, "tensor")),
-    (P("expert", "fsdp", "tensor"), None, P(None, None, "tensor")),
-    (P(None, FSDP), None, P(None, None)),
-    (P(), None, P()),
+    (P(FSDP, "tensor"), P(None, "tensor")),
+    (P("tensor", FSDP), P("tensor", None)),
+    (P("expert", "fsdp", "tensor"), P(None, None, "tensor")),
+    (P(None, FSDP), P(None, None)),
+    (P(), P()),
   ],
   ids=str,
 )
-def test_gather_drops_the_fsdp_axes_and_no_other(spec, keep, expected, mesh):
+def test_gather_drops_the_fsdp_axes_and_no_other(spec, expected, mesh):
   """Values stay; a weight that stayed split would be multiplied by a part of its input."""
   weight = np.arange(64, dtype=np.float32).reshape(4, 4, 4)
   with jax.set_mesh(mesh):
-    out = gather(jax.device_put(weight, NamedSharding(mesh, spec)), jnp.bfloat16, keep=keep)
+    out = gather(jax.device_put(weight, NamedSharding(mesh, spec)), jnp.bfloat16)
   full = P(*expected, *[None] * (3 - len(expected)))
   assert out.sharding.is_equivalent_to(NamedSharding(mesh, full), 3)
   assert out.dtype == jnp.bfloat16

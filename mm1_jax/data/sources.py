@@ -6,7 +6,7 @@ There are two kinds of record, told apart by their last field:
   document      {"id": str, "source": str, "license": str, "credit": str, "content": [item, ...]}
   conversation  {"id": str, "source": str, "license": str, "credit": str, "turns": [turn, ...]}
 
-  item  {"text": str} or {"image": bytes}, a JPEG, PNG or anything else that Pillow reads
+  item  {"text": str} or {"image": bytes}, a JPEG, PNG or another of `image.FORMATS`
   turn  {"role": "user" or "assistant", "content": [item, ...]}
 
 A caption is a document `[image, text]`, plain text is `[text]`, an interleaved document any mix.
@@ -94,8 +94,8 @@ def expand(config: SourceConfig) -> tuple[str, ...]:
     paths = sorted(glob.glob(os.path.abspath(path.expanduser())))
   if not paths:
     raise DataError(
-      f"source '{config.name}': no file matches {config.path}. Correct data.sources, or write "
-      f"shards there (`python -m mm1_jax.data.build.sample --help` shows how ours are made)."
+      f"source '{config.name}': no file matches {config.path}. Correct data.sources, or make "
+      f"shards there: python -m mm1_jax.data.build --help."
     )
   return tuple(paths)
 

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
 
 from mm1_jax.batch import Batch
-from mm1_jax.config import MESH_AXES, ConfigError, RunConfig
+from mm1_jax.config import RunConfig
 from mm1_jax.inference.model import abstract_params
 from mm1_jax.models.decoder import KVCache
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.compile import What
 from mm1_jax.plan.topology import Topology
-from mm1_jax.sharding import LAYOUT, abstract_state
+from mm1_jax.sharding import LAYOUT, abstract_state, make_mesh
 from mm1_jax.train.step import init_state, train_step_on
 
 
@@ -35,38 +35,13 @@ class Program(NamedTuple):
     return {name: _bytes_per_device(tree) for name, tree in self.arguments.items()}
 
 
-def make_mesh(run: RunConfig, topology: Topology) -> Mesh:
-  """Returns the mesh that a run has on a slice.
-
-  Between slices runs `data`, the axis that needs the fewest bytes.
-
-  Raises:
-    ConfigError: the run does not divide over the mesh, or `data` not over the slices.
-  """
-  sizes = run.check_mesh(topology.num_devices)
-  devices = topologies.get_topology_desc(**topology.describe()).devices
-  types = (AxisType.Explicit,) * len(MESH_AXES)
-  num = topology.num_slices
-  if num == 1:
-    return jax.make_mesh(sizes, MESH_AXES, types, devices=devices)
-  if sizes[0] % num:
-    raise ConfigError(
-      f"mesh.data {sizes[0]} must be a multiple of the {num} slices, which it runs between; "
-      f"--config.mesh.data={num} would fit."
-    )
-  inside = (sizes[0] // num, *sizes[1:])
-  between = (num, *(1 for _ in sizes[1:]))
-  grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices=devices)
-  return Mesh(grid, MESH_AXES, axis_types=types)
-
-
 def trace(run: RunConfig, topology: Topology, what: What) -> Program:
   """Traces a program for a slice.
 
   Raises:
-    ConfigError: the run does not divide over the slice.
+    ConfigError: the run does not divide over the slice, or `data` not over several.
   """
-  mesh = make_mesh(run, topology)
+  mesh = make_mesh(run, topologies.get_topology_desc(**topology.describe()).devices)
   make = {"train": _train, "prefill": _prefill, "decode": _decode}[what]
   with jax.set_mesh(mesh):
     return make(run, mesh)

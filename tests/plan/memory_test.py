@@ -35,7 +35,7 @@ Program hbm requirement 14.20G:
 
   1. Size: 9.75G
      Operator: op_name="jit(train_step)/jvp()/while/body/dot_general" \
-source_file="/home/me/mm1_jax/models/decoder.py" source_line=62
+source_file="/REPOSITORY/mm1_jax/models/decoder.py" source_line=62
      Shape: bf16[26,8,4096,6144]{3,2,1,0:T(8,128)(2,1)}
      Unpadded size: 9.75G
      XLA label: fusion.12 = fusion(...)
