@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 PARTS = ("vit", "connector", "decoder")
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+BATCH_AXES = ("data", "fsdp", "expert")  # that rows are split over
+FSDP_AXES = ("fsdp", "expert", "sequence")  # that dense weights are split over, beside `tensor`
 REMAT_NAMES = (
   "qkv",  # queries, keys and values, rotated
   "attention",  # its heads' outputs, with the softmax's normaliser
@@ -478,8 +479,9 @@ class MeshConfig:
   fsdp: int = -1
   expert: int = 1
   tensor: int = 1
+  sequence: int = 1  # positions of a row, for rows that are too long for one device
 
-  def resolve(self, num_devices: int) -> tuple[int, int, int, int]:
+  def resolve(self, num_devices: int) -> tuple[int, ...]:
     """Returns the axis lengths for `num_devices`, in the order of `MESH_AXES`."""
     sizes = [getattr(self, axis) for axis in MESH_AXES]
     asked = "x".join(map(str, sizes))
@@ -497,8 +499,7 @@ class MeshConfig:
       f"mesh {asked} ({' x '.join(MESH_AXES)}) needs {math.prod(sizes)} devices; "
       f"there are {num_devices}. Set one axis to -1 to take what is left.",
     )
-    data, fsdp, expert, tensor = sizes
-    return data, fsdp, expert, tensor
+    return tuple(sizes)
 
   def __post_init__(self):
     for axis in MESH_AXES:
@@ -536,7 +537,7 @@ class RunConfig:
     """Returns plain JSON-compatible values; `from_dict` reads them back."""
     return dataclasses.asdict(self)
 
-  def check_mesh(self, num_devices: int) -> tuple[int, int, int, int]:
+  def check_mesh(self, num_devices: int) -> tuple[int, ...]:
     """Returns the mesh's axis lengths after checking that the run divides over them.
 
     Raises:
@@ -545,13 +546,14 @@ class RunConfig:
     sizes = dict(zip(MESH_AXES, self.mesh.resolve(num_devices), strict=True))
     rows = self.data.batch_size // self.train.accumulation_steps
     batch = math.prod(sizes[a] for a in BATCH_AXES)
-    weights = sizes["fsdp"] * sizes["expert"]
+    weights, fsdp = math.prod(sizes[a] for a in FSDP_AXES), " x ".join(FSDP_AXES)
     decoder, vision = self.model.decoder, self.model.vision
     rules = [
       ("data.batch_size / train.accumulation_steps", rows, "data x fsdp x expert", batch),
-      ("model.decoder.width", decoder.width, "fsdp x expert", weights),
-      ("model.vision.width", vision.width, "fsdp x expert", weights),
-      ("model.connector.hidden", self.model.connector.hidden, "fsdp x expert", weights),
+      ("data.seq_len", self.data.seq_len, "sequence", sizes["sequence"]),
+      ("model.decoder.width", decoder.width, fsdp, weights),
+      ("model.vision.width", vision.width, fsdp, weights),
+      ("model.connector.hidden", self.model.connector.hidden, fsdp, weights),
       ("model.decoder.num_heads", decoder.num_heads, "tensor", sizes["tensor"]),
       ("model.decoder.num_kv_heads", decoder.num_kv_heads, "tensor", sizes["tensor"]),
       ("model.decoder.mlp_dim", decoder.mlp_dim, "tensor", sizes["tensor"]),
@@ -562,8 +564,8 @@ class RunConfig:
     if decoder.moe:
       experts = decoder.moe.num_experts
       rules.append(("model.decoder.moe.num_experts", experts, "expert", sizes["expert"]))
-      split = sizes["tensor"] * sizes["fsdp"]
-      rules.append(("model.decoder.mlp_dim", decoder.mlp_dim, "tensor x fsdp", split))
+      split = sizes["tensor"] * sizes["fsdp"] * sizes["sequence"]
+      rules.append(("model.decoder.mlp_dim", decoder.mlp_dim, "tensor x fsdp x sequence", split))
     for key, value, axes, size in rules:
       below = value - value % size
       fits = f"{below} or {below + size}" if below else f"{size}"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where every array lives: the mesh, the `Layout` table, and moving arrays onto it.
 
-The mesh always has the axes data, fsdp, expert, tensor, of length 1 where unused, and explicit axis
-types: an array's type says how it is sharded, and a collective happens only where a line asks.
+The mesh always has the axes data, fsdp, expert, tensor, sequence, of length 1 where unused, and
+explicit axis types: an array's type says how it is sharded, and a collective happens only where a
+line asks.
 """
 
 import dataclasses
@@ -16,9 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mm1_jax.batch import Batch
-from mm1_jax.config import BATCH_AXES, MESH_AXES, ConfigError, RunConfig
-
-FSDP = ("fsdp", "expert")  # axes that dense weights are split over, beside `tensor`
+from mm1_jax.config import BATCH_AXES, FSDP_AXES, MESH_AXES, ConfigError, RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +32,18 @@ class Layout:
 
   replicated: P = P()
   # Weights.
-  embed_vd: P = P("tensor", FSDP)
-  attention_dhk: P = P(FSDP, "tensor", None)
-  attention_hkd: P = P("tensor", None, FSDP)
-  mlp_df: P = P(FSDP, "tensor")
-  mlp_fd: P = P("tensor", FSDP)
-  dense_io: P = P(None, FSDP)  # patch and connector projections, of any input width
+  embed_vd: P = P("tensor", FSDP_AXES)
+  attention_dhk: P = P(FSDP_AXES, "tensor", None)
+  attention_hkd: P = P("tensor", None, FSDP_AXES)
+  mlp_df: P = P(FSDP_AXES, "tensor")
+  mlp_fd: P = P("tensor", FSDP_AXES)
+  dense_io: P = P(None, FSDP_AXES)  # patch and connector projections, of any input width
   router_de: P = P()
-  expert_edf: P = P("expert", "fsdp", "tensor")
-  expert_efd: P = P("expert", ("tensor", "fsdp"), None)  # no last dim split into slivers
+  expert_edf: P = P("expert", ("fsdp", "sequence"), "tensor")
+  expert_efd: P = P("expert", ("tensor", "fsdp", "sequence"), None)  # no last dim in slivers
   # Activations.
   act_b: P = P(BATCH_AXES)  # rows split, everything else whole: [B, S], [B, S, D], [B, N, H, W, 3]
-  act_bsv: P = P(BATCH_AXES, None, "tensor")
+  act_bs: P = P(BATCH_AXES, "sequence")  # rows and their positions: the decoder in training
   act_bshk: P = P(BATCH_AXES, None, "tensor", None)
   cache_ubckh: P = P(None, BATCH_AXES, None, "tensor", None)
 
@@ -98,8 +97,13 @@ def gather(weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   Casting first halves the bytes on the wire.
   """
   spec = jax.typeof(weight).sharding.spec
-  kept = [None if _axes(entry) & set(FSDP) else entry for entry in spec]
+  kept = [None if _axes(entry) & set(FSDP_AXES) else entry for entry in spec]
   return jax.sharding.reshard(weight.astype(dtype), P(*kept))
+
+
+def spec_of(x: jax.Array) -> P:
+  """Returns how an array is split, as its type says."""
+  return jax.typeof(x).sharding.spec
 
 
 def _axes(entry) -> set[str]:

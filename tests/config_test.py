@@ -518,10 +518,10 @@ def test_what_does_not_fit_together_is_refused(make, message):
 @pytest.mark.parametrize(
   ("mesh", "sizes"),
   [
-    (MeshConfig(), (1, 8, 1, 1)),
-    (MeshConfig(expert=2, tensor=2), (1, 2, 2, 2)),
-    (MeshConfig(data=-1, fsdp=2), (4, 2, 1, 1)),
-    (MeshConfig(data=2, fsdp=2, expert=2, tensor=1), (2, 2, 2, 1)),
+    (MeshConfig(), (1, 8, 1, 1, 1)),
+    (MeshConfig(expert=2, tensor=2), (1, 2, 2, 2, 1)),
+    (MeshConfig(data=-1, fsdp=2), (4, 2, 1, 1, 1)),
+    (MeshConfig(data=2, fsdp=2, sequence=2), (2, 2, 1, 1, 2)),
   ],
 )
 def test_mesh_takes_what_is_left(mesh, sizes):
@@ -531,10 +531,13 @@ def test_mesh_takes_what_is_left(mesh, sizes):
 @pytest.mark.parametrize(
   ("mesh", "message"),
   [
-    (MeshConfig(data=-1), r"mesh -1x-1x1x1 has more than one -1"),
-    (MeshConfig(tensor=3), r"mesh 1x-1x1x3 .* multiply to 3, which does not divide the 8 devices"),
-    (MeshConfig(fsdp=4), r"mesh 1x4x1x1 .* needs 4 devices; there are 8\. Set one axis to -1"),
-    (MeshConfig(fsdp=4, tensor=4), r"mesh 1x4x1x4 .* needs 16 devices; there are 8"),
+    (MeshConfig(data=-1), r"mesh -1x-1x1x1x1 has more than one -1"),
+    (
+      MeshConfig(tensor=3),
+      r"mesh 1x-1x1x3x1 .* multiply to 3, which does not divide the 8 devices",
+    ),
+    (MeshConfig(fsdp=4), r"mesh 1x4x1x1x1 .* needs 4 devices; there are 8\. Set one axis to -1"),
+    (MeshConfig(fsdp=4, tensor=4), r"mesh 1x4x1x4x1 .* needs 16 devices; there are 8"),
   ],
 )
 def test_mesh_that_does_not_fit_the_devices_is_refused(mesh, message):
@@ -556,13 +559,17 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(mesh, message):
     ),
     (
       {"model": {"decoder": {"width": 100}}},
-      r"model\.decoder\.width 100 does not divide over mesh axes fsdp x expert = 8; 96 or 104",
+      r"model\.decoder\.width 100 does not divide over mesh axes fsdp x expert x sequence = 8; 96 or 104",
     ),
     ({"model": {"vision": {"width": 60, "num_heads": 4}}}, r"vision\.width 60 .* 56 or 64"),
     ({"model": {"connector": {"hidden": 1020}}}, r"connector\.hidden 1020 .* 1016 or 1024"),
     (
       {"model": {"decoder": {"num_heads": 6, "num_kv_heads": 2}}, "mesh": {"tensor": 4}},
       r"model\.decoder\.num_heads 6 does not divide over mesh axes tensor = 4; 4 or 8 would fit",
+    ),
+    (
+      {"data": {"seq_len": 4098}, "mesh": {"sequence": 4}},
+      r"data\.seq_len 4098 does not divide over mesh axes sequence = 4; 4096 or 4100 would fit",
     ),
     (
       {"model": {"decoder": {"num_kv_heads": 2}}, "mesh": {"tensor": 4}},
@@ -590,7 +597,7 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(mesh, message):
     ),
     (
       {"model": {"decoder": {"mlp_dim": 100, "moe": {}}}},
-      r"decoder\.mlp_dim 100 does not divide over mesh axes tensor x fsdp = 8; 96 or 104",
+      r"decoder\.mlp_dim 100 does not divide over mesh axes tensor x fsdp x sequence = 8; 96 or 104",
     ),
   ],
 )

@@ -13,13 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from configs import mm1_debug
 from mm1_jax.batch import Batch
-from mm1_jax.config import ConfigError, RunConfig
+from mm1_jax.config import FSDP_AXES, ConfigError, RunConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import LAYOUT, abstract_state, device_batch, gather, make_mesh
 from mm1_jax.train.step import init_state
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "shardings"
-FSDP = ("fsdp", "expert")
 
 
 def load(kind: str, **mesh: int) -> RunConfig:
@@ -34,7 +33,7 @@ def mesh():
 
 
 def test_mesh_has_every_axis_and_explicit_types(mesh):
-  assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2, "sequence": 1}
   assert set(mesh.axis_types) == {AxisType.Explicit}
 
 
@@ -48,10 +47,10 @@ def test_mesh_that_does_not_fit_the_run_is_refused():
 @pytest.mark.parametrize(
   ("spec", "expected"),
   [
-    (P(FSDP, "tensor"), P(None, "tensor")),
-    (P("tensor", FSDP), P("tensor", None)),
-    (P("expert", "fsdp", "tensor"), P(None, None, "tensor")),
-    (P(None, FSDP), P(None, None)),
+    (P(FSDP_AXES, "tensor"), P(None, "tensor")),
+    (P("tensor", FSDP_AXES), P("tensor", None)),
+    (P("expert", ("fsdp", "sequence"), "tensor"), P(None, None, "tensor")),
+    (P(None, FSDP_AXES), P(None, None)),
     (P(), P()),
   ],
   ids=str,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.models.layers import RMSNorm, broadcast, constant, normal
 from mm1_jax.models.splash import LANES, block_size, splash_attention
-from mm1_jax.sharding import LAYOUT, gather
+from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 
 class KV(NamedTuple):
@@ -71,14 +71,20 @@ def attend(
   Packed rows of whole blocks go through splash attention where the mesh is of TPUs. All else is
   plain XLA, on a GPU too: cuDNN's kernel knows no segments, and would let the examples of a row see
   each other.
+
+  Where the positions of a row are split over `sequence`, the queries stay so, and see the keys and
+  values of the whole row, which are few with grouped queries. The device with a row's end has more
+  to see than that with its beginning: of n devices, it does 2 - 1/n times the mean.
   """
   if segment_ids is not None:
-    num_positions = segment_ids.shape[1]
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    whole = jax.sharding.reshard(segment_ids, LAYOUT.act_b)
+    keys, values = (jax.sharding.reshard(x, LAYOUT.act_bshk) for x in (keys, values))
+    mesh = jax.sharding.get_abstract_mesh()
+    num_positions, device = whole.shape[1] // mesh.shape["sequence"], mesh.abstract_device
     if device is not None and device.platform == "tpu" and num_positions % LANES == 0:
       block = block_size(num_positions, device.device_kind)
-      return splash_attention(queries, keys, values, segment_ids, causal=True, block=block)
-    mask = packed_causal_mask(segment_ids, segment_ids, 0)
+      return splash_attention(queries, keys, values, whole, causal=True, block=block)
+    mask = packed_causal_mask(segment_ids, whole, 0)
   queries, keys, values = (checkpoint_name(x, "qkv") for x in (queries, keys, values))
   out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
   return checkpoint_name(out, "attention")
@@ -144,7 +150,7 @@ class Attention(nnx.Module):
       keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
     heads = attend(queries, keys, values, mask=mask, segment_ids=segment_ids)
     out = jnp.einsum(
-      "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype), out_sharding=LAYOUT.act_b
+      "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype), out_sharding=spec_of(x)
     )
     if self.out_bias is not None:
       out += broadcast(self.out_bias[...], out)

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mm1_jax.config import DecoderConfig, ModelConfig
 from mm1_jax.models.attention import KV, Attention, packed_causal_mask
 from mm1_jax.models.layers import RMSNorm, normal, run_blocks, stack
 from mm1_jax.models.moe import MoE, MoEStats
-from mm1_jax.sharding import LAYOUT, gather
+from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 
 class KVCache(NamedTuple):
@@ -47,7 +48,7 @@ class SwiGLU(nnx.Module):
     gate = jnp.einsum("bsd,df->bsf", x, gather(self.gate[...], x.dtype))
     up = jnp.einsum("bsd,df->bsf", x, gather(self.up[...], x.dtype))
     h = jax.nn.silu(checkpoint_name(gate, "mlp_gate")) * checkpoint_name(up, "mlp_up")
-    return jnp.einsum("bsf,fd->bsd", h, gather(self.down[...], x.dtype), out_sharding=LAYOUT.act_b)
+    return jnp.einsum("bsf,fd->bsd", h, gather(self.down[...], x.dtype), out_sharding=spec_of(x))
 
 
 class Layer(nnx.Module):
@@ -127,7 +128,7 @@ class Decoder(nnx.Module):
 
   def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     table = gather(self.embedding[...], self.cfg.dtype)
-    return table.at[tokens].get(out_sharding=LAYOUT.act_b)
+    return table.at[tokens].get(out_sharding=P(*spec_of(tokens), None))
 
   def head_weight(self) -> Float[Array, "V D"]:
     """Returns the output matrix in the compute dtype, whole along D."""
@@ -135,12 +136,13 @@ class Decoder(nnx.Module):
 
   def logits(self, hidden: Float[Array, "B S D"], weight: Float[Array, "V D"]):
     """Returns float32[B, S, V]; callers keep S small (the loss takes a chunk at a time)."""
+    rows, positions, _ = spec_of(hidden)
     return jnp.einsum(
       "bsd,vd->bsv",
       hidden,
       weight,
       preferred_element_type=jnp.float32,
-      out_sharding=LAYOUT.act_bsv,
+      out_sharding=P(rows, positions, "tensor"),
     )
 
   def __call__(

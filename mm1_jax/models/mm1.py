@@ -4,6 +4,8 @@
 Letters: B rows, S positions, N image slots a row, T tokens per image, D width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,7 +16,7 @@ from mm1_jax.config import ModelConfig
 from mm1_jax.models.connector import Connector
 from mm1_jax.models.decoder import Decoder, DecoderOutput, KVCache
 from mm1_jax.models.vit import ViT
-from mm1_jax.sharding import LAYOUT
+from mm1_jax.sharding import LAYOUT, spec_of
 
 
 class MM1(nnx.Module):
@@ -44,9 +46,17 @@ class MM1(nnx.Module):
     tokens: Int[Array, "B S"],
   ) -> Float[Array, "B S D"]:
     """Puts the i-th image token of a row at its i-th placeholder."""
-    placeholder = tokens == self.cfg.image_token_id
+    # Counted over whole rows, picked where the positions live.
+    spec = spec_of(tokens)
+    placeholder = jax.sharding.reshard(tokens, LAYOUT.act_b) == self.cfg.image_token_id
     index = jnp.maximum(jnp.cumsum(placeholder, axis=1) - 1, 0)
-    picked = jnp.take_along_axis(images, index[..., None], axis=1)
+    placeholder, index = (jax.sharding.reshard(x, spec) for x in (placeholder, index))
+
+    @functools.partial(jax.shard_map, in_specs=(LAYOUT.act_b, spec), out_specs=spec)
+    def pick(images, index):
+      return jnp.take_along_axis(images, index[..., None], axis=1)
+
+    picked = pick(images, index)
     return jnp.where(placeholder[..., None], picked, text)
 
   def embed(
@@ -57,8 +67,11 @@ class MM1(nnx.Module):
     return self.merge(text, self.embed_image(images), tokens) if images.shape[1] else text
 
   def __call__(self, batch: Batch) -> DecoderOutput:
-    x = self.embed(batch.tokens, batch.images)
-    return self.decoder(x, batch.positions, batch.segment_ids)
+    tokens, positions, segment_ids = (
+      jax.sharding.reshard(x, LAYOUT.act_bs)
+      for x in (batch.tokens, batch.positions, batch.segment_ids)
+    )
+    return self.decoder(self.embed(tokens, batch.images), positions, segment_ids)
 
   def prefill(
     self,

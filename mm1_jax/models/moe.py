@@ -34,7 +34,7 @@ from mm1_jax.models.dispatch import collect, invert, places, spread, spread_weig
 from mm1_jax.models.experts import swiglu
 from mm1_jax.models.grouped_matmul import padded_rows
 from mm1_jax.models.layers import normal
-from mm1_jax.sharding import LAYOUT
+from mm1_jax.sharding import LAYOUT, spec_of
 
 
 class MoEStats(NamedTuple):
@@ -77,8 +77,8 @@ class MoE(nnx.Module):
     capacity = None if dropless else self._capacity(x.shape[1])
     run = jax.shard_map(
       functools.partial(_run, capacity=capacity, exchange_factor=self.cfg.exchange_factor),
-      in_specs=(*(LAYOUT.act_b,) * 3, LAYOUT.expert_edf, LAYOUT.expert_edf, LAYOUT.expert_efd),
-      out_specs=(LAYOUT.act_b, LAYOUT.act_b),
+      in_specs=(*(spec_of(x),) * 3, LAYOUT.expert_edf, LAYOUT.expert_edf, LAYOUT.expert_efd),
+      out_specs=(spec_of(x),) * 2,
       check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )
     experts = jnp.where(valid[..., None], routing.experts, self.cfg.num_experts)
@@ -143,14 +143,10 @@ def _run(
   # be whole at once. The gradient of the gather is a reduce-scatter in the compute dtype.
   stored = ((gate, LAYOUT.expert_edf), (up, LAYOUT.expert_edf), (down, LAYOUT.expert_efd))
   matrices = tuple(_gather_fsdp(w.astype(x.dtype), spec) for w, spec in stored)
-  tokens = tuple(a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
   if capacity is not None:
-    num_experts = gate.shape[0] * jax.lax.axis_size("expert")
-    num_rows = num_experts * x.shape[0] * capacity
-    slots = _slots_within(capacity, experts, num_experts)
-    y = _run_bounded(tokens, slots, matrices, num_rows, num_experts)
-    kept = slots.reshape(experts.shape) < num_rows
+    y, kept = _run_bounded((x, weights, experts), matrices, capacity)
   else:
+    tokens = tuple(a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
     y = _run_dropless(tokens, matrices, exchange_factor)
     kept = jnp.ones(experts.shape, bool)
   return jax.lax.psum(y, "tensor").reshape(x.shape), kept
@@ -158,32 +154,50 @@ def _run(
 
 def _gather_fsdp(weight: Array, spec) -> Array:
   dim = next(i for i, axes in enumerate(spec) if axes is not None and "fsdp" in axes)
-  return jax.lax.all_gather(weight, "fsdp", axis=dim, tiled=True)
+  return jax.lax.all_gather(weight, ("fsdp", "sequence"), axis=dim, tiled=True)
 
 
-def _slots_within(
-  capacity: int, experts: Int[Array, "B S k"], num_experts: int
-) -> Int[Array, "BS k"]:
-  """Returns each choice's row of an [E, B, C] buffer; E B C where it is not routed or has no room.
+def _run_bounded(
+  rows, matrices, capacity: int
+) -> tuple[Float[Array, "B S D"], Bool[Array, "B S k"]]:
+  """Runs a chip's rows (x, weights, experts) through buffers of equal size for all experts.
 
-  In each batch row the experts' slots go to all first choices before any second.
+  In each batch row an expert's slots go to all first choices before any second. Where positions are
+  split over `sequence`, they queue along their whole row all the same: its chips gather it, and
+  each of them does its share of every expert's slots.
+
+  Returns:
+    The output, and which choices got a slot.
   """
+  num_positions, chip = rows[0].shape[1], jax.lax.axis_index("sequence")
+  share = -(-capacity // jax.lax.axis_size("sequence"))
+  num_experts = matrices[0].shape[0] * jax.lax.axis_size("expert")
+  x, weights, experts = (jax.lax.all_gather(a, "sequence", axis=1, tiled=True) for a in rows)
+  place = _places_in_row(experts, num_experts)
+  kept = (experts < num_experts) & (place < capacity)
+  num_slots = num_experts * x.shape[0] * share
+  row = jnp.arange(x.shape[0])[:, None, None]
+  slots = (experts * x.shape[0] + row) * share + place % share
+  slots = jnp.where(kept & (place // share == chip), slots, num_slots)
+  tokens = (a.reshape(-1, a.shape[-1]) for a in (x, weights, slots))
+  y = _run_slots(*tokens, matrices, num_slots, num_experts).reshape(x.shape)
+  kept = jax.lax.dynamic_slice_in_dim(kept, chip * num_positions, num_positions, axis=1)
+  return jax.lax.psum_scatter(y, "sequence", scatter_dimension=1, tiled=True), kept
+
+
+def _places_in_row(experts: Int[Array, "B S k"], num_experts: int) -> Int[Array, "B S k"]:
+  """Returns how many of a row's choices are ahead of each one in its expert's queue."""
   num_rows, num_positions, top_k = experts.shape
   queue = experts.transpose(0, 2, 1).reshape(num_rows, top_k * num_positions)
   place, _ = jax.vmap(functools.partial(places, num_experts=num_experts))(queue)
-  kept = (queue < num_experts) & (place < capacity)
-  row = jnp.arange(num_rows)[:, None]
-  slots = jnp.where(
-    kept, (queue * num_rows + row) * capacity + place, num_experts * num_rows * capacity
-  )
-  slots = slots.reshape(num_rows, top_k, num_positions).transpose(0, 2, 1)
-  return slots.reshape(num_rows * num_positions, top_k)
+  return place.reshape(num_rows, top_k, num_positions).transpose(0, 2, 1)
 
 
-def _run_bounded(tokens, slots, matrices, num_rows: int, num_experts: int) -> Float[Array, "n D"]:
-  """Runs a chip's tokens through buffers of equal size for each of all experts."""
-  x, weights, _ = tokens
-  owners = invert(slots, num_rows)
+def _run_slots(
+  x, weights, slots, matrices, num_slots: int, num_experts: int
+) -> Float[Array, "n D"]:
+  """Runs a chip's tokens, whose choices have slots, through the experts of all chips."""
+  owners = invert(slots, num_slots)
 
   def to_experts(rows):  # [E, B C, .] of this chip's rows -> its experts, all chips' rows
     rows = rows.reshape(num_experts, -1, rows.shape[-1])
@@ -192,7 +206,7 @@ def _run_bounded(tokens, slots, matrices, num_rows: int, num_experts: int) -> Fl
   rows = to_experts(spread(x, slots, owners))
   rows = swiglu(rows, to_experts(spread_weights(weights, slots, owners)), matrices)
   rows = jax.lax.all_to_all(rows, "expert", split_axis=1, concat_axis=0, tiled=True)
-  return collect(rows.reshape(num_rows, -1), slots, owners)
+  return collect(rows.reshape(num_slots, -1), slots, owners)
 
 
 def _run_experts(tokens, matrices, num_rows: int, named: bool = True) -> Float[Array, "n D"]:
@@ -247,7 +261,7 @@ def _run_dropless(tokens, matrices, exchange_factor: float) -> Float[Array, "n D
 
   wanted = jnp.arange(num_chips * num_here)[:, None] == tokens[2].reshape(1, -1)
   load = jax.lax.psum(jnp.sum(wanted, axis=1), "expert").reshape(num_chips, num_here).sum(axis=1)
-  fits = jax.lax.pmax(jnp.max(load), BATCH_AXES) <= num_rows
+  fits = jax.lax.pmax(jnp.max(load), (*BATCH_AXES, "sequence")) <= num_rows
   return jax.lax.cond(fits, at_once, in_rounds, tokens, matrices)
 
 

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from mm1_jax.sharding import LAYOUT
+from mm1_jax.sharding import LAYOUT, spec_of
 
 LANES = 128  # positions are cut into blocks of a multiple of this
 
@@ -42,44 +44,48 @@ def splash_attention(
 ) -> Float[Array, "B S H h"]:
   """Softmax attention within segments; with `causal`, to a position's own slot and before.
 
-  Each chip runs the kernel on its rows and heads. What the backward pass needs is named, so that a
-  remat policy may keep it: "qkv", and "attention", the output with its softmax's normaliser.
+  Each chip runs the kernel on its rows, heads and (where they are split) queries, which see the
+  keys and values of whole rows. What the backward pass needs is named, so that a remat policy may
+  keep it: "qkv", and "attention", the output with its softmax's normaliser.
 
   Args:
-    block: positions in a block; divides S.
+    block: positions in a block; divides those of a chip.
     interpret: runs the kernel step by step on any backend, for tests.
   """
-  spec = LAYOUT.act_bshk
+  mesh, spec = jax.sharding.get_abstract_mesh(), spec_of(queries)
+  num_positions, num_heads, head_dim = queries.shape[1:]
+  mask = masks.CausalMask if causal else masks.FullMask
+  attend = kernel.make_splash_mha(
+    masks.MultiHeadMask([mask((num_positions, num_positions))] * num_heads),
+    block_sizes=kernel.BlockSizes(
+      block_q=block,
+      block_kv=block,
+      block_q_dkv=block,
+      block_kv_dkv=block,
+      use_fused_bwd_kernel=True,
+    ),
+    head_shards=1,  # the mask is one for all heads
+    q_seq_shards=mesh.shape[spec[1]] if spec[1] else 1,
+    residual_checkpoint_name="attention",
+    interpret=interpret,
+  )
+  # The kernel carries the mask's blocks, and each chip needs those of its queries.
+  blocks = attend.manual_sharding_spec(NamedSharding(mesh, P(None, spec[1])))
+  attend = jax.tree.map(jax.sharding.reshard, attend, blocks)
 
   @functools.partial(
     jax.shard_map,
-    in_specs=(spec, spec, spec, LAYOUT.act_b),
+    in_specs=(blocks, spec, LAYOUT.act_bshk, LAYOUT.act_bshk, P(*spec[:2]), LAYOUT.act_b),
     out_specs=spec,
     check_vma=False,  # the kernel does not say over which axes its results vary
   )
-  def run(queries, keys, values, segment_ids):
-    num_positions, num_heads, head_dim = queries.shape[1:]
-    mask = masks.CausalMask if causal else masks.FullMask
-    shape = (num_positions, num_positions)
-    attend = kernel.make_splash_mha(
-      masks.MultiHeadMask([mask(shape)] * num_heads),
-      block_sizes=kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        use_fused_bwd_kernel=True,
-      ),
-      head_shards=1,
-      q_seq_shards=1,
-      residual_checkpoint_name="attention",
-      interpret=interpret,
-    )
+  def run(attend, queries, keys, values, own_segments, segments):
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (queries * head_dim**-0.5, keys, values))
     rows = (checkpoint_name(x, "qkv") for x in heads_first)
     with jax.named_scope("fused_splash"):
-      out = jax.vmap(attend)(*rows, kernel.SegmentIds(segment_ids, segment_ids))
+      out = jax.vmap(attend)(*rows, kernel.SegmentIds(own_segments, segments))
     # A tuple only where residuals are asked for.
-    return jnp.swapaxes(out, 1, 2)  # pyright: ignore[reportArgumentType]
+    return jnp.swapaxes(out, 1, 2)
 
-  return run(queries, keys, values, segment_ids)
+  own_segments = jax.sharding.reshard(segment_ids, P(*spec[:2]))
+  return run(attend, queries, keys, values, own_segments, segment_ids)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from mm1_jax.batch import Batch
@@ -45,13 +46,18 @@ def cross_entropy(
   Logits exist for a chunk only, in the forward and (recomputed) in the backward pass: [B, S, V] in
   float32 would be the largest array of the whole step.
   """
-  num_positions = hidden.shape[1]
-  size = math.gcd(num_positions, CHUNK)
+  num_parts = jax.sharding.get_abstract_mesh().shape["sequence"]  # that rows are split into
+  size = math.gcd(hidden.shape[1] // num_parts, CHUNK)
   weight = decoder.head_weight()
 
   def chunks(x):
-    shape = (x.shape[0], num_positions // size, size, *x.shape[2:])
-    return jnp.moveaxis(x.reshape(shape), 1, 0)
+    """Returns [chunks, B, parts x size, ...]: of every part of a row a piece at a time."""
+    rows, *rest = x.shape[0], *x.shape[2:]
+    x = jax.sharding.reshard(x, LAYOUT.act_bs)
+    shape = (rows, num_parts, x.shape[1] // num_parts // size, size, *rest)
+    x = jnp.moveaxis(jax.lax.reshape(x, shape, out_sharding=LAYOUT.act_bs), 2, 0)
+    spec = P(None, *LAYOUT.act_bs)
+    return jax.lax.reshape(x, (x.shape[0], rows, num_parts * size, *rest), out_sharding=spec)
 
   @jax.checkpoint
   def chunk_sums(weight, hidden, targets, mask, sources) -> TokenSums:

@@ -59,7 +59,7 @@ def run_config(*, moe: bool = False) -> RunConfig:
 
 def one_device() -> Mesh:
   return jax.make_mesh(
-    (1,) * 4, MESH_AXES, axis_types=(AxisType.Explicit,) * 4, devices=jax.devices()[:1]
+    (1,) * 5, MESH_AXES, axis_types=(AxisType.Explicit,) * 5, devices=jax.devices()[:1]
   )
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mm1_jax.config import MESH_AXES
+from mm1_jax.config import BATCH_AXES, MESH_AXES
 from mm1_jax.models.attention import attend, packed_causal_mask
 from mm1_jax.models.splash import block_size, splash_attention
 from mm1_jax.sharding import LAYOUT
@@ -58,8 +59,8 @@ def with_gradients(function, *inputs):
 @pytest.mark.parametrize("path", ["splash", "xla"])
 @pytest.mark.parametrize(
   ("num_kv_heads", "sizes"),
-  [(4, (1, 1, 1, 1)), (2, (1, 2, 1, 2))],
-  ids=["one chip", "four, grouped"],
+  [(4, (1,)), (2, (1, 2, 1, 2)), (2, (1, 1, 1, 2, 2))],
+  ids=["one chip", "four, grouped", "positions split"],
 )
 def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes):
   """Forward and backward; examples see neither each other nor padding, nor the other way round."""
@@ -73,13 +74,19 @@ def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes):
     @jax.jit
     def run(*args):
       *rest, segment_ids = args
+      split = P(BATCH_AXES, "sequence", "tensor", None)
+      rest = [jax.sharding.reshard(x, split) for x in rest]
       if path == "xla":
+        segment_ids = jax.sharding.reshard(segment_ids, LAYOUT.act_bs)
         return with_gradients(functools.partial(attend, segment_ids=segment_ids), *rest)
-      kernel = functools.partial(
-        splash_attention, segment_ids=segment_ids, causal=True, block=128, interpret=True
-      )
-      split = [jax.sharding.reshard(x, LAYOUT.act_bshk) for x in rest]
-      return with_gradients(kernel, *split)
+
+      def kernel(queries, keys, values):
+        keys, values = (jax.sharding.reshard(x, LAYOUT.act_bshk) for x in (keys, values))
+        return splash_attention(
+          queries, keys, values, segment_ids, causal=True, block=128, interpret=True
+        )
+
+      return with_gradients(kernel, *rest)
 
     actual = run(*where)
   for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
@@ -116,7 +123,8 @@ def test_attend_chooses_by_the_devices_of_the_mesh(platform, num_positions, pack
   """Not by the host's: a program for a TPU is compiled on machines that have none."""
   device = AbstractDevice(device_kind="TPU v5", num_cores=1, platform=platform)
   types = (AxisType.Explicit,) * len(MESH_AXES)
-  mesh = AbstractMesh((1, 1, 1, 1), MESH_AXES, axis_types=types, abstract_device=device)
+  sizes = (1,) * len(MESH_AXES)
+  mesh = AbstractMesh(sizes, MESH_AXES, axis_types=types, abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
 
     def abstract(shape, dtype, spec):

@@ -90,8 +90,8 @@ BOUNDED = dataclasses.replace(SPARSE, capacity_factor=1.25)
 
 
 def mesh(*sizes: int) -> Mesh:
-  """Returns a mesh of these axis lengths over the first devices; all 1 where none is given."""
-  sizes = sizes or (1,) * len(MESH_AXES)
+  """Returns a mesh of these axis lengths over the first devices; 1 where none is given."""
+  sizes += (1,) * (len(MESH_AXES) - len(sizes))
   return jax.make_mesh(
     sizes,
     MESH_AXES,
