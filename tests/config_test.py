@@ -559,7 +559,8 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(mesh, message):
     ),
     (
       {"model": {"decoder": {"width": 100}}},
-      r"model\.decoder\.width 100 does not divide over mesh axes fsdp x expert x sequence = 8; 96 or 104",
+      r"model\.decoder\.width 100 does not divide over mesh axes fsdp x expert x sequence = 8; "
+      r"96 or 104",
     ),
     ({"model": {"vision": {"width": 60, "num_heads": 4}}}, r"vision\.width 60 .* 56 or 64"),
     ({"model": {"connector": {"hidden": 1020}}}, r"connector\.hidden 1020 .* 1016 or 1024"),
@@ -597,7 +598,8 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(mesh, message):
     ),
     (
       {"model": {"decoder": {"mlp_dim": 100, "moe": {}}}},
-      r"decoder\.mlp_dim 100 does not divide over mesh axes tensor x fsdp x sequence = 8; 96 or 104",
+      r"decoder\.mlp_dim 100 does not divide over mesh axes tensor x fsdp x sequence = 8; "
+      r"96 or 104",
     ),
   ],
 )

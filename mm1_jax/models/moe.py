@@ -179,8 +179,8 @@ def _run_bounded(
   row = jnp.arange(x.shape[0])[:, None, None]
   slots = (experts * x.shape[0] + row) * share + place % share
   slots = jnp.where(kept & (place // share == chip), slots, num_slots)
-  tokens = (a.reshape(-1, a.shape[-1]) for a in (x, weights, slots))
-  y = _run_slots(*tokens, matrices, num_slots, num_experts).reshape(x.shape)
+  tokens = tuple(a.reshape(-1, a.shape[-1]) for a in (x, weights, slots))
+  y = _run_slots(tokens, matrices, num_slots, num_experts).reshape(x.shape)
   kept = jax.lax.dynamic_slice_in_dim(kept, chip * num_positions, num_positions, axis=1)
   return jax.lax.psum_scatter(y, "sequence", scatter_dimension=1, tiled=True), kept
 
@@ -193,10 +193,9 @@ def _places_in_row(experts: Int[Array, "B S k"], num_experts: int) -> Int[Array,
   return place.reshape(num_rows, top_k, num_positions).transpose(0, 2, 1)
 
 
-def _run_slots(
-  x, weights, slots, matrices, num_slots: int, num_experts: int
-) -> Float[Array, "n D"]:
-  """Runs a chip's tokens, whose choices have slots, through the experts of all chips."""
+def _run_slots(tokens, matrices, num_slots: int, num_experts: int) -> Float[Array, "n D"]:
+  """Runs a chip's tokens (x, weights, slots) through the experts of all chips."""
+  x, weights, slots = tokens
   owners = invert(slots, num_slots)
 
   def to_experts(rows):  # [E, B C, .] of this chip's rows -> its experts, all chips' rows
