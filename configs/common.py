@@ -116,6 +116,35 @@ def decoder(
   )
 
 
+# What keeps all of a block's matrix products, or those of its attention; see `model.remat`.
+KEEP_PRODUCTS = "qkv+attention+residual+mlp_gate+mlp_up"
+KEEP_ATTENTION = "qkv+attention"
+
+Presets = Mapping[str, Mapping[str, "int | str"]]
+
+
+def preset(*, steps: int = 1, remat: str = "full", **mesh: int) -> Mapping[str, int | str]:
+  """Returns overrides for a slice: micro-batches, what is kept, and the mesh's axes."""
+  axes = {f"mesh.{axis}": length for axis, length in ({"fsdp": 1} | mesh).items()}
+  return {**axes, "train.accumulation_steps": steps, "model.remat": remat}
+
+
+def on_slice(config: ConfigDict, presets: Presets, name: str) -> ConfigDict:
+  """Returns `config` set up for a TPU slice, such as "v5p-512"; as it is where `name` is "".
+
+  The presets were found by `python -m mm1_jax.plan --search` (docs/plans.md).
+  """
+  if not name:
+    return config
+  if name not in presets:
+    raise ValueError(
+      f"{config.name} has no preset for '{name}', only for {', '.join(presets)}. For another slice "
+      f"name none, and set --config.mesh.fsdp=... and --config.train.accumulation_steps=..."
+    )
+  config.update_from_flattened_dict(presets[name])
+  return config
+
+
 def moe(config: ConfigDict, *, num_experts: int, every: int) -> ConfigDict:
   """Returns `config` with every `every`-th layer sparse; the rate stays the dense backbone's."""
   config.name += "_moe"

@@ -8,10 +8,17 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+SLICES = {
+  "v5e-256": common.preset(fsdp=256, steps=2),
+  "v5p-512": common.preset(fsdp=256, steps=2, remat=common.KEEP_PRODUCTS),
+  "v6e-256": common.preset(fsdp=256, steps=2, remat=common.KEEP_ATTENTION),
+  "tpu7x-256": common.preset(fsdp=256, steps=2, remat=common.KEEP_PRODUCTS),
+}
 
-def get_config() -> ConfigDict:
+
+def get_config(slice_name: str = "") -> ConfigDict:
   config = common.pretrain("mm1_30b")
   common.decoder(config, depth=48, width=7168, heads=56, kv_heads=8, mlp_dim=23040)
   config.optimizer.learning_rate = 2e-5
   config.optimizer.connector_learning_rate = 8e-5
-  return config
+  return common.on_slice(config, SLICES, slice_name)

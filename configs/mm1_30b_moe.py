@@ -9,6 +9,14 @@ from ml_collections import ConfigDict
 
 from configs import common, mm1_30b
 
+SLICES = {
+  "v5p-512": common.preset(fsdp=16, expert=16, steps=2, remat=common.KEEP_ATTENTION),
+  "v6e-256": common.preset(fsdp=16, expert=16, steps=2),
+  "tpu7x-512": common.preset(data=2, fsdp=16, expert=16, remat=common.KEEP_ATTENTION),
+}
 
-def get_config() -> ConfigDict:
-  return common.moe(mm1_30b.get_config(), num_experts=16, every=4)
+
+def get_config(slice_name: str = "") -> ConfigDict:
+  return common.on_slice(
+    common.moe(mm1_30b.get_config(), num_experts=16, every=4), SLICES, slice_name
+  )

@@ -8,6 +8,15 @@ from ml_collections import ConfigDict
 
 from configs import common, mm1_3b
 
+SLICES = {
+  "v5e-256": common.preset(fsdp=16, expert=16, steps=2),
+  "v5p-256": common.preset(fsdp=8, expert=16, steps=2, remat=common.KEEP_ATTENTION),
+  "v6e-256": common.preset(fsdp=16, expert=16, steps=2, remat=common.KEEP_ATTENTION),
+  "tpu7x-256": common.preset(fsdp=16, expert=16, remat=common.KEEP_ATTENTION),
+}
 
-def get_config() -> ConfigDict:
-  return common.moe(mm1_3b.get_config(), num_experts=64, every=2)
+
+def get_config(slice_name: str = "") -> ConfigDict:
+  return common.on_slice(
+    common.moe(mm1_3b.get_config(), num_experts=64, every=2), SLICES, slice_name
+  )

@@ -38,6 +38,9 @@ _JSON = flags.DEFINE_string("json", None, "File to write all figures to.")
 _PICTURE = flags.DEFINE_string("picture", None, "PNG file to draw memory and time to.")
 _CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs; ~/.cache/mm1_jax/plans.")
 _OPTIONS = flags.DEFINE_list("compiler_options", [], "XLA options, such as xla_tpu_x=true,...")
+_QUICK = flags.DEFINE_bool(
+  "quick", False, "Stop before code is generated: seconds, not minutes; times are lower bounds."
+)
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes x remat policies x rows at a time.")
 _MESHES = flags.DEFINE_string("meshes", None, "For --search: 'fsdp=-1; fsdp=-1,tensor=2'.")
 _REMATS = flags.DEFINE_list("remats", None, "For --search: values of model.remat.")
@@ -76,7 +79,8 @@ def main(argv: list[str]) -> None:
     _write([figures(plan, _PRICE.value) for plan in plans])
     return
   options = dict(_option(text) for text in _OPTIONS.value)
-  plan = make_plan(run, topology, cast(What, _WHAT.value), options=options, cache=cache)
+  what, quick = cast(What, _WHAT.value), _QUICK.value
+  plan = make_plan(run, topology, what, options=options, cache=cache, quick=quick)
   print(table(plan, _PRICE.value))
   _write(figures(plan, _PRICE.value))
   if _PICTURE.value:

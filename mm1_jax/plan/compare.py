@@ -72,6 +72,8 @@ def _times(plan: dict[str, Any]) -> list[str]:
   if not (plan["fits"] and plan.get("calibrated")):
     return ["-"] * 5
   step, run = plan["step_seconds"], plan.get("run")
+  if plan["quick"]:
+    return [f"at least {step['lower']:.3g}", f"at most {plan['mfu']['upper']:.1%}", *"---"]
   return [
     f"{step['expected']:.3g} ({step['lower']:.3g} to {step['upper']:.3g})",
     f"{plan['mfu']['expected']:.1%}",

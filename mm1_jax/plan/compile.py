@@ -3,6 +3,9 @@
 
 The compiler is the real one, `libtpu`, which works on any Linux machine with an x86 CPU. A result
 is kept under the hash of its content: the traced program, the slice, options and versions.
+
+Nearly all of its time goes into the code of each operation. By then memory is assigned and the
+schedule made, so a compile that stops there takes seconds, and tells all but the step's time.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Literal, NamedTuple
 
 from absl import logging
@@ -27,6 +31,10 @@ from mm1_jax.plan.topology import Topology
 What = Literal["train", "prefill", "decode"]
 
 _HLO, _RESULT = "hlo.txt.gz", "result.json"
+DUMP = "dump"  # folder of what a compile that stops early leaves behind
+_POLL_SECONDS = 0.5
+_ASSIGNED = ".after_optimizations_after_buffer_assignment.txt"
+_ALLOCATIONS = ".after_optimizations-buffer-assignment.txt"
 # What a process that compiles for a TPU but has none needs; set before JAX is imported.
 _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
@@ -51,6 +59,7 @@ class Request:
   options: dict[str, str | bool]  # of the compiler
   libtpu: str  # its version
   cache: str
+  quick: bool = False  # stop before code is generated
 
 
 @dataclasses.dataclass
@@ -66,6 +75,7 @@ class Result:
   seconds: float = 0.0  # of compiling
   process_gib: float = 0.0  # peak memory of the worker
   rematerializations: int = 0  # of whole arrays, that the partitioner could not avoid
+  quick: bool = False  # stopped before code was generated: no estimates of time
 
   @classmethod
   def read(cls, folder: pathlib.Path) -> "Result":
@@ -97,8 +107,11 @@ def compile_program(
   *,
   options: dict[str, str | bool] | None = None,
   cache: pathlib.Path | None = None,
+  quick: bool = False,
 ) -> Compiled:
   """Compiles `what` ("train", "prefill", "decode") of a run for a slice, or finds it in the cache.
+
+  With `quick` the compiler is stopped before it generates code: there is no estimate of the time.
 
   Raises:
     ConfigError: the run does not divide over the slice.
@@ -117,20 +130,26 @@ def compile_program(
     options=options or {},
     libtpu=libtpu.version,
     cache=str(cache),
+    quick=quick,
   )
   with tempfile.TemporaryDirectory(dir=cache) as name:
     folder = pathlib.Path(name)
     (folder / "request.json").write_text(json.dumps(dataclasses.asdict(request)))
-    log = _run_worker(folder, libtpu)
+    begin = time.perf_counter()
+    log = _run_worker(folder, libtpu, quick)
     result = Result.read(folder)
     entry = cache / result.key
     if not entry.exists():
+      if quick and not result.refusal:
+        _read_dump(folder, result)
+        result.seconds = time.perf_counter() - begin
       result.rematerializations = len(re.findall("nvoluntary full rematerialization", log))
       result.write(folder)
       # All or nothing: another process may be looking for the same.
       kept = pathlib.Path(tempfile.mkdtemp(dir=cache))
-      for path in folder.iterdir():
-        shutil.copy(path, kept)
+      for name in (_RESULT, _HLO):
+        if (folder / name).exists():
+          shutil.copy(folder / name, kept)
       kept.rename(entry)
   result = Result.read(entry)
   logging.info("%s of %s for %s: %s", what, run.name, topology, entry)
@@ -177,21 +196,54 @@ def _wanted_libtpu() -> str:
   return next((pin[1] for pin in pins if pin), "")
 
 
-def _run_worker(folder: pathlib.Path, libtpu: Libtpu) -> str:
-  """Runs the worker; returns what it and the compiler said."""
-  command = [sys.executable, "-m", "mm1_jax.plan.worker", str(folder)]
-  done = subprocess.run(
-    command,
-    env=os.environ | _ENVIRONMENT | {"TPU_LIBRARY_PATH": libtpu.library},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    errors="replace",
-  )
-  if done.returncode:
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
+def _run_worker(folder: pathlib.Path, libtpu: Libtpu, quick: bool) -> str:
+  """Runs the worker, with `quick` until memory is assigned; returns what was said meanwhile."""
+  log = folder / "log.txt"
+  environment = _ENVIRONMENT | {"TPU_LIBRARY_PATH": libtpu.library, "TPU_LOG_DIR": str(folder)}
+  with log.open("wb") as file:
+    worker = subprocess.Popen(
+      [sys.executable, "-m", "mm1_jax.plan.worker", str(folder)],
+      env=os.environ | environment,
+      stdout=file,
+      stderr=subprocess.STDOUT,
+    )
+    try:
+      while worker.poll() is None and not (quick and _is_assigned(folder)):
+        time.sleep(_POLL_SECONDS)
+      stopped = worker.poll() is None
+    finally:
+      worker.kill()
+      worker.wait()
+  said = log.read_text(errors="replace")
+  if worker.returncode and not stopped:
+    lines = [line for line in said.splitlines() if line.strip()]
     raise PlanError(
-      f"compiling failed with exit code {done.returncode}; the last lines were:\n"
+      f"compiling failed with exit code {worker.returncode}; the last lines were:\n"
       + "\n".join(lines[-20:])
     )
-  return done.stdout
+  logs = folder.glob("tpu_driver*.log.WARNING.*")  # the compiler has a log of its own
+  return said + "".join(path.read_text(errors="replace") for path in logs)
+
+
+def _is_assigned(folder: pathlib.Path) -> bool:
+  """Whether the compiler has written out the program with all memory assigned."""
+  found = list((folder / DUMP).glob(f"*{_ASSIGNED}"))
+  if not found:
+    return False
+  size = found[0].stat().st_size
+  time.sleep(_POLL_SECONDS)
+  return 0 < size == found[0].stat().st_size
+
+
+def _read_dump(folder: pathlib.Path, result: Result) -> None:
+  """Fills in what a compile that was stopped left behind: the program and its memory."""
+  (program,) = (folder / DUMP).glob(f"*{_ASSIGNED}")
+  with gzip.open(folder / _HLO, "wt", compresslevel=5) as file:
+    file.write(program.read_text())
+  allocations = program.with_name(program.name.replace(_ASSIGNED, _ALLOCATIONS)).read_text()
+  # Of HBM: to those of another memory belongs another color.
+  kinds = "parameter|preallocated-temp"
+  sizes = re.findall(rf"^allocation \d+: size (\d+), ({kinds})", allocations, re.M)
+  arguments = sum(int(size) for size, kind in sizes if kind == "parameter")
+  peak = sum(int(size) for size, _ in sizes)
+  result.memory = {"arguments": arguments, "peak": peak, "code": 0}

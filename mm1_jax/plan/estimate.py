@@ -19,6 +19,10 @@ from mm1_jax.plan.topology import Topology
 ROOM = 0.92  # of a chip's memory; a program that needs more leaves nothing for surprises
 _NUM_SLOWEST = 10  # instructions that are named
 
+QUICK = (
+  "no code was generated: times are lower bounds, every operation at its roofline, and the code is "
+  "not in the memory"
+)
 UNSEEN = (
   "loading of data, evaluation, checkpoints, restarts, and hosts that are slower than others are "
   "not in these times"
@@ -34,7 +38,7 @@ class Step:
   """What a device does in a step, loops multiplied by their trip counts, and how long it takes."""
 
   lower: float  # seconds, every operation at its roofline
-  upper: float  # seconds by the compiler's own estimates
+  upper: float  # seconds by the compiler's own estimates; `lower` where it made none
   seconds_by_kind: dict[str, float]  # of `upper`: matmul, elementwise, kernel, collective, copy
   regions: list[Region]  # of `upper`, in order
   flops: float  # of matrix products, as the program executes them, recomputation included
@@ -64,6 +68,11 @@ class Plan:
   step: Step | None  # None if the compiler refused it
   model_flops: dict[str, int]  # of the global batch, by part, and `total`
   notes: list[str]  # what the figures leave out
+
+  @property
+  def quick(self) -> bool:
+    """Whether the times are lower bounds."""
+    return self.compiled.result.quick
 
   @property
   def fits(self) -> bool:
@@ -109,6 +118,7 @@ def make_plan(
   *,
   options: dict[str, str | bool] | None = None,
   cache: pathlib.Path | None = None,
+  quick: bool = False,
 ) -> Plan:
   """Compiles a program for a slice and reads off what it needs.
 
@@ -118,7 +128,7 @@ def make_plan(
     ConfigError: the run does not divide over the slice.
     PlanError: the compiler is missing, or failed.
   """
-  compiled = compile_program(run, topology, what, options=options, cache=cache)
+  compiled = compile_program(run, topology, what, options=options, cache=cache, quick=quick)
   return read_plan(compiled, run, topology, what)
 
 
@@ -126,9 +136,9 @@ def read_plan(compiled: Compiled, run: RunConfig, topology: Topology, what: What
   """Returns what a compiled program says."""
   memory = _memory(compiled)
   shortage = _shortage(compiled, memory, topology)
-  step, notes = None, [UNSEEN]
+  step, notes = None, [QUICK if compiled.result.quick else UNSEEN]
   if compiled.hlo:
-    step, more = _simulate(compiled.hlo, topology)
+    step, more = _simulate(compiled, topology)
     notes += more
   return Plan(
     run=run,
@@ -193,9 +203,10 @@ def _shortage(compiled: Compiled, memory: dict[str, float], topology: Topology) 
   return Shortage(total, available, result.kept) if total > available else None
 
 
-def _simulate(hlo: str, topology: Topology) -> tuple[Step, list[str]]:
-  simulator = Simulator(Module(hlo), topology)
-  lower, upper = simulator.run("roofline"), simulator.run("estimate")
+def _simulate(compiled: Compiled, topology: Topology) -> tuple[Step, list[str]]:
+  simulator = Simulator(Module(compiled.hlo), topology)
+  lower = simulator.run("roofline")
+  upper = lower if compiled.result.quick else simulator.run("estimate")
   ledger = upper.ledger
   slowest = sorted(ledger.instructions.items(), key=lambda item: -item[1][0])[:_NUM_SLOWEST]
   step = Step(

@@ -42,6 +42,7 @@ _BYTES = {
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<= ]*)\](?:\{([^{}]*)\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.-]+) = ")
+_END = re.compile(r'\}(, execution_thread="\w+")?$')  # of a computation
 _NAME = re.compile(r"%([\w.-]+)")
 _PARENTHESIS = re.compile(r"[()]")
 VMEM, HOST = 1, 5  # memory spaces, S(n) in a layout; HBM is 0
@@ -170,7 +171,7 @@ class Module:
       instruction = _INSTRUCTION.match(line) if current else None
       if instruction and current:
         current.add(Instruction(instruction[2], bool(instruction[1]), line[instruction.end() :]))
-      elif line == "}":
+      elif _END.match(line):
         current = None
       elif header := _HEADER.match(line):
         current = self.computations[header[2]] = Computation(header[2])
@@ -330,12 +331,12 @@ def _origin(computation: Computation, name: str) -> Instruction:
 def _logical_lines(text: str) -> Iterator[str]:
   """Yields lines, with those of an instruction joined: a kernel's attributes span several.
 
-  What such a line begins with says nothing; only the next instruction or a lone brace ends it.
+  What such a line begins with says nothing; only the next instruction or a computation's end does.
   """
   pending: list[str] = []
   for line in text.splitlines():
     begins = _INSTRUCTION.match(line)
-    if pending and not begins and line != "}":
+    if pending and not begins and not _END.match(line):
       pending.append(line)
       continue
     if pending:

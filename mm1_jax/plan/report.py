@@ -79,6 +79,7 @@ def _speed(plan: Plan, step: Step, price: float | None) -> dict[str, Any]:
   seconds = step.seconds
   values: dict[str, Any] = {
     "calibrated": plan.topology.chip.calibrated,
+    "quick": plan.quick,
     "step_seconds": {"expected": seconds, "lower": step.lower, "upper": step.upper},
     "mfu": {
       "expected": plan.mfu(seconds),
@@ -187,7 +188,7 @@ def _time_lines(values: dict[str, Any]) -> list[str]:
     return f"between {low:{form}} and {high:{form}}"
 
   lines = [
-    "predicted" if values["calibrated"] else "predicted, UNCALIBRATED",
+    "predicted" + ", at best" * values["quick"] + ", UNCALIBRATED" * (not values["calibrated"]),
     _row("step", f"{step['expected']:.4g} s", span(step["lower"], step["upper"], ".4g")),
     _row("MFU", f"{mfu['expected']:.1%}", span(mfu["lower"], mfu["upper"], ".1%")),
     _row("tokens/s", f"{values['tokens_a_second']:,.0f}"),
@@ -248,7 +249,8 @@ def _draw_kinds(axes: Axes, plan: Plan, step: Step) -> None:
     left += seconds
   axes.plot([step.lower, step.upper], [0.48, 0.48], color=drawing.INK, linewidth=2)
   axes.axvline(step.seconds, color=drawing.INK)
-  title = f"step: {step.seconds:.3g} s expected, {plan.mfu(step.seconds):.1%} MFU"
+  state = "at best" if plan.quick else "expected"
+  title = f"step: {step.seconds:.3g} s {state}, {plan.mfu(step.seconds):.1%} MFU"
   axes.set_title(
     title + ("" if plan.topology.chip.calibrated else ", UNCALIBRATED"), loc="left", fontsize=10
   )

@@ -18,7 +18,7 @@ import time
 import jax
 
 from mm1_jax.config import RunConfig
-from mm1_jax.plan.compile import Request, Result
+from mm1_jax.plan.compile import DUMP, Request, Result
 from mm1_jax.plan.memory import kept_arrays
 from mm1_jax.plan.program import trace
 from mm1_jax.plan.topology import find_topology
@@ -53,12 +53,17 @@ def _compile(request: Request, folder: pathlib.Path) -> Result:
   content = [_FORMAT, lowered.as_text(), topology.describe(), options, versions]
   key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
   kept = kept_arrays(program.traced.jaxpr.jaxpr)[:_NUM_BUFFERS]
-  result = Result(key, program.bytes_per_device(), kept, versions)
+  key += "-quick" if request.quick else ""
+  result = Result(key, program.bytes_per_device(), kept, versions, quick=request.quick)
   if pathlib.Path(request.cache, key).exists():
     return result
+  compiler = dict(request.options)
+  if request.quick:
+    compiler["xla_dump_to"] = str(folder / DUMP)
+    result.write(folder)  # for this process may be stopped any moment
   begin = time.perf_counter()
   try:
-    compiled = lowered.compile(compiler_options=request.options or None)
+    compiled = lowered.compile(compiler_options=compiler or None)
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise

@@ -119,7 +119,8 @@ def test_time_and_cost_follow_from_the_program():
   seconds = (lower * upper) ** 0.5
   assert values["step_seconds"]["expected"] == pytest.approx(seconds)
   assert values["tokens_a_second"] == pytest.approx(512 * 4096 / seconds)
-  assert values["images_a_second"] == pytest.approx(512 * 12 / seconds)
+  assert values["images_a_second"] == pytest.approx(plan.images / seconds)
+  assert plan.images == 512 * 16
   assert values["run"]["days"] == pytest.approx(200_000 * seconds / 86400)
   assert values["run"]["cost"] == pytest.approx(2.5 * 64 * 200_000 * seconds / 3600)
   assert values["executed_flops"] == 64 * 2 * 4096**3

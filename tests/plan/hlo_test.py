@@ -95,6 +95,13 @@ def test_flops_of_a_dot():
   assert module.flops(body.by_name["y"], body) == 2 * 8 * 8 * 8
 
 
+def test_a_computation_of_another_core_ends_too():
+  begin = TEXT.index("\n", TEXT.index("}")) - 1
+  assert TEXT[begin:].startswith("}\n")
+  module = Module(TEXT[:begin] + '}, execution_thread="sparsecore"' + TEXT[begin + 1 :])
+  assert module.computations.keys() == Module(TEXT).computations.keys()
+
+
 def test_a_kernel_spans_lines_that_look_like_ends():
   kernel = (
     "  %k = f32[8,8]{1,0} custom-call(%x), frontend_attributes={kernel_metadata={\n"
