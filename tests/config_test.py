@@ -44,9 +44,11 @@ from mm1_jax.config import (
   VisionConfig,
 )
 from mm1_jax.models.mm1 import MM1
+from mm1_jax.plan.topology import find_topology
 from mm1_jax.sharding import make_mesh
 from mm1_jax.train import optimizer
 
+FAMILY = (mm1_3b, mm1_7b, mm1_30b, mm1_3b_moe, mm1_7b_moe, mm1_30b_moe)
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "configs"
 REPO = pathlib.Path(__file__).parent.parent
 
@@ -512,7 +514,21 @@ def test_what_does_not_fit_together_is_refused(make, message):
     make()
 
 
-# The mesh.
+# The mesh, and the presets of slices.
+
+
+@pytest.mark.parametrize("module", FAMILY, ids=lambda module: module.__name__)
+def test_presets_divide_over_their_slices(module):
+  assert {slice_name.partition("-")[0] for slice_name in module.SLICES} >= {"v5p", "v6e", "tpu7x"}
+  for slice_name in module.SLICES:
+    run = RunConfig.from_dict(module.get_config(slice_name).to_dict())
+    run.check_mesh(find_topology(slice_name).num_devices)
+    assert (run.data.batch_size, run.data.seq_len) == (512, 4096)
+
+
+def test_a_slice_without_a_preset_is_said():
+  with pytest.raises(ValueError, match=r"mm1_3b has no preset for 'v5p-8', only for v5e-256, v5p-"):
+    mm1_3b.get_config("v5p-8")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 """Plans a run before it is paid for: `python -m mm1_jax.plan --config=... --topology=v5p-256`.
 
 Compiles the train step that `main` runs with the real TPU compiler, on a machine without a TPU, and
-tells memory, FLOPs, collectives, the expected time of a step, and what the run costs.
+tells memory, FLOPs, collectives, the expected time of a step, and what the run costs. Where the
+config has a preset for the slice (`configs/mm1_30b.py:v5p-512`), it is planned with that.
 
   python -m mm1_jax.plan --config=configs/mm1_30b_moe.py --topology=v5p-256 --price=2.10 \
       --json=plan.json --picture=plan.png
@@ -16,9 +17,11 @@ for what is predicted and how well.
 
 import json
 import pathlib
+import re
+import runpy
 from typing import cast, get_args
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from mm1_jax import cli
 from mm1_jax.config import ConfigError
@@ -27,7 +30,7 @@ from mm1_jax.plan.compile import What, default_cache
 from mm1_jax.plan.estimate import make_plan
 from mm1_jax.plan.report import draw, figures, table
 from mm1_jax.plan.search import parse_mesh, search, search_table
-from mm1_jax.plan.topology import find_topology
+from mm1_jax.plan.topology import find_topology, slice_names
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5p-128 or v5e-256.")
@@ -74,6 +77,7 @@ def main(argv: list[str]) -> None:
       remats=_REMATS.value or [run.model.remat],
       accumulations=_counts("accumulation", _ACCUMULATION.value),
       cache=cache,
+      quick=_QUICK.value,
     )
     print(search_table(plans))
     _write([figures(plan, _PRICE.value) for plan in plans])
@@ -85,6 +89,26 @@ def main(argv: list[str]) -> None:
   _write(figures(plan, _PRICE.value))
   if _PICTURE.value:
     pathlib.Path(_PICTURE.value).write_bytes(draw(plan))
+
+
+def _parse(argv: list[str]) -> list[str]:
+  return cli.parse(with_preset(argv))
+
+
+def with_preset(argv: list[str]) -> list[str]:
+  """Returns the arguments with `:SLICE` behind a config file that has a preset for --topology."""
+  given = dict(arg.lstrip("-").partition("=")[::2] for arg in argv[1:] if arg.startswith("-"))
+  config, topology = given.get("config", ""), given.get("topology", "")
+  if not re.search(r"\.py$", config) or topology not in slice_names():
+    return argv
+  try:
+    presets = runpy.run_path(config).get("SLICES", {})
+  except Exception:  # is said when the flag is read
+    return argv
+  if topology not in presets:
+    return argv
+  logging.info("With the preset of %s for %s.", config, topology)
+  return [f"{a}:{topology}" if re.match("--?config=", a) else a for a in argv]
 
 
 def _write(values) -> None:
@@ -107,4 +131,4 @@ def _option(text: str) -> tuple[str, str | bool]:
 
 
 if __name__ == "__main__":
-  cli.run(app.run, main, flags_parser=cli.parse)
+  cli.run(app.run, main, flags_parser=_parse)

@@ -156,8 +156,8 @@ def advice(run: RunConfig, topology: Topology) -> list[str]:
     found.append(
       f"--config.mesh.data=1 splits the params over all devices, not over a {sizes[0]}th."
     )
-  if rows <= 1 and sizes[3] == 1:
-    found.append("--config.mesh.tensor=2 splits each row's work over two devices.")
+  if rows <= 1 and sizes[4] == 1:
+    found.append("--config.mesh.sequence=2 splits each row's positions over two devices.")
   larger = _larger(topology)
   if larger:
     found.append(

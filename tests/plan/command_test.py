@@ -12,6 +12,7 @@ import pytest
 from configs import mm1_3b, mm1_debug
 from mm1_jax.config import ConfigError, MeshConfig, RunConfig
 from mm1_jax.metrics import model_flops
+from mm1_jax.plan.__main__ import with_preset
 from mm1_jax.plan.compare import compare_table, markdown_table, read_figures
 from mm1_jax.plan.compile import Compiled, PlanError, Result
 from mm1_jax.plan.estimate import Plan, read_plan, step_flops
@@ -169,6 +170,28 @@ def test_the_frontier_is_what_nothing_beats():
   assert frontier(plans) == [fast, small]
   lines = search_table(plans).splitlines()[1:]
   assert [line.startswith("*") for line in lines] == [False, True, True, False]
+
+
+def test_quick_plans_count_only_among_themselves():
+  """Their times are lower bounds, which the expected time of a whole one would always lose to."""
+  whole, quick = a_plan(temporaries=60 * GIB), a_plan(temporaries=20 * GIB)
+  quick.compiled.result.quick = True
+  assert frontier([whole, quick]) == [whole]
+  assert frontier([quick]) == [quick]
+  assert ">" in search_table([quick]).splitlines()[1]
+
+
+def test_the_preset_of_the_slice_is_taken(tmp_path):
+  flags = ["plan", "--config=configs/mm1_3b.py", "--topology=v5p-128"]
+  assert with_preset(flags)[1] == "--config=configs/mm1_3b.py:v5p-128"
+  for config, topology in (
+    ("configs/mm1_3b.py", "v5p-8"),  # has none
+    ("configs/mm1_3b.py:v5e-256", "v5p-128"),
+    ("configs/mm1_debug.py", "v5p-128"),
+    (str(tmp_path / "none.py"), "v5p-128"),
+  ):
+    flags = ["plan", f"--config={config}", f"--topology={topology}", "--search"]
+    assert with_preset(flags) == flags
 
 
 @pytest.mark.parametrize(

@@ -111,4 +111,4 @@ def test_advice_fits_the_run():
 
 def test_advice_where_each_device_has_one_row():
   lines = advice(run_3b(accumulation_steps=8), find_topology("v5p-128"))
-  assert lines[0].startswith("--config.mesh.tensor=2")
+  assert lines[0].startswith("--config.mesh.sequence=2")
