@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where arrays live: the gather, batches on the mesh, abstract states, and every param's layout."""
 
+import math
 import os
 import pathlib
 
@@ -8,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import mm1_debug
+from configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.batch import Batch
-from mm1_jax.config import FSDP_AXES, ConfigError, RunConfig
+from mm1_jax.config import FSDP_AXES, MESH_AXES, ConfigError, RunConfig
 from mm1_jax.models.mm1 import MM1
+from mm1_jax.plan.topology import find_topology
 from mm1_jax.sharding import LAYOUT, abstract_state, device_batch, gather, make_mesh
 from mm1_jax.train.step import init_state
 
@@ -119,12 +121,84 @@ def test_params_live_where_the_golden_file_says(abstract):
       lines.append(f"{name(path)}: {jax.typeof(jax.eval_shape(lambda x: x, shape))}")
   text = "\n".join(sorted(lines)) + "\n"
   golden = GOLDENS / f"mm1_debug_{kind}_1x2x2x2.txt"
+  check_golden(golden, text)
+
+
+def check_golden(golden: pathlib.Path, text: str) -> None:
   if os.environ.get("UPDATE_GOLDENS"):
     golden.parent.mkdir(parents=True, exist_ok=True)
     golden.write_text(text)
   assert text == golden.read_text(), (
     "The layout of params changed. If you meant it: UPDATE_GOLDENS=1 pytest tests/sharding_test.py"
   )
+
+
+# The family, each on its preset for this slice; nothing is made but shapes.
+FAMILY = {
+  mm1_3b: "v5p-128",
+  mm1_7b: "v5p-256",
+  mm1_30b: "v5p-512",
+  mm1_3b_moe: "v5p-256",
+  mm1_7b_moe: "v5p-256",
+  mm1_30b_moe: "v5p-512",
+}
+LARGE = 64 * 10**6  # bytes
+
+
+@pytest.fixture(scope="module", params=FAMILY, ids=lambda module: module.__name__.split(".")[1])
+def family(request):
+  """Returns a family config's name, mesh, and abstract state on it."""
+  slice_name = FAMILY[request.param]
+  run = RunConfig.from_dict(request.param.get_config(slice_name).to_dict())
+  sizes = run.check_mesh(find_topology(slice_name).num_devices)
+  mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(sizes))
+  with jax.sharding.use_abstract_mesh(mesh):
+    state = jax.eval_shape(lambda: init_state(MM1(jax.random.key(0), run.model), run))
+  return run.name, mesh, state
+
+
+def num_parts(leaf, mesh) -> int:
+  """Returns how many different parts of an array the devices hold."""
+  axes = [axis for entry in leaf.sharding.spec for axis in (np.atleast_1d(entry) if entry else ())]
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def num_bytes(leaf) -> int:
+  return leaf.size * leaf.dtype.itemsize
+
+
+def test_no_large_array_of_the_family_is_replicated(family):
+  """Params and moments are split over every device that holds other rows of a batch, but `data`."""
+  _, mesh, state = family
+  seen = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path((state.model, state.opt_state)):
+    if num_bytes(leaf) > LARGE:
+      seen += 1
+      assert num_parts(leaf, mesh) == mesh.size // mesh.shape["data"], name(path)
+  assert seen > 3 * 10
+
+
+def test_the_family_lives_where_the_golden_files_say(family):
+  """One line a large param; the small ones together."""
+  run_name, mesh, state = family
+  lines, small, whole, here = [], [], 0, 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.model):
+    whole += num_bytes(leaf)
+    here += num_bytes(leaf) // num_parts(leaf, mesh)
+    if num_bytes(leaf) > LARGE:
+      with jax.sharding.use_abstract_mesh(mesh):
+        lines.append(f"{name(path)}: {jax.typeof(leaf)}")
+    else:
+      small.append(num_bytes(leaf))
+  sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  text = "\n".join(
+    [
+      f"mesh {sizes}: {whole / 2**30:.2f} GiB of params, {here / 2**30:.3f} GiB a device",
+      *sorted(lines),
+      f"{len(small)} others: {sum(small) / 2**20:.1f} MiB",
+    ]
+  )
+  check_golden(GOLDENS / f"{run_name}.txt", text + "\n")
 
 
 def test_moments_live_where_their_params_do(abstract):
