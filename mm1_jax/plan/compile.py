@@ -32,6 +32,7 @@ What = Literal["train", "prefill", "decode"]
 
 _HLO, _RESULT = "hlo.txt.gz", "result.json"
 DUMP = "dump"  # folder of what a compile that stops early leaves behind
+_COMMAND = ("-m", "mm1_jax.plan.worker")
 _POLL_SECONDS = 0.5
 _ASSIGNED = ".after_optimizations_after_buffer_assignment.txt"
 _ALLOCATIONS = ".after_optimizations-buffer-assignment.txt"
@@ -143,7 +144,7 @@ def compile_program(
       if quick and not result.refusal:
         _read_dump(folder, result)
         result.seconds = time.perf_counter() - begin
-      result.rematerializations = len(re.findall("nvoluntary full rematerialization", log))
+      result.rematerializations = count_rematerializations(log)
       result.write(folder)
       # All or nothing: another process may be looking for the same.
       kept = pathlib.Path(tempfile.mkdtemp(dir=cache))
@@ -202,7 +203,7 @@ def _run_worker(folder: pathlib.Path, libtpu: Libtpu, quick: bool) -> str:
   environment = _ENVIRONMENT | {"TPU_LIBRARY_PATH": libtpu.library, "TPU_LOG_DIR": str(folder)}
   with log.open("wb") as file:
     worker = subprocess.Popen(
-      [sys.executable, "-m", "mm1_jax.plan.worker", str(folder)],
+      [sys.executable, *_COMMAND, str(folder)],
       env=os.environ | environment,
       stdout=file,
       stderr=subprocess.STDOUT,
@@ -223,6 +224,11 @@ def _run_worker(folder: pathlib.Path, libtpu: Libtpu, quick: bool) -> str:
     )
   logs = folder.glob("tpu_driver*.log.WARNING.*")  # the compiler has a log of its own
   return said + "".join(path.read_text(errors="replace") for path in logs)
+
+
+def count_rematerializations(log: str) -> int:
+  """Returns how many arrays are put together whole to be split in another way."""
+  return len(re.findall("Involuntary full rematerialization", log))
 
 
 def _is_assigned(folder: pathlib.Path) -> bool:

@@ -51,7 +51,7 @@ def _train(run: RunConfig, mesh: Mesh) -> Program:
   def make():
     return init_state(MM1(jax.random.key(run.train.seed), run.model), run)
 
-  state, batch = abstract_state(make, mesh), _batch(run, mesh)
+  state, batch = abstract_state(make, mesh), abstract_batch(run, mesh)
   arguments = {"params": state.model, "optimizer": state.opt_state, "batch": batch}
   return Program(arguments, train_step_on(mesh).trace(state, batch, run=run))
 
@@ -74,7 +74,7 @@ def decode(
 
 def _prefill(run: RunConfig, mesh: Mesh) -> Program:
   params, cache = _inference(run, mesh)
-  batch = _batch(run, mesh)
+  batch = abstract_batch(run, mesh)
   arguments = {"params": params, "batch": batch, "cache": cache}
   return Program(arguments, prefill.trace(params, batch, cache))
 
@@ -93,7 +93,8 @@ def _inference(run: RunConfig, mesh: Mesh) -> tuple[MM1, KVCache]:
   return params, abstract_state(lambda: params.decoder.init_cache(rows, slots), mesh)
 
 
-def _batch(run: RunConfig, mesh: Mesh) -> Batch:
+def abstract_batch(run: RunConfig, mesh: Mesh) -> Batch:
+  """Returns the shapes of a batch, and how it is split."""
   rows = functools.partial(_rows, mesh)
   num_rows, positions, slots = run.data.batch_size, run.data.seq_len, run.data.images_per_row
   ids = rows(jnp.int32, num_rows, positions)

@@ -99,6 +99,46 @@ def test_a_plan_of_the_train_step(kind, slice_name, tmp_path):
 
 @needs_libtpu
 @pytest.mark.long
+def test_a_quick_plan_is_the_whole_one_but_for_the_time(tmp_path):
+  run, topology = debug_run(batch_size=256), find_topology("v5p-8")
+  whole, quick = (make_plan(run, topology, cache=tmp_path, quick=q) for q in (False, True))
+  assert whole.step
+  assert quick.step
+  assert quick.step.flops == pytest.approx(whole.step.flops, rel=1e-6)
+  assert quick.step.lower == pytest.approx(whole.step.lower, rel=0.05)
+  assert quick.memory["params"] == whole.memory["params"]
+  assert quick.memory["temporaries"] == pytest.approx(whole.memory["temporaries"], rel=0.1)
+  assert quick.compiled.result.seconds < whole.compiled.result.seconds
+  assert len(entries(tmp_path)) == 2
+
+
+# An array goes from one way of being split to another that has nothing in common with it.
+INVOLUNTARY = """
+import os, sys
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+mesh = Mesh(np.array(devices).reshape(4, 2), ("x", "y"))
+before, after = NamedSharding(mesh, P("y", None, "x")), NamedSharding(mesh, P(None, ("x", "y")))
+x = jax.ShapeDtypeStruct((16, 16, 16), "float32", sharding=before)
+jax.jit(lambda x: jax.lax.with_sharding_constraint(x + x, after)).lower(x).compile()
+"""
+
+
+@needs_libtpu
+def test_rematerializations_are_in_what_the_compiler_says(monkeypatch, tmp_path):
+  """It warns of them in a log of its own, and nowhere else."""
+  monkeypatch.setattr(plan_compile, "_COMMAND", ("-c", INVOLUNTARY))
+  said = plan_compile._run_worker(tmp_path, find_libtpu(), quick=False)
+  assert plan_compile.count_rematerializations(said) == 1
+  assert plan_compile.count_rematerializations("nothing of the kind") == 0
+
+
+@needs_libtpu
+@pytest.mark.long
 def test_out_of_memory_is_an_answer(tmp_path):
   run = debug_run(batch_size=65536)
   plan = make_plan(run, find_topology("v5e-4"), cache=tmp_path)
