@@ -97,9 +97,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 def with_preset(argv: list[str]) -> list[str]:
   """Returns the arguments with `:SLICE` behind a config file that has a preset for --topology."""
-  given = dict(arg.lstrip("-").partition("=")[::2] for arg in argv[1:] if arg.startswith("-"))
+  given = {name.lstrip("-"): value for name, _, value in (arg.partition("=") for arg in argv)}
   config, topology = given.get("config", ""), given.get("topology", "")
-  if not re.search(r"\.py$", config) or topology not in slice_names():
+  if not config.endswith(".py") or topology not in slice_names():
     return argv
   try:
     presets = runpy.run_path(config).get("SLICES", {})
