@@ -359,7 +359,7 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
   if sum(map(len, shares)) != len(set().union(*shares)) or len({*map(len, shares)}) > 1:
     raise ConfigError(
       f"mesh {dict(mesh.shape)}: hosts hold rows of a batch that overlap in part; let the devices "
-      "of a host, or whole hosts, make up each length of `tensor`."
+      "of a host, or whole hosts, make up each length of `tensor` and `sequence`."
     )
   return shares.index(tuple(sorted(blocks[jax.process_index()]))), len(shares)
 

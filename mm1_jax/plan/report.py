@@ -35,6 +35,7 @@ def figures(plan: Plan, price: float | None = None) -> dict[str, Any]:
   values: dict[str, Any] = {
     "config": run.name,
     "what": plan.what,
+    "quick": plan.quick,
     "slice": topology.name,
     "num_slices": topology.num_slices,
     "chips": topology.num_chips,
@@ -79,7 +80,6 @@ def _speed(plan: Plan, step: Step, price: float | None) -> dict[str, Any]:
   seconds = step.seconds
   values: dict[str, Any] = {
     "calibrated": plan.topology.chip.calibrated,
-    "quick": plan.quick,
     "step_seconds": {"expected": seconds, "lower": step.lower, "upper": step.upper},
     "mfu": {
       "expected": plan.mfu(seconds),

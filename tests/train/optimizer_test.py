@@ -355,10 +355,11 @@ def test_optimizer_state_is_sharded_like_the_params_and_stays_so(name):
   else:
     # A factor keeps the spec of the dims that it keeps.
     gate = "decoder.units.layers.1.mlp.gate"
-    assert model[gate] == (None, "expert", "fsdp", "tensor")
+    fsdp = ("fsdp", "sequence")
+    assert model[gate] == (None, "expert", fsdp, "tensor")
     (rows,) = (s for n, s in slots.items() if n.endswith(f"v_row.{gate}"))
     (columns,) = (s for n, s in slots.items() if n.endswith(f"v_col.{gate}"))
-    assert {rows, columns} == {(None, "expert", "fsdp"), (None, "expert", "tensor")}
+    assert {rows, columns} == {(None, "expert", fsdp), (None, "expert", "tensor")}
 
 
 @pytest.mark.slow
