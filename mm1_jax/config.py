@@ -309,6 +309,7 @@ class DataConfig:
   # Rows of all sources, or each row of one source, as MM1 has it.
   packing: Literal["joint", "per_source"] = "joint"
   chat: bool = False  # conversations: generation then puts a prompt in the chat template
+  chat_template: str = "default"  # or vicuna, llama3, chatml, or a file; see `data/template.py`
   window_rows: int = 128  # rows that are packed together; more fill better and shuffle further
   num_workers: int = 0  # processes that decode images; 0 decodes in the training process
   prefetch_batches: int = 2  # made ahead, whatever the number of workers; all are in host memory

@@ -23,7 +23,7 @@ from absl import flags, logging
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, SourceConfig
-from mm1_jax.data.examples import Encoder, Example, cut
+from mm1_jax.data.examples import Encoder, Example, cut, make_encoder
 from mm1_jax.data.image import ImageError, decode_image
 from mm1_jax.data.index import UNREADABLE, Index, cache_dir, load_index
 from mm1_jax.data.packing import Segment, assemble
@@ -491,7 +491,7 @@ def _encoder(data: DataConfig, tokens_per_image: int, image_token_id: int) -> En
       f"model.image_token_id is {image_token_id}, but data.tokenizer '{data.tokenizer}' has "
       f"<image> at {tokenizer.image_id}; set it to that."
     )
-  encoder = Encoder(tokenizer, tokens_per_image, data.image_delimiters)
+  encoder = make_encoder(data, tokens_per_image, tokenizer)
   if data.images_per_row and len(encoder.image_ids) > data.seq_len:
     raise ConfigError(
       f"data.seq_len {data.seq_len} cannot hold one image of {len(encoder.image_ids)} positions."

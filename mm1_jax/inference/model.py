@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mm1_jax import checkpoint
 from mm1_jax.config import MESH_AXES, ConfigError, MeshConfig, RunConfig, UserError
-from mm1_jax.data.examples import Encoder
+from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.image import ImageError, decode_image, on_white
 from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.inference import sampler
@@ -64,9 +64,7 @@ class Model:
     self.mesh = mesh
     self.params = params
     self.tokenizer = Tokenizer(run.data.tokenizer)
-    self.encoder = Encoder(
-      self.tokenizer, run.model.connector.num_tokens, run.data.image_delimiters
-    )
+    self.encoder = make_encoder(run.data, run.model.connector.num_tokens, self.tokenizer)
     self.chat = run.data.chat
     # The vocabulary may be rounded up beyond the tokenizer's.
     self._allowed = np.arange(run.model.decoder.vocab_size) < self.tokenizer.vocab_size

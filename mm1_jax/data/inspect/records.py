@@ -11,7 +11,7 @@ import PIL.ExifTags
 import PIL.Image
 
 from mm1_jax.config import RunConfig, SourceConfig
-from mm1_jax.data.examples import Encoder
+from mm1_jax.data.examples import Encoder, make_encoder
 from mm1_jax.data.image import FORMATS, ImageError, decode_image
 from mm1_jax.data.index import TOO_LONG, TOO_MANY_IMAGES, UNREADABLE
 from mm1_jax.data.sources import RecordError, Source
@@ -113,9 +113,8 @@ def read_records(run: RunConfig, source: SourceConfig, *, num_records: int, seed
     DataError: files that are missing, damaged or empty.
   """
   opened = Source(source)
-  encoder = Encoder(
-    Tokenizer(run.data.tokenizer), run.model.connector.num_tokens, run.data.image_delimiters
-  )
+  tokenizer = Tokenizer(run.data.tokenizer)
+  encoder = make_encoder(run.data, run.model.connector.num_tokens, tokenizer)
   rng = np.random.default_rng(seed)
   drawn = rng.choice(len(opened), min(num_records, len(opened)), replace=False)
   return Sample(
