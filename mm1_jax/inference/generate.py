@@ -20,6 +20,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 
@@ -102,10 +103,6 @@ def load(args: argparse.Namespace) -> Model:
   return model
 
 
-def sampling(args: argparse.Namespace) -> Sampling:
-  return Sampling(args.temperature, args.top_k, args.top_p)
-
-
 def main(argv: list[str] | None = None) -> None:
   args = parse(argv)
   if (args.input is None) != (args.output is None):
@@ -126,7 +123,7 @@ def _answer_one(args: argparse.Namespace) -> None:
   content = content_of(args.content)
   model = load(args)
   start = time.perf_counter()
-  (answer,) = model.generate([content], chat=args.chat, seed=args.seed, **_how(args))
+  (answer,) = model.generate([content], chat=args.chat, seed=args.seed, **how(args))
   tell(f"compiled and answered in {time.perf_counter() - start:.1f} s")
   print(answer)
 
@@ -141,7 +138,7 @@ def _answer_all(args: argparse.Namespace) -> None:
     seed=args.seed,
     batch_size=args.batch_size,
     tell=tell,
-    **_how(args),
+    **how(args),
   )
   if tally.failed:
     raise UserError(
@@ -150,10 +147,11 @@ def _answer_all(args: argparse.Namespace) -> None:
     )
 
 
-def _how(args: argparse.Namespace) -> dict:
+def how(args: argparse.Namespace) -> dict[str, Any]:
+  """Returns what `add_answer_flags` say, the seed aside, as `Model.generate` takes it."""
   return {
     "max_new_tokens": args.max_new_tokens,
-    "sampling": sampling(args),
+    "sampling": Sampling(args.temperature, args.top_k, args.top_p),
     "stop": args.stop,
   }
 

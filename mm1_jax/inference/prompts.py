@@ -64,7 +64,9 @@ def read_prompt(prompt: Prompt, run: RunConfig, encoder: Encoder, *, chat: bool)
   else:
     turns = [{"role": "user", "content": list(prompt)}]
   for turn in turns:
-    if not any(item.strip() if isinstance(item, str) else True for item in turn["content"]):
+    if turn["role"] == "user" and not any(
+      item.strip() if isinstance(item, str) else True for item in turn["content"]
+    ):
       raise PromptError("the prompt is empty; give it a text or an image.")
   pixels = [_pixels(i, run) for turn in turns for i in turn["content"] if not isinstance(i, str)]
   for turn in turns:  # the encoder only counts and passes on what stands for a picture
@@ -73,6 +75,17 @@ def read_prompt(prompt: Prompt, run: RunConfig, encoder: Encoder, *, chat: bool)
     ]
   encoded = encoder.encode_prompt(turns) if chat else encoder.encode_prefix(turns[0]["content"])
   return Request(encoded.ids, pixels, chat)
+
+
+def check_image(image: Image, run: RunConfig) -> tuple[int, int]:
+  """Returns height and width of a picture that can be used.
+
+  Raises:
+    PromptError: it cannot be.
+  """
+  _pixels(image, run)
+  with PIL.Image.open(io.BytesIO(_encoded(image))) as opened:
+    return opened.height, opened.width
 
 
 def fill_slots(text: str, images: Sequence[Item]) -> list[Item]:
