@@ -47,7 +47,12 @@ def held_out_captions(run: RunConfig) -> tuple[list[Batch], np.ndarray]:
   data = run.data
   source = Source(next(s for s in data.eval_sources if s.name == "captions"))
   tokenizer = Tokenizer(data.tokenizer)
-  encoder = make_encoder(data, run.model.connector.num_tokens, tokenizer)
+  encoder = make_encoder(
+    run.data,
+    tokenizer,
+    image_size=run.model.vision.image_size,
+    tokens_per_image=run.model.connector.num_tokens,
+  )
   segments, names = [], []
   for record in (source[i] for i in range(len(source))):
     example = encoder.encode_record(record)

@@ -23,6 +23,7 @@ import numpy as np
 from mm1_jax.config import DataConfig
 from mm1_jax.data.sources import Record
 from mm1_jax.data.template import ChatTemplate, load_template
+from mm1_jax.data.tiling import Tile, Tiler
 from mm1_jax.data.tokenizer import Tokenizer
 
 Items = Sequence[Mapping[str, Any]]
@@ -42,7 +43,7 @@ class Example:
   tokens: np.ndarray  # int32[L]
   targets: np.ndarray  # int32[L]
   loss_mask: np.ndarray  # float32[L]
-  images: tuple[bytes, ...]  # encoded pictures in order
+  images: tuple[bytes | Tile, ...]  # encoded pictures, or parts of them, in order
   spans: tuple[Span, ...]  # where each of them stands in `tokens`
 
   def __len__(self) -> int:
@@ -61,7 +62,7 @@ class Prompt(NamedTuple):
   """What a model is given to go on from."""
 
   ids: list[int]
-  images: list[bytes]  # one for each run of `<image>` ids
+  images: list[bytes | Tile]  # one for each run of `<image>` ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +74,14 @@ class Encoder:
     tokens_per_image: positions that the connector's output takes (T).
     image_delimiters: puts `<image_start>` and `<image_end>` around a picture.
     template: what stands around the turns of a conversation.
+    tiler: cuts pictures of high resolution; None leaves all whole.
   """
 
   tokenizer: Tokenizer
   tokens_per_image: int
   image_delimiters: bool = True
   template: ChatTemplate = dataclasses.field(default_factory=load_template)
+  tiler: Tiler | None = None
 
   @property
   def image_ids(self) -> list[int]:
@@ -97,7 +100,12 @@ class Encoder:
 
   def encode_prefix(self, items: Items) -> Prompt:
     """Returns the beginning of a document, for a pre-trained model to go on with."""
+    (items,) = self._cut([items])
     return Prompt([self.tokenizer.bos_id, *self.encode_content(items)], _images(items))
+
+  def _cut(self, contents: Sequence[Items]) -> Sequence[Items]:
+    """Returns the contents of an example with its pictures cut, if they are to be."""
+    return contents if self.tiler is None else self.tiler.cut(contents)
 
   def encode_prompt(self, turns: Sequence[Mapping[str, Any]]) -> Prompt:
     """Returns a conversation that ends in the user's turn, up to where the answer begins.
@@ -132,7 +140,7 @@ class Encoder:
     if "turns" in record:
       example = self.encode_record(record)
       return Measure(len(example), [span.start for span in example.spans], [])
-    items = record["content"]
+    (items,) = self._cut([record["content"]])
     # Behind `<s>` at 0. `</s>` is a target and takes no position.
     starts = list(itertools.accumulate((len(self._encode_item(i)) for i in items), initial=1))
     images = [start for start, item in zip(starts, items, strict=False) if "image" in item]
@@ -142,7 +150,7 @@ class Encoder:
 
   def _encode_turns(
     self, turns: Sequence[Mapping[str, Any]]
-  ) -> tuple[list[int], list[bool], list[bytes]]:
+  ) -> tuple[list[int], list[bool], list[bytes | Tile]]:
     """Returns ids, whether each is to be predicted, and the pictures.
 
     A last turn without content is one that is still to be said.
@@ -150,24 +158,25 @@ class Encoder:
     template, encode = self.template, self.tokenizer.encode_markup
     if template.default_system and turns[0]["role"] != "system":
       turns = [{"role": "system", "content": [{"text": template.default_system}]}, *turns]
+    contents = self._cut([turn["content"] or [] for turn in turns])
     ids = [self.tokenizer.bos_id] if template.bos else []
     predict, images = [False] * len(ids), []
-    for number, turn in enumerate(turns, start=1):
-      markup, items = template.markup(turn["role"]), turn["content"]
+    for number, (turn, items) in enumerate(zip(turns, contents, strict=True), start=1):
+      markup, said = template.markup(turn["role"]), turn["content"] is not None
       parts = [(encode(markup.before.removesuffix(" ")), False)]
-      if items is not None and turn["role"] == "assistant":
+      if said and turn["role"] == "assistant":
         parts += [(self.encode_answer(items), True)]
         parts += [(encode(markup.after), False)] if number < len(turns) else []
-      elif items is not None:
+      elif said:
         items = _after_space(items) if markup.before.endswith(" ") else items
         parts += [(self.encode_content(items), False), (encode(markup.after), False)]
       for part, trained in parts:
         ids += part
         predict += [trained] * len(part)
-      images += _images(items or [])
+      images += _images(items)
     return ids, predict, images
 
-  def _example(self, ids: list[int], predict: list[bool], images: list[bytes]) -> Example:
+  def _example(self, ids: list[int], predict: list[bool], images: list[bytes | Tile]) -> Example:
     sequence = np.array(ids, np.int32)
     tokens, targets = sequence[:-1], sequence[1:]
     specials = (
@@ -212,14 +221,27 @@ def cut(example: Example, start: int, stop: int) -> Example:
   )
 
 
-def make_encoder(data: DataConfig, tokens_per_image: int, tokenizer: Tokenizer) -> Encoder:
+def make_encoder(
+  data: DataConfig, tokenizer: Tokenizer, *, image_size: tuple[int, int], tokens_per_image: int
+) -> Encoder:
   """Returns the encoder of a run.
+
+  Args:
+    data: the run's.
+    tokenizer: text to ids.
+    image_size: of the encoder's input, in pixels.
+    tokens_per_image: positions of a picture, or of a part of one (T).
 
   Raises:
     DataError: its chat template is missing or damaged.
   """
-  template = load_template(data.chat_template)
-  return Encoder(tokenizer, tokens_per_image, data.image_delimiters, template)
+  return Encoder(
+    tokenizer,
+    tokens_per_image,
+    data.image_delimiters,
+    load_template(data.chat_template),
+    data.tiling and Tiler(data.tiling, image_size, data.image_fit),
+  )
 
 
 def _after_space(items: Items) -> Items:
@@ -229,5 +251,5 @@ def _after_space(items: Items) -> Items:
   return items
 
 
-def _images(items: Items) -> list[bytes]:
+def _images(items: Items) -> list[bytes | Tile]:
   return [item["image"] for item in items if "image" in item]

@@ -297,6 +297,7 @@ def _key(path: str, encoder: Encoder) -> str:
     "tokenizer": hashlib.sha256(encoder.tokenizer.model).hexdigest(),
     "image": [encoder.tokens_per_image, encoder.image_delimiters],
     "template": encoder.template.to_json(),
+    "tiling": repr(encoder.tiler),
   }
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 

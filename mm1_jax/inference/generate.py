@@ -75,6 +75,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
   add("--fsdp", type=int, default=1, metavar="N", help="to split rows and params over (1)")
   add("--expert", type=int, default=1, metavar="N", help="the same, and experts (1)")
   add("--tensor", type=int, default=1, metavar="N", help="to split heads and mlp over (1)")
+  add("--max-tiles", type=int, metavar="N", help="sub-images of a picture (as in training)")
+  add("--cut-last", type=int, metavar="N", help="cut the last N pictures alone: mixed resolution")
 
 
 def add_answer_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
@@ -98,7 +100,9 @@ def load(args: argparse.Namespace) -> Model:
   """Loads what `add_model_flags` names, and says how long it took."""
   start = time.perf_counter()
   axes = {axis: getattr(args, axis) for axis in ("data", "fsdp", "expert", "tensor")}
-  model = Model.load(args.checkpoint, **axes)
+  tiling = {"max_tiles": args.max_tiles, "last": args.cut_last}
+  tiling = {key: value for key, value in tiling.items() if value is not None}
+  model = Model.load(args.checkpoint, **axes, tiling=tiling)
   tell(f"loaded '{args.checkpoint}' in {time.perf_counter() - start:.1f} s")
   return model
 

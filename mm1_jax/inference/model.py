@@ -7,7 +7,8 @@ model.generate([[pathlib.Path("a.jpg"), "What is this?"]])  # ["A cat."]
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,12 @@ class Model:
     self.mesh = mesh
     self.params = params
     self.tokenizer = Tokenizer(run.data.tokenizer)
-    self.encoder = make_encoder(run.data, run.model.connector.num_tokens, self.tokenizer)
+    self.encoder = make_encoder(
+      run.data,
+      self.tokenizer,
+      image_size=run.model.vision.image_size,
+      tokens_per_image=run.model.connector.num_tokens,
+    )
     self.chat = run.data.chat
     # An answer ends with `</s>`, or with the template's own symbol if the tokenizer has it.
     end = self.encoder.answer_end
@@ -62,7 +68,14 @@ class Model:
 
   @classmethod
   def load(
-    cls, path: epath.PathLike, *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1
+    cls,
+    path: epath.PathLike,
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    tiling: Mapping[str, Any] | None = None,
   ) -> "Model":
     """Reads a run's newest checkpoint, or the one of its steps that `path` is.
 
@@ -72,15 +85,20 @@ class Model:
       fsdp: devices that rows are split over, and params.
       expert: the same, and the experts of a sparse model.
       tensor: devices that heads, mlp and vocabulary are split over.
+      tiling: what differs from how pictures were cut in training, such as `{"max_tiles": 16}`, or
+        `{"last": 1}` for examples in low and a question in high resolution; see `TilingConfig`.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is damaged.
-      ConfigError: there are not enough devices, or the model does not divide over them.
+      ConfigError: there are not enough devices, the model does not divide over them, or pictures
+        were not cut in training.
       DataError: the run's tokenizer or template is missing or damaged.
     """
     path = checkpoint.absolute(path)
     workdir = path.parent.parent if (path / checkpoint.PARAMS).exists() else path
     run = checkpoint.read_run(workdir)
+    if tiling:
+      run = _with_tiling(run, tiling)
     mesh = _make_mesh(run, MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor))
     params = checkpoint.restore_params(path, abstract_params(run, mesh))
     return cls(params, run, mesh)
@@ -273,6 +291,16 @@ def abstract_params(run: RunConfig, mesh: Mesh) -> MM1:
     if name.split(".")[-1] not in IN_FLOAT32:
       leaves[name] = jax.ShapeDtypeStruct(x.shape, jnp.dtype(cfg.dtype), sharding=x.sharding)
   return checkpoint.from_names(model, leaves)
+
+
+def _with_tiling(run: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+  if run.data.tiling is None:
+    raise ConfigError(f"this run has no data.tiling, so pictures are not cut: {dict(changes)}.")
+  tiling = dataclasses.replace(run.data.tiling, **changes)
+  # Answering has as many image slots as it needs.
+  slots = max(run.data.images_per_row, tiling.max_slots)
+  data = dataclasses.replace(run.data, tiling=tiling, images_per_row=slots)
+  return dataclasses.replace(run, data=data)
 
 
 def _make_mesh(run: RunConfig, sizes: MeshConfig) -> Mesh:

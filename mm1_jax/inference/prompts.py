@@ -8,6 +8,7 @@ A prompt is a list of texts and pictures in order, or of turns, as a conversatio
    {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "What colour?"}]
 """
 
+import functools
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +21,9 @@ from etils import epath
 
 from mm1_jax.config import RunConfig, UserError
 from mm1_jax.data.examples import Encoder
-from mm1_jax.data.image import TOO_LARGE, ImageError, decode_image, on_white
+from mm1_jax.data.image import TOO_LARGE, ImageError, on_white, read_header
 from mm1_jax.data.sources import ROLES
+from mm1_jax.data.tiling import Tile, decode_pictures
 from mm1_jax.data.tokenizer import IMAGE
 
 # A picture: a file, an encoded file's bytes, a PIL image, or pixels uint8[H, W, 3].
@@ -68,13 +70,16 @@ def read_prompt(prompt: Prompt, run: RunConfig, encoder: Encoder, *, chat: bool)
       item.strip() if isinstance(item, str) else True for item in turn["content"]
     ):
       raise PromptError("the prompt is empty; give it a text or an image.")
-  pixels = [_pixels(i, run) for turn in turns for i in turn["content"] if not isinstance(i, str)]
-  for turn in turns:  # the encoder only counts and passes on what stands for a picture
-    turn["content"] = [
-      {"text": item} if isinstance(item, str) else {"image": b""} for item in turn["content"]
-    ]
+  files: list[_File] = []
+  for turn in turns:
+    for i, item in enumerate(turn["content"]):
+      if isinstance(item, str):
+        turn["content"][i] = {"text": item}
+      else:
+        files.append(_read(item))
+        turn["content"][i] = {"image": files[-1].data}
   encoded = encoder.encode_prompt(turns) if chat else encoder.encode_prefix(turns[0]["content"])
-  return Request(encoded.ids, pixels, chat)
+  return Request(encoded.ids, _decode(encoded.images, files, run), chat)
 
 
 def check_image(image: Image, run: RunConfig) -> tuple[int, int]:
@@ -83,9 +88,9 @@ def check_image(image: Image, run: RunConfig) -> tuple[int, int]:
   Raises:
     PromptError: it cannot be.
   """
-  _pixels(image, run)
-  with PIL.Image.open(io.BytesIO(_encoded(image))) as opened:
-    return opened.height, opened.width
+  file = _read(image)
+  _decode([file.data], [file], run)
+  return read_header(file.data)[0]
 
 
 def fill_slots(text: str, images: Sequence[Item]) -> list[Item]:
@@ -126,23 +131,48 @@ def _turn(turn: Any) -> dict[str, Any]:
   return {"role": role, "content": [content] if isinstance(content, str) else list(content)}
 
 
-def _pixels(image: Image, run: RunConfig) -> np.ndarray:
-  """Returns uint8[H, W, 3] as training has them, from any of the forms that an image may have.
+class _File(NamedTuple):
+  name: str  # for messages
+  data: bytes
+
+
+def _read(image: Image) -> _File:
+  """Returns an encoded image, from any of the forms that one may have.
 
   Raises:
     PromptError: naming the file, if it is one.
   """
   name = f"image '{os.fspath(image)}'" if isinstance(image, os.PathLike) else "an image"
-  limit = run.data.max_image_pixels
   try:
-    return decode_image(
-      _encoded(image), run.model.vision.image_size, fit=run.data.image_fit, max_pixels=limit
-    )
+    return _File(name, _encoded(image))
   except OSError as e:
     raise PromptError(f"{name} cannot be read: {e.strerror or e}.") from e
   except ImageError as e:
-    bound = f" (more than {limit / 1e6:g} million pixels)" if e.reason == TOO_LARGE else ""
-    raise PromptError(f"{name} cannot be used: {e.reason}{bound}.") from e
+    raise PromptError(f"{name} cannot be used: {e.reason}.") from e
+
+
+def _decode(
+  images: Sequence[bytes | Tile], files: Sequence[_File], run: RunConfig
+) -> list[np.ndarray]:
+  """Returns uint8[H, W, 3] as training has them, of pictures or parts of them.
+
+  Raises:
+    PromptError: naming the first of the files that cannot be used.
+  """
+  limit = run.data.max_image_pixels
+  decode = functools.partial(
+    decode_pictures, size=run.model.vision.image_size, fit=run.data.image_fit, max_pixels=limit
+  )
+  try:
+    return decode(images)
+  except ImageError as error:
+    bound = f" (more than {limit / 1e6:g} million pixels)" if error.reason == TOO_LARGE else ""
+    for file in files:
+      try:
+        decode([file.data])
+      except ImageError as e:
+        raise PromptError(f"{file.name} cannot be used: {e.reason}{bound}.") from e
+    raise
 
 
 def _encoded(image: Image) -> bytes:

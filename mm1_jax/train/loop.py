@@ -313,7 +313,12 @@ def _draw(
 ) -> None:
   """Draws the first batch: the cheapest way to see a mistake in the data."""
   if jax.process_index() == 0:
-    encoder = make_encoder(run.data, run.model.connector.num_tokens, pipeline.tokenizer)
+    encoder = make_encoder(
+      run.data,
+      pipeline.tokenizer,
+      image_size=run.model.vision.image_size,
+      tokens_per_image=run.model.connector.num_tokens,
+    )
     picture = draw_batch(batch, encoder, [source.name for source in run.data.leaves])
     writer.write_images(0, {"first_batch": picture})
     with (epath.Path(workdir) / "first_batch.png").open("wb") as file:

@@ -334,6 +334,24 @@ def test_slots_are_filled_in_order_or_the_mistake_is_named():
     fill_slots("<image><image>", [a])
 
 
+def test_pictures_are_cut_as_in_training_or_as_asked(copy, pictures):
+  """20 x 30 pixels in sub-images of 16: 2 x 3 of them are least padded, and an overview."""
+  with pytest.raises(ConfigError, match=r"no data.tiling, so pictures are not cut: {'last': 1}"):
+    Model.load(copy, tiling={"last": 1})
+  a, b = pictures
+  change_config(copy, "data", tiling={"max_tiles": 6}, images_per_row=7)
+  model = Model.load(copy)
+  request = model.encode(["What is", a, " this?"])
+  assert len(request.images) == 7
+  assert request.ids.count(model.tokenizer.image_id) == 7 * TOKENS_PER_IMAGE
+  assert len(model.encode([a, b, a]).images) == 3  # too many to be cut
+  assert model.generate([["What is", a, " this?"]], max_new_tokens=3)
+  assert len(Model.load(copy, tiling={"max_tiles": 4}).encode([a]).images) == 5
+  few_shot = Model.load(copy, tiling={"last": 1}).encode([a, "A cat.", b, "A dog.", a])
+  assert [np.array_equal(i, few_shot.images[0]) for i in few_shot.images[:2]] == [True, False]
+  assert len(few_shot.images) == 2 + 7
+
+
 def test_a_prompt_that_is_too_long_says_by_how_much(model, pictures):
   used = 1 + TOKENS_PER_IMAGE + 2
   room = SEQ_LEN - used

@@ -139,7 +139,12 @@ def read_stream(run: RunConfig, *, first_step: int, num_batches: int, num_rows: 
     if data.batch_size % n == 0 and n >= min(num_rows, data.batch_size)
   )
   first = _pipeline(run, data, share, None)
-  encoder = make_encoder(data, run.model.connector.num_tokens, first.tokenizer)
+  encoder = make_encoder(
+    run.data,
+    first.tokenizer,
+    image_size=run.model.vision.image_size,
+    tokens_per_image=run.model.connector.num_tokens,
+  )
   steps = range(first_step, first_step + num_batches)
   sources = _source_facts(data, steps, first)
   plan = Plan(data, list(first.indexes.values()), run.image_positions)
