@@ -55,7 +55,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11,<3.13",
   packages=find_packages(include=["mm1_jax", "mm1_jax.*"]),
-  package_data={"mm1_jax": ["data/sample/**", "data/inspect/page.css"]},
+  package_data={"mm1_jax": ["data/sample/**", "data/templates/*.json", "data/inspect/page.css"]},
   install_requires=REQUIRES,
   extras_require=EXTRAS,
   classifiers=[

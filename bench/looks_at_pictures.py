@@ -26,7 +26,7 @@ from mm1_jax import cli
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import STEPS, restore_params
 from mm1_jax.config import RunConfig
-from mm1_jax.data.examples import Encoder
+from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.image import decode_image
 from mm1_jax.data.packing import Segment, assemble
 from mm1_jax.data.sources import Source
@@ -47,7 +47,12 @@ def held_out_captions(run: RunConfig) -> tuple[list[Batch], np.ndarray]:
   data = run.data
   source = Source(next(s for s in data.eval_sources if s.name == "captions"))
   tokenizer = Tokenizer(data.tokenizer)
-  encoder = Encoder(tokenizer, run.model.connector.num_tokens, data.image_delimiters)
+  encoder = make_encoder(
+    run.data,
+    tokenizer,
+    image_size=run.model.vision.image_size,
+    tokens_per_image=run.model.connector.num_tokens,
+  )
   segments, names = [], []
   for record in (source[i] for i in range(len(source))):
     example = encoder.encode_record(record)

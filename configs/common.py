@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict, config_dict
 
 import mm1_jax
-from mm1_jax.config import MoEConfig, RunConfig
+from mm1_jax.config import MoEConfig, RunConfig, TilingConfig
 
 SAMPLE = pathlib.Path(mm1_jax.__file__).parent / "data" / "sample"
 
@@ -34,6 +34,118 @@ MM1 = {"captions": 0.45, "interleaved": 0.45, "text": 0.10}
 # 7% of the captions are synthetic (VeCap).
 MM1_VECAP = {**MM1, "captions": (0.45, {"web": 0.93, "vecap": 0.07})}
 MM1_5 = {"captions": 0.50, "interleaved": 0.10, "text": 0.40}
+# Conversations of MM1 (appendix A.3), in thousands. The papers draw examples at random from all of
+# them; weights here are shares of positions, so sets of short ones are drawn more often.
+MM1_SFT = {
+  "text": 13,  # Apple's own
+  "llava_conversation": 57,
+  "llava_complex": 77,
+  "sharegpt4v": 102,
+  "vqav2": 83,
+  "gqa": 72,
+  "okvqa": 9,
+  "ocrvqa": 80,
+  "aokvqa": 66,
+  "coco_captions": 83,
+  "textcaps": 22,
+  "synthdog_en": 500,
+  "dvqa": 200,
+  "chartqa": 18,
+  "docvqa": 39,
+  "ai2d": 15,
+  "infovqa": 24,
+}
+# MM1.5's (arXiv 2409.20566, Fig. 4): shares of the groups, and in them thousands of conversations.
+# Which sets of "knowledge" are mathematics, science or code is our reading.
+MM1_5_SFT = {
+  "single": (
+    0.8,
+    {
+      "general": (
+        11.3,
+        {
+          "llava_conversation": 56.7,
+          "vqav2_okvqa": 91.8,
+          "gqa": 72.1,
+          "aokvqa": 66.2,
+          "coco_captions": 82.8,
+          "llava_complex": 76.6,
+          "sharegpt4v": 96.1,
+        },
+      ),
+      "text_rich": (
+        37.2,
+        {
+          "synthdog_en": 500,
+          "dvqa": 200,
+          "docvqa": 128.5,
+          "arxivqa": 100,
+          "tabfact": 91.6,
+          "screenqa": 80.8,
+          "ocrvqa": 80,
+          "wikisql": 75,
+          "chartqa": 66.7,
+          "infovqa": 52.3,
+          "wikitq": 38.2,
+          "wikitable": 35.8,
+          "textvqa": 34.6,
+          "kleister_charity": 27.7,
+          "chart2text": 27,
+          "visualmrc": 24.5,
+          "tabmwp": 22.7,
+          "textcaps": 22,
+          "stvqa": 17.2,
+          "vistext": 10,
+          "renderedtext": 10,
+          "deepform": 7,
+          "finqa": 5.3,
+          "hitab": 2.5,
+          "tatqa": 2.2,
+        },
+      ),
+      "refer_ground": (
+        22.5,
+        {
+          "visual_genome": 267.6,
+          "spatial_negative": 213.6,
+          "refcoco": 210,
+          "flickr30k": 200.8,
+          "region_reasoning": 76.6,
+        },
+      ),
+      "math": (5.6, {"clevr": 70, "raven": 42, "iconqa": 27.3, "geomverse": 9.3, "intergps": 1.3}),
+      "code": (2.3, {"datikz": 48, "websight": 10, "design2code": 0.5}),
+      "science": (1.1, {"scienceqa": 5, "ai2d": 3.2}),
+    },
+  ),
+  "multi": (
+    0.1,
+    {
+      "coinstruct": 132.3,
+      "nlvr2": 86.4,
+      "iconqa": 64.5,
+      "dreamsim": 15.9,
+      "spot_the_diff": 8,
+      "multivqa": 5,
+      "nextqa": 3.9,
+      "star": 3,
+      "birds_to_words": 2.6,
+      "coco_interleaved": 2.1,
+      "icl_instruct": 0.4,
+    },
+  ),
+  "text": (
+    0.1,
+    {
+      "openorca": 994,
+      "mathinstruct": 262,
+      "orcamath": 200,
+      "opencodeinterpreter": 66,
+      "wizardcoder": 43,
+      "dolly": 11,
+    },
+  ),
+}
 
 
 def pretrain(name: str, *, data: str = "data") -> ConfigDict:
@@ -75,6 +187,15 @@ def sft(config: ConfigDict, *, data: str = "data") -> ConfigDict:
   config.optimizer.warmup_steps = 300
   config.optimizer.final_fraction = 0.0
   config.optimizer.weight_decay = 0.0
+  return config
+
+
+def high_resolution(config: ConfigDict, **tiling) -> ConfigDict:
+  """Returns `config` with an encoder of 672 pixels, and pictures cut as `TilingConfig` says."""
+  config.name += "_high_res"
+  config.model.vision.image_size = (672, 672)
+  config.data.tiling = ConfigDict(vars(TilingConfig(**tiling)))
+  config.data.tiling.last = config_dict.placeholder(int)
   return config
 
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Supervised fine-tuning of any model of the family; its argument is the pre-training config.
+r"""Supervised fine-tuning of any model of the family; it begins from a run of pre-training.
 
   python -m mm1_jax.main --config=configs/mm1_sft.py:30b_moe --workdir=gs://BUCKET/mm1_30b_moe_sft \
       --config.train.init_from=gs://BUCKET/mm1_30b_moe
+
+`:3b` is trained on one source, `sft`; `:3b,mm1` on MM1's mixture of 1.46M conversations;
+`high_res`, as in `:3b,high_res` or `:3b,mm1,high_res`, cuts pictures of 1344 x 1344 pixels into 2 x
+2 and an overview.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +23,19 @@ MODELS = {
 }
 
 
-def get_config(model: str = "3b") -> ConfigDict:
-  if model not in MODELS:
-    raise ValueError(f"mm1_sft has no model '{model}'; choose one of {list(MODELS)}.")
-  return common.sft(MODELS[model].get_config())
+def get_config(spec: str = "3b") -> ConfigDict:
+  model, *options = spec.split(",")
+  if model not in MODELS or set(options) - {"mm1", "high_res"}:
+    raise ValueError(
+      f"mm1_sft has no '{spec}'; choose one of {list(MODELS)}, with ',mm1' or ',high_res' behind."
+    )
+  config = common.sft(MODELS[model].get_config())
+  if "mm1" in options:
+    config.data.sources = common.mixture("data", common.MM1_SFT)
+    config.data.eval_sources = common.mixture(
+      "data", dict.fromkeys(common.MM1_SFT, 1.0), part="heldout"
+    )
+  if "high_res" in options:
+    common.high_resolution(config, grid=(2, 2), overview="first")
+    config.data.images_per_row = 12  # two pictures of five sub-images, and a little more
+  return config

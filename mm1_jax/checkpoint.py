@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints on Orbax: save and resume a run, and start another from its params alone.
 
-A workdir holds `config.json`, `tokenizer.model` and `checkpoints/STEP/`; a step has three items:
-`params` (the model, under the names of its attributes), `train` (optimizer state and counters), and
-`data` (the pipeline's state, JSON). Saving is asynchronous and atomic: a step's folder has its name
-only when all of it is there. Arrays are restored straight onto the current mesh, whatever mesh they
-were saved from.
+A workdir holds `config.json`, `tokenizer.model`, `chat_template.json` if it is your own file,
+and `checkpoints/STEP/`; a step has three items: `params` (the model, under the names of its
+attributes), `train` (optimizer state and counters), and `data` (the pipeline's state, JSON). Saving
+is asynchronous and atomic: a step's folder has its name only when all of it is there. Arrays are
+restored straight onto the current mesh, whatever mesh they were saved from.
 """
 
 import json
@@ -20,7 +20,8 @@ from etils import epath
 
 from mm1_jax.config import CheckpointConfig, RunConfig, UserError
 
-CONFIG, TOKENIZER, STEPS = "config.json", "tokenizer.model", "checkpoints"
+CONFIG, STEPS = "config.json", "checkpoints"
+TOKENIZER, TEMPLATE = "tokenizer.model", "chat_template.json"
 PARAMS, TRAIN, DATA = "params", "train", "data"
 SHOWN = 5  # names listed in a message before "and N more"
 
@@ -102,11 +103,14 @@ class Checkpointer:
 
 
 def write_run_files(workdir: epath.PathLike, run: RunConfig) -> None:
-  """Puts the config and the tokenizer beside the checkpoints, so that a run can be moved whole."""
+  """Puts config, tokenizer and template beside the checkpoints: a run can be moved whole."""
   workdir = epath.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / CONFIG).write_text(json.dumps(run.to_dict(), indent=2) + "\n")
   (workdir / TOKENIZER).write_bytes(epath.Path(run.data.tokenizer).read_bytes())
+  template = epath.Path(run.data.chat_template)
+  if template.suffix:  # a file; shipped ones go by their name
+    (workdir / TEMPLATE).write_bytes(template.read_bytes())
 
 
 def read_run(workdir: epath.PathLike) -> RunConfig:
@@ -124,6 +128,8 @@ def read_run(workdir: epath.PathLike) -> RunConfig:
   try:
     values = json.loads(path.read_text())
     values["data"]["tokenizer"] = str(workdir / TOKENIZER)
+    if (workdir / TEMPLATE).exists():
+      values["data"]["chat_template"] = str(workdir / TEMPLATE)
   except (json.JSONDecodeError, KeyError, TypeError) as e:
     raise CheckpointError(f"'{path}' is damaged: {type(e).__name__}: {e}.") from e
   return RunConfig.from_dict(values)

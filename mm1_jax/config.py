@@ -293,6 +293,42 @@ class ReweightConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TilingConfig:
+  """Pictures cut into sub-images of the encoder's size (MM1 section 4.1, MM1.5 section 4.5)."""
+
+  # Rows and columns of every picture: MM1 has (2, 2). None chooses for each picture a grid of
+  # `min_tiles` to `max_tiles` sub-images, as MM1.5 does.
+  grid: tuple[int, int] | None = None
+  min_tiles: int = 4
+  max_tiles: int = 9  # MM1.5 trains with 9 and answers with up to 16
+  overview: Literal["last", "first", "none"] = "last"  # where the whole picture stands, made small
+  # Text in front of the sub-images: (image, row, column), or what parts columns and rows.
+  marks: Literal["none", "index", "separators"] = "none"
+  max_images: int = 2  # pictures of an example with more are not cut
+  last: int | None = None  # cut just so many pictures, the last, however many there are
+
+  @property
+  def max_slots(self) -> int:
+    """Image slots that a picture takes at most."""
+    num = self.grid[0] * self.grid[1] if self.grid else self.max_tiles
+    return num + (self.overview != "none" and num > 1)
+
+  def __post_init__(self):
+    _require_positive(self, "data.tiling", "min_tiles", "max_tiles", "max_images")
+    _require(
+      self.grid is None or min(self.grid) > 0,
+      f"data.tiling.grid {self.grid} must have positive sides, such as (2, 2), or be None.",
+    )
+    _require(
+      self.min_tiles <= self.max_tiles,
+      f"data.tiling.min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}.",
+    )
+    _require(
+      self.last is None or self.last >= 0, f"data.tiling.last {self.last} must not be negative."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
   """What is trained on, and how rows are filled."""
 
@@ -305,11 +341,13 @@ class DataConfig:
   images_per_row: int = 16  # image slots of a row (N)
   # How a picture gets the encoder's size: out of shape, or whole, with a border.
   image_fit: Literal["squash", "pad"] = "squash"
+  tiling: TilingConfig | None = None  # of high-resolution pictures; None leaves them whole
   max_image_pixels: int = 64_000_000  # a picture of more is dropped before it is decoded
   image_delimiters: bool = True  # <image_start>, <image_end> around an image's run
   # Rows of all sources, or each row of one source, as MM1 has it.
   packing: Literal["joint", "per_source"] = "joint"
   chat: bool = False  # conversations: generation then puts a prompt in the chat template
+  chat_template: str = "default"  # or vicuna, llama3, chatml, or a file; see `data/template.py`
   window_rows: int = 128  # rows that are packed together; more fill better and shuffle further
   num_workers: int = 0  # processes that decode images; 0 decodes in the training process
   prefetch_batches: int = 2  # made ahead, whatever the number of workers; all are in host memory
@@ -348,6 +386,10 @@ class DataConfig:
       )
     counts = ("seq_len", "batch_size", "window_rows", "max_image_pixels", "prefetch_batches")
     _require_positive(self, "data", *counts)
+    _require(
+      self.tiling is None or self.tiling.marks == "none" or self.chat,
+      "data.tiling.marks needs data.chat: documents are cut at texts, which would part a picture.",
+    )
     self._check_reweight()
 
   def _check_reweight(self) -> None:
@@ -588,6 +630,14 @@ class RunConfig:
       f"data.images_per_row {data.images_per_row}: a row of {data.seq_len} positions holds at "
       f"most {fit} images of {self.image_positions} positions.",
     )
+    if data.tiling is not None:
+      slots = data.tiling.max_slots
+      _require(
+        slots <= data.images_per_row and slots * self.image_positions <= data.seq_len,
+        f"data.tiling makes up to {slots} sub-images of {self.image_positions} positions of a "
+        f"picture, but a row has {data.images_per_row} slots (data.images_per_row) and "
+        f"{data.seq_len} positions (data.seq_len).",
+      )
     _require(
       data.batch_size % train.accumulation_steps == 0,
       f"data.batch_size {data.batch_size} must be a multiple of train.accumulation_steps "

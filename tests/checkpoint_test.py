@@ -19,6 +19,7 @@ import mm1_jax.data
 from mm1_jax import checkpoint
 from mm1_jax.checkpoint import Checkpointer, CheckpointError, to_names
 from mm1_jax.config import CheckpointConfig, ConnectorConfig, OptimizerConfig, RunConfig
+from mm1_jax.data.template import load_template
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
 from mm1_jax.train.step import TrainState, init_state
@@ -403,6 +404,21 @@ def test_a_run_can_be_written_over_itself(copy):
   checkpoint.write_run_files(copy, run)
   assert checkpoint.read_run(copy) == run
   assert (copy / "tokenizer.model").read_bytes() == SAMPLE_TOKENIZER.read_bytes()
+
+
+def test_a_template_of_ones_own_travels_with_the_run(tmp_path):
+  mine = tmp_path / "mine.json"
+  mine.write_text(dataclasses.replace(load_template(), bos=False).to_json())
+  for template in (str(mine), "chatml"):
+    data = dataclasses.replace(
+      RunConfig().data, tokenizer=str(SAMPLE_TOKENIZER), chat_template=template
+    )
+    run = dataclasses.replace(RunConfig(), data=data)
+    checkpoint.write_run_files(tmp_path / pathlib.Path(template).stem, run)
+  mine.unlink()
+  read = checkpoint.read_run(tmp_path / "mine").data.chat_template
+  assert load_template(read) == dataclasses.replace(load_template(), bos=False)
+  assert checkpoint.read_run(tmp_path / "chatml").data.chat_template == "chatml"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from configs import (
   common,
   mm1_3b,
   mm1_3b_moe,
+  mm1_5_sft,
   mm1_7b,
   mm1_7b_moe,
   mm1_30b,
@@ -67,6 +68,8 @@ CONFIGS = {
     f"mm1_proxy_{size}": functools.partial(mm1_proxy.get_config, size) for size in mm1_proxy.SIZES
   },
   **{f"mm1_sft_{model}": functools.partial(mm1_sft.get_config, model) for model in mm1_sft.MODELS},
+  "mm1_sft_3b_mm1_high_res": functools.partial(mm1_sft.get_config, "3b,mm1,high_res"),
+  "mm1_5_sft_3b": mm1_5_sft.get_config,
 }
 
 
@@ -103,6 +106,19 @@ def flat(run: RunConfig) -> str:
   return "\n".join(sorted(lines("", run.to_dict()))) + "\n"
 
 
+@pytest.mark.parametrize("size", [(378, 378), (448, 448), (560, 560), (672, 672), (448, 672)])
+def test_every_resolution_takes_144_tokens_and_the_same_params(size):
+  """Positions are resized: a checkpoint of 378 pixels goes on at any other size (section 4.1)."""
+  model = load("mm1_3b").model
+  larger = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=size))
+  saved, wanted = ([x.shape for x in jax.tree.leaves(shapes(m))] for m in (model, larger))
+  assert saved == wanted
+  images = jax.ShapeDtypeStruct((8, 2, *size, 3), "uint8")
+  with jax.set_mesh(make_mesh(RunConfig(model=larger))):
+    tokens = jax.eval_shape(lambda model, images: model.embed_image(images), shapes(larger), images)
+  assert tokens.shape == (8, 2 * 144, 3072)
+
+
 # Every file of configs/.
 
 
@@ -119,6 +135,32 @@ def test_config_is_what_the_golden_file_says(name):
     f"{name} changed. If you did not mean to change what a run does, this is a bug. If you did: "
     "UPDATE_GOLDENS=1 pytest tests/config_test.py"
   )
+
+
+def test_sft_mixtures_have_the_papers_counts():
+  """MM1's 1.46M examples; MM1.5's shares, whose groups add up as the paper says (Fig. 4)."""
+  assert sum(common.MM1_SFT.values()) == 1460
+  single, multi, text = (common.MM1_5_SFT[group] for group in ("single", "multi", "text"))
+  assert (single[0], multi[0], text[0]) == (0.8, 0.1, 0.1)
+  shares = {name: share for name, (share, _) in single[1].items()}
+  assert sum(shares.values()) == pytest.approx(80.0)
+  data = load("mm1_5_sft_3b").data
+  by_name = {source.name: source.weight for source in data.leaves}
+  assert sum(by_name.values()) == pytest.approx(1)
+  rich = sum(w for name, w in by_name.items() if name.startswith("single/text_rich/"))
+  assert rich == pytest.approx(0.372)
+  counts = single[1]["text_rich"][1]
+  assert by_name["single/text_rich/dvqa"] == pytest.approx(
+    0.372 * counts["dvqa"] / sum(counts.values())
+  )
+
+
+def test_high_resolution_sft_has_room_for_its_pictures():
+  """MM1: 720 tokens a picture of 1344 x 1344. MM1.5: at most 1440."""
+  mm1, mm1_5 = load("mm1_sft_3b_mm1_high_res"), load("mm1_5_sft_3b")
+  for run, tokens in ((mm1, 720), (mm1_5, 1440)):
+    assert run.model.vision.image_size == (672, 672)
+    assert run.data.tiling.max_slots * run.model.connector.num_tokens == tokens
 
 
 def test_every_config_file_is_tested():
@@ -143,7 +185,7 @@ def test_values_survive_a_round_trip_through_json(name):
 def test_an_unknown_variant_is_named():
   with pytest.raises(ValueError, match=r"no size '7m'; choose one of .*'9m'"):
     mm1_proxy.get_config("7m")
-  with pytest.raises(ValueError, match=r"no model '13b'; choose one of .*'30b_moe'"):
+  with pytest.raises(ValueError, match=r"no '13b'; choose one of .*'30b_moe'"):
     mm1_sft.get_config("13b")
   with pytest.raises(ValueError, match="'dense' or 'moe', not 'sparse'"):
     mm1_debug.get_config("sparse")

@@ -4,12 +4,13 @@
 A record is first one sequence of ids t_0 ... t_n:
 
   document      <s> item item ... </s>
-  conversation  <s> USER: item ...\\n ASSISTANT: item ... </s> USER: ...
+  conversation  <s> USER: item ...\\n ASSISTANT: item ... </s> USER: ..., as `template.py` says
   item          the ids of a text, or <image_start> <image> x T <image_end>
 
 The example predicts each id from those before it: tokens t_0 ... t_{n-1}, targets t_1 ... t_n.
-The loss is on text and `</s>`; in a conversation, on the assistant's alone. Nothing of a picture is
-ever predicted. Each item is tokenised on its own, so a prompt has the ids that training gave it.
+The loss is on text and `</s>`; in a conversation, on what the assistant says and the end of it.
+Nothing of a picture is ever predicted. Each item is tokenised on its own, so a prompt has the ids
+that training gave it.
 """
 
 import dataclasses
@@ -19,13 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mm1_jax.config import DataConfig
 from mm1_jax.data.sources import Record
+from mm1_jax.data.template import ChatTemplate, load_template
+from mm1_jax.data.tiling import Tile, Tiler
 from mm1_jax.data.tokenizer import Tokenizer
-
-# A turn is tokenised as PREFIX, " ", content, SUFFIX; the space joins a text it stands before.
-# The end of the assistant's turn is `</s>`, which is not text.
-ROLE_PREFIX = {"user": "USER:", "assistant": "ASSISTANT:"}
-USER_SUFFIX = "\n"
 
 Items = Sequence[Mapping[str, Any]]
 
@@ -44,7 +43,7 @@ class Example:
   tokens: np.ndarray  # int32[L]
   targets: np.ndarray  # int32[L]
   loss_mask: np.ndarray  # float32[L]
-  images: tuple[bytes, ...]  # encoded pictures in order
+  images: tuple[bytes | Tile, ...]  # encoded pictures, or parts of them, in order
   spans: tuple[Span, ...]  # where each of them stands in `tokens`
 
   def __len__(self) -> int:
@@ -63,7 +62,7 @@ class Prompt(NamedTuple):
   """What a model is given to go on from."""
 
   ids: list[int]
-  images: list[bytes]  # one for each run of `<image>` ids
+  images: list[bytes | Tile]  # one for each run of `<image>` ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +73,15 @@ class Encoder:
     tokenizer: text to ids.
     tokens_per_image: positions that the connector's output takes (T).
     image_delimiters: puts `<image_start>` and `<image_end>` around a picture.
+    template: what stands around the turns of a conversation.
+    tiler: cuts pictures of high resolution; None leaves all whole.
   """
 
   tokenizer: Tokenizer
   tokens_per_image: int
   image_delimiters: bool = True
+  template: ChatTemplate = dataclasses.field(default_factory=load_template)
+  tiler: Tiler | None = None
 
   @property
   def image_ids(self) -> list[int]:
@@ -97,19 +100,30 @@ class Encoder:
 
   def encode_prefix(self, items: Items) -> Prompt:
     """Returns the beginning of a document, for a pre-trained model to go on with."""
+    (items,) = self._cut([items])
     return Prompt([self.tokenizer.bos_id, *self.encode_content(items)], _images(items))
 
+  def _cut(self, contents: Sequence[Items]) -> Sequence[Items]:
+    """Returns the contents of an example with its pictures cut, if they are to be."""
+    return contents if self.tiler is None else self.tiler.cut(contents)
+
   def encode_prompt(self, turns: Sequence[Mapping[str, Any]]) -> Prompt:
-    """Returns a conversation that ends in the user's turn, up to and with `ASSISTANT:`.
+    """Returns a conversation that ends in the user's turn, up to where the answer begins.
 
     The answer's ids follow exactly as in training: `encode_answer` gives them.
     """
-    ids, _, images = self._encode_turns(turns)
-    return Prompt(ids + self.tokenizer.encode(ROLE_PREFIX["assistant"]), images)
+    ids, _, images = self._encode_turns([*turns, {"role": "assistant", "content": None}])
+    return Prompt(ids, images)
 
   def encode_answer(self, items: Items) -> list[int]:
-    """Returns the ids of an assistant's turn behind `ASSISTANT:`, its `</s>` included."""
-    return [*self.encode_content(_after_prefix(items)), self.tokenizer.eos_id]
+    """Returns the ids of an assistant's turn behind `ASSISTANT:`, its end included."""
+    space = self.template.assistant.before.endswith(" ")
+    return [*self.encode_content(_after_space(items) if space else items), *self.answer_end]
+
+  @property
+  def answer_end(self) -> list[int]:
+    """Ids that end an answer: one for a control symbol, several where the end is only text."""
+    return self.tokenizer.encode_markup(self.template.assistant.end)
 
   def encode_record(self, record: Record) -> Example:
     """Returns a checked record as one example, of whatever length."""
@@ -126,7 +140,7 @@ class Encoder:
     if "turns" in record:
       example = self.encode_record(record)
       return Measure(len(example), [span.start for span in example.spans], [])
-    items = record["content"]
+    (items,) = self._cut([record["content"]])
     # Behind `<s>` at 0. `</s>` is a target and takes no position.
     starts = list(itertools.accumulate((len(self._encode_item(i)) for i in items), initial=1))
     images = [start for start, item in zip(starts, items, strict=False) if "image" in item]
@@ -136,23 +150,33 @@ class Encoder:
 
   def _encode_turns(
     self, turns: Sequence[Mapping[str, Any]]
-  ) -> tuple[list[int], list[bool], list[bytes]]:
-    """Returns ids, whether each is to be predicted, and the pictures."""
-    ids, predict, images = [self.tokenizer.bos_id], [False], []
-    for turn in turns:
-      assistant = turn["role"] == "assistant"
-      prefix = self.tokenizer.encode(ROLE_PREFIX[turn["role"]])
-      if assistant:
-        content = self.encode_answer(turn["content"])
-      else:
-        content = self.encode_content(_after_prefix(turn["content"]))
-        content += self.tokenizer.encode(USER_SUFFIX)
-      ids += prefix + content
-      predict += [False] * len(prefix) + [assistant] * len(content)
-      images += _images(turn["content"])
+  ) -> tuple[list[int], list[bool], list[bytes | Tile]]:
+    """Returns ids, whether each is to be predicted, and the pictures.
+
+    A last turn without content is one that is still to be said.
+    """
+    template, encode = self.template, self.tokenizer.encode_markup
+    if template.default_system and turns[0]["role"] != "system":
+      turns = [{"role": "system", "content": [{"text": template.default_system}]}, *turns]
+    contents = self._cut([turn["content"] or [] for turn in turns])
+    ids = [self.tokenizer.bos_id] if template.bos else []
+    predict, images = [False] * len(ids), []
+    for number, (turn, items) in enumerate(zip(turns, contents, strict=True), start=1):
+      markup, said = template.markup(turn["role"]), turn["content"] is not None
+      parts = [(encode(markup.before.removesuffix(" ")), False)]
+      if said and turn["role"] == "assistant":
+        parts += [(self.encode_answer(items), True)]
+        parts += [(encode(markup.after), False)] if number < len(turns) else []
+      elif said:
+        items = _after_space(items) if markup.before.endswith(" ") else items
+        parts += [(self.encode_content(items), False), (encode(markup.after), False)]
+      for part, trained in parts:
+        ids += part
+        predict += [trained] * len(part)
+      images += _images(items)
     return ids, predict, images
 
-  def _example(self, ids: list[int], predict: list[bool], images: list[bytes]) -> Example:
+  def _example(self, ids: list[int], predict: list[bool], images: list[bytes | Tile]) -> Example:
     sequence = np.array(ids, np.int32)
     tokens, targets = sequence[:-1], sequence[1:]
     specials = (
@@ -197,12 +221,35 @@ def cut(example: Example, start: int, stop: int) -> Example:
   )
 
 
-def _after_prefix(items: Items) -> Items:
+def make_encoder(
+  data: DataConfig, tokenizer: Tokenizer, *, image_size: tuple[int, int], tokens_per_image: int
+) -> Encoder:
+  """Returns the encoder of a run.
+
+  Args:
+    data: the run's.
+    tokenizer: text to ids.
+    image_size: of the encoder's input, in pixels.
+    tokens_per_image: positions of a picture, or of a part of one (T).
+
+  Raises:
+    DataError: its chat template is missing or damaged.
+  """
+  return Encoder(
+    tokenizer,
+    tokens_per_image,
+    data.image_delimiters,
+    load_template(data.chat_template),
+    data.tiling and Tiler(data.tiling, image_size, data.image_fit),
+  )
+
+
+def _after_space(items: Items) -> Items:
   """Puts a space in front of a turn's first text, where it follows the role directly."""
   if items and "text" in items[0]:
     return [{"text": " " + items[0]["text"]}, *items[1:]]
   return items
 
 
-def _images(items: Items) -> list[bytes]:
+def _images(items: Items) -> list[bytes | Tile]:
   return [item["image"] for item in items if "image" in item]

@@ -88,6 +88,17 @@ def decode_image(
     raise ImageError(TRUNCATED if "truncated" in str(e).lower() else UNREADABLE) from e
 
 
+def read_header(data: bytes) -> tuple[tuple[int, int], str]:
+  """Returns height and width of an image, upright, and its format; (1, 1) and "" if damaged."""
+  try:
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+      turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) > 4
+      height, width = image.size if turned else (image.height, image.width)
+      return (height, width), str(image.format)
+  except Exception:  # Pillow's plugins raise many types; decoding tells what is wrong
+    return (1, 1), ""
+
+
 def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
   """Returns `image` in RGB, its transparent parts white.
 

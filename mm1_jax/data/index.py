@@ -29,7 +29,7 @@ from mm1_jax.data.examples import Encoder
 from mm1_jax.data.sources import DataError, RecordError, Source
 
 # Raise it when `examples.py` makes other ids or lengths: indexes made before are then not used.
-VERSION = 3
+VERSION = 4
 MIN_RECORDS_TO_JUDGE = 100  # a share of unreadable records means little below this many
 # Starting processes takes as long as indexing so many bytes does.
 MIN_BYTES_FOR_PROCESSES = 16_000_000
@@ -296,6 +296,8 @@ def _key(path: str, encoder: Encoder) -> str:
     "shard": [path, stat.length, stat.mtime],
     "tokenizer": hashlib.sha256(encoder.tokenizer.model).hexdigest(),
     "image": [encoder.tokens_per_image, encoder.image_delimiters],
+    "template": encoder.template.to_json(),
+    "tiling": repr(encoder.tiler),
   }
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 

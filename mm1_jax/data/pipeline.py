@@ -23,8 +23,8 @@ from absl import flags, logging
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, SourceConfig
-from mm1_jax.data.examples import Encoder, Example, cut
-from mm1_jax.data.image import ImageError, decode_image
+from mm1_jax.data.examples import Encoder, Example, cut, make_encoder
+from mm1_jax.data.image import ImageError
 from mm1_jax.data.index import UNREADABLE, Index, cache_dir, load_index
 from mm1_jax.data.packing import Segment, assemble
 from mm1_jax.data.plan import (
@@ -37,6 +37,7 @@ from mm1_jax.data.plan import (
   plan_once,
 )
 from mm1_jax.data.sources import DataError, RecordError, Source
+from mm1_jax.data.tiling import decode_pictures
 from mm1_jax.data.tokenizer import Tokenizer
 
 MIN_EXAMPLES_TO_JUDGE = 100  # a share of dropped examples means little below this many
@@ -233,7 +234,7 @@ def make_pipeline(
   if not data.sources:
     raise ConfigError("data.sources is empty; name at least one source to train on.")
   rows = _local_rows(data, process_index, process_count)
-  encoder = _encoder(data, tokens_per_image, image_token_id)
+  encoder = _encoder(data, image_size, tokens_per_image, image_token_id)
   sources = [Source(config) for config in data.leaves]
   indexes = [_index(source, encoder, data, process_index) for source in sources]
   plan = Plan(data, indexes, len(encoder.image_ids))
@@ -319,7 +320,7 @@ def make_eval_batches(
     DataError: files that are missing, damaged or empty.
   """
   local = _local_rows(data, process_index, process_count)
-  encoder = _encoder(data, tokens_per_image, image_token_id)
+  encoder = _encoder(data, image_size, tokens_per_image, image_token_id)
   opened = Source(source)
   index = _index(opened, encoder, data, process_index)
   rows = plan_once(index, data, len(encoder.image_ids))
@@ -429,7 +430,7 @@ class RowLoader:
     self._encoder = encoder
     self._image_size = image_size
     self._decode = functools.partial(
-      decode_image, size=image_size, fit=data.image_fit, max_pixels=data.max_image_pixels
+      decode_pictures, size=image_size, fit=data.image_fit, max_pixels=data.max_image_pixels
     )
     self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
 
@@ -454,7 +455,7 @@ class RowLoader:
     encode = self._encode if whole else self._encode_cached
     try:
       example = cut(encode(piece.source, piece.example), piece.start, piece.stop)
-      pixels = [self._decode(image) for image in example.images]
+      pixels = self._decode(example.images)
     except ImageError as e:
       drops[f"{self._sources[piece.source].name}: {e.reason}"] += 1
     except RecordError as e:
@@ -484,14 +485,16 @@ class RowLoader:
     self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
 
 
-def _encoder(data: DataConfig, tokens_per_image: int, image_token_id: int) -> Encoder:
+def _encoder(
+  data: DataConfig, image_size: tuple[int, int], tokens_per_image: int, image_token_id: int
+) -> Encoder:
   tokenizer = Tokenizer(data.tokenizer)
   if tokenizer.image_id != image_token_id:
     raise ConfigError(
       f"model.image_token_id is {image_token_id}, but data.tokenizer '{data.tokenizer}' has "
       f"<image> at {tokenizer.image_id}; set it to that."
     )
-  encoder = Encoder(tokenizer, tokens_per_image, data.image_delimiters)
+  encoder = make_encoder(data, tokenizer, image_size=image_size, tokens_per_image=tokens_per_image)
   if data.images_per_row and len(encoder.image_ids) > data.seq_len:
     raise ConfigError(
       f"data.seq_len {data.seq_len} cannot hold one image of {len(encoder.image_ids)} positions."

@@ -7,7 +7,7 @@ There are two kinds of record, told apart by their last field:
   conversation  {"id": str, "source": str, "license": str, "credit": str, "turns": [turn, ...]}
 
   item  {"text": str} or {"image": bytes}, a JPEG, PNG or another of `image.FORMATS`
-  turn  {"role": "user" or "assistant", "content": [item, ...]}
+  turn  {"role": "user", "assistant" or, first of all, "system", "content": [item, ...]}
 
 A caption is a document `[image, text]`, plain text is `[text]`, an interleaved document any mix.
 """
@@ -25,7 +25,7 @@ from grain import sources as grain_sources
 from mm1_jax.config import SourceConfig, UserError
 
 Record = dict[str, Any]
-ROLES = ("user", "assistant")
+ROLES = ("system", "user", "assistant")
 # One record a group: reading one at random decompresses nothing else.
 WRITER_OPTIONS = "group_size:1,zstd:9"
 
@@ -139,6 +139,8 @@ def check_record(record: Any, where: str) -> None:
   for i, turn in enumerate(turns):
     if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
       raise RecordError(f"{where}: turns[{i}] must be a dict whose 'role' is one of {ROLES}.")
+    if i and turn["role"] == "system":
+      raise RecordError(f"{where}: turns[{i}] is a system turn; only the first may be one.")
     _check_items(turn.get("content"), f"{where}: turns[{i}].content")
 
 

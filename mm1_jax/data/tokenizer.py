@@ -6,6 +6,7 @@ Control symbols have an id but no text: `encode("<image>")` gives the ids of sev
 """
 
 import functools
+import re
 from collections.abc import Sequence
 
 import sentencepiece
@@ -64,6 +65,25 @@ class Tokenizer:
     for part in parts[1:]:
       ids += self._space_mark_ids + self._processor.encode(part)
     return ids
+
+  def encode_markup(self, text: str) -> list[int]:
+    """Returns the ids of what a template says: control symbols in it take their own ids.
+
+    Only for templates: of what comes from data or users, `encode` makes text.
+    """
+    if not self._symbols:
+      return self.encode(text)
+    parts = re.split("(" + "|".join(map(re.escape, self._symbols)) + ")", text)
+    ids = [[self._symbols[p]] if p in self._symbols else self.encode(p) for p in parts]
+    return [i for part in ids for i in part]
+
+  @functools.cached_property
+  def _symbols(self) -> dict[str, int]:
+    """Control symbols by their names, the longest first; without those of pictures."""
+    names = {self._processor.id_to_piece(i): i for i in self.special_ids}
+    for picture in (IMAGE, IMAGE_START, IMAGE_END):
+      names.pop(picture, None)
+    return dict(sorted(names.items(), key=lambda item: -len(item[0])))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`; special ids have none and are skipped."""

@@ -6,48 +6,32 @@ model.generate([[pathlib.Path("a.jpg"), "What is this?"]])  # ["A cat."]
 """
 
 import dataclasses
-import io
 import math
-import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 from etils import epath
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mm1_jax import checkpoint
-from mm1_jax.config import MESH_AXES, ConfigError, MeshConfig, RunConfig, UserError
-from mm1_jax.data.examples import Encoder
-from mm1_jax.data.image import ImageError, decode_image, on_white
+from mm1_jax.config import BATCH_AXES, ConfigError, MeshConfig, RunConfig
+from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.inference import sampler
-from mm1_jax.inference.sampler import GREEDY, Sampling
+from mm1_jax.inference.prompts import Prompt, PromptError, Request, read_prompt
+from mm1_jax.inference.sampler import GREEDY, Draw, Sampling
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import LAYOUT, abstract_state
+from mm1_jax.sharding import LAYOUT, abstract_state, make_mesh
 
-# A picture: a file, an encoded file's bytes, a PIL image, or pixels uint8[H, W, 3].
-Image = os.PathLike | bytes | PIL.Image.Image | np.ndarray
-Item = str | Image  # a str is always text
-LENGTH_STEP = 64  # prompts and answers get room in multiples of this, so that programs are few
+SHORTEST = 64  # positions that any prompt gets room for
+# Tokens between two looks of the host at what was said: a stop string, a listener, Ctrl-C.
+TOKENS_AT_ONCE = 8
 # Params that are computed with in float32 whatever `model.dtype` is; the others are cast before
 # they are used, so that casting them when they are read changes no result.
 IN_FLOAT32 = {"scale", "bias", "positions", "class_token", "class_position", "router"}
-
-
-class PromptError(UserError):
-  """A prompt or a setting that cannot be used; the message says what is wrong with it."""
-
-
-class Request(NamedTuple):
-  """A prompt as the model reads it."""
-
-  ids: list[int]
-  images: list[np.ndarray]  # uint8[H, W, 3] each
 
 
 class Model:
@@ -64,43 +48,70 @@ class Model:
     self.mesh = mesh
     self.params = params
     self.tokenizer = Tokenizer(run.data.tokenizer)
-    self.encoder = Encoder(
-      self.tokenizer, run.model.connector.num_tokens, run.data.image_delimiters
+    self.encoder = make_encoder(
+      run.data,
+      self.tokenizer,
+      image_size=run.model.vision.image_size,
+      tokens_per_image=run.model.connector.num_tokens,
     )
     self.chat = run.data.chat
+    # An answer ends with `</s>`, or with the template's own symbol if the tokenizer has it.
+    end = self.encoder.answer_end
+    self._ends = np.array(
+      [self.tokenizer.eos_id, end[0] if len(end) == 1 else self.tokenizer.eos_id], np.int32
+    )
+    self._stop = () if len(end) == 1 else (self.encoder.template.assistant.end,)
     # The vocabulary may be rounded up beyond the tokenizer's.
     self._allowed = np.arange(run.model.decoder.vocab_size) < self.tokenizer.vocab_size
-    self._allowed[sorted(self.tokenizer.special_ids - {self.tokenizer.eos_id})] = False
+    self._allowed[sorted(self.tokenizer.special_ids)] = False
+    self._allowed[self._ends] = True
 
   @classmethod
-  def load(cls, path: epath.PathLike, *, data: int = 1, tensor: int = 1) -> "Model":
+  def load(
+    cls,
+    path: epath.PathLike,
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    tiling: Mapping[str, Any] | None = None,
+  ) -> "Model":
     """Reads a run's newest checkpoint, or the one of its steps that `path` is.
 
     Args:
       path: a run's workdir, or a step's folder `checkpoints/STEP` in one.
       data: devices that rows are split over, each with all params.
-      tensor: devices that params are split over.
+      fsdp: devices that rows are split over, and params.
+      expert: the same, and the experts of a sparse model.
+      tensor: devices that heads, mlp and vocabulary are split over.
+      tiling: what differs from how pictures were cut in training, such as `{"max_tiles": 16}`, or
+        `{"last": 1}` for examples in low and a question in high resolution; see `TilingConfig`.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is damaged.
-      ConfigError: there are not enough devices, or the model does not divide over them.
-      DataError: the run's tokenizer is missing or damaged.
+      ConfigError: there are not enough devices, the model does not divide over them, or pictures
+        were not cut in training.
+      DataError: the run's tokenizer or template is missing or damaged.
     """
     path = checkpoint.absolute(path)
     workdir = path.parent.parent if (path / checkpoint.PARAMS).exists() else path
     run = checkpoint.read_run(workdir)
-    mesh = _make_mesh(run, data, tensor)
+    if tiling:
+      run = _with_tiling(run, tiling)
+    mesh = _make_mesh(run, MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor))
     params = checkpoint.restore_params(path, abstract_params(run, mesh))
     return cls(params, run, mesh)
 
   def generate(
     self,
-    prompts: Sequence[Sequence[Item]],
+    prompts: Sequence[Prompt | Request],
     *,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
     chat: bool | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_size: int = 8,
   ) -> list[str]:
     """Returns one answer for each prompt.
@@ -109,93 +120,165 @@ class Model:
     and the seed, not on the other prompts.
 
     Args:
-      prompts: texts and pictures in order, for each prompt.
+      prompts: texts and pictures in order, or turns of a conversation, for each prompt; or what
+        `encode` made of it.
       max_new_tokens: tokens after which an answer is cut off.
       sampling: how tokens are drawn.
-      chat: whether a prompt is a user's turn that the assistant answers, or the beginning of a
-        document to go on with; None goes by what the run was trained on, `data.chat`.
-      seed: of what is drawn.
+      stop: texts that end an answer where they first appear; they are not part of it.
+      chat: whether a prompt of texts and pictures is a user's turn that the assistant answers, or
+        the beginning of a document to go on with; None goes by what the run was trained on,
+        `data.chat`.
+      seed: of what is drawn; or one for each prompt, whose place then does not matter.
       batch_size: prompts that are read at once.
 
     Raises:
       PromptError: a picture cannot be read, a prompt does not fit the model, or a setting is
         out of range.
     """
-    _check(max_new_tokens, sampling, batch_size)
-    requests = [self.encode(prompt, chat=chat) for prompt in prompts]
-    for request in requests:
-      self._check_length(request, max_new_tokens)
+    _check(max_new_tokens, sampling, stop, batch_size)
+    requests = [self.encode(p, chat=chat, max_new_tokens=max_new_tokens) for p in prompts]
     # Prompts of like shape go together: less padding, and fewer programs.
     order = sorted(
-      range(len(requests)), key=lambda i: (len(requests[i].images), _size(requests[i]))
+      range(len(requests)), key=lambda i: (len(requests[i].images), len(requests[i].ids))
     )
+    keys = _keys(seed, len(requests))
     answers = [""] * len(requests)
     for start in range(0, len(order), batch_size):
       rows = order[start : start + batch_size]
-      texts = self._answer([requests[i] for i in rows], rows, max_new_tokens, sampling, seed)
-      for i, text in zip(rows, texts, strict=True):
-        # In a turn, a space stands between the role and the text.
-        answers[i] = text.removeprefix(" ") if self._is_chat(chat) else text
+      group = [requests[i] for i in rows]
+      for texts in self._answer(group, keys[rows], max_new_tokens, sampling, stop):
+        for i, text in zip(rows, texts, strict=True):
+          answers[i] = text
     return answers
 
-  def encode(self, prompt: Sequence[Item], *, chat: bool | None = None) -> Request:
+  def stream(
+    self,
+    prompt: Prompt | Request,
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+    chat: bool | None = None,
+    seed: int = 0,
+  ) -> Iterator[str]:
+    """Yields one answer as it grows, each time all of it so far; for the rest see `generate`.
+
+    What may turn out to be the beginning of a stop text, or half a character, waits.
+
+    Raises:
+      PromptError: as in `generate`; at once, not with the first token.
+    """
+    _check(max_new_tokens, sampling, stop, 1)
+    request = self.encode(prompt, chat=chat, max_new_tokens=max_new_tokens)
+    answers = self._answer([request], _keys(seed, 1), max_new_tokens, sampling, stop)
+    return (text for (text,) in answers)
+
+  def encode(
+    self, prompt: Prompt | Request, *, chat: bool | None = None, max_new_tokens: int = 1
+  ) -> Request:
     """Returns a prompt's ids and pixels, as training would have made them.
 
     Raises:
-      PromptError: a picture cannot be read.
+      PromptError: a picture cannot be read, or the prompt leaves no room for `max_new_tokens`.
     """
-    pixels = [_pixels(item, self.run) for item in prompt if not isinstance(item, str)]
-    # The encoder only counts and passes on what stands for a picture.
-    items = [{"text": item} if isinstance(item, str) else {"image": b""} for item in prompt]
-    if self._is_chat(chat):
-      encoded = self.encoder.encode_prompt([{"role": "user", "content": items}])
+    if isinstance(prompt, Request):
+      request = prompt
     else:
-      encoded = self.encoder.encode_prefix(items)
-    return Request(encoded.ids, pixels)
-
-  def _is_chat(self, chat: bool | None) -> bool:
-    return self.chat if chat is None else chat
-
-  def _check_length(self, request: Request, max_new_tokens: int) -> None:
-    limit, used = self.run.data.seq_len, _size(request)
-    if used + max_new_tokens > limit:
-      per_image = f" ({self.run.image_positions} for each image)" if request.images else ""
-      room = f"; at most {limit - used} new tokens would fit" if used < limit else ""
+      chat = self.chat if chat is None else chat
+      request = read_prompt(prompt, self.run, self.encoder, chat=chat)
+    room = self.room(request)
+    if max_new_tokens > room:
+      images = f" ({len(request.images)} x {self.run.image_positions} of them for images)"
       raise PromptError(
-        f"the prompt takes {used} positions{per_image} and the answer up to {max_new_tokens} more, "
-        f"but the model was trained on {limit}{room}."
+        f"the prompt takes {len(request.ids)} positions{images if request.images else ''} and the "
+        f"answer up to {max_new_tokens} more, but the model was trained on {self.run.data.seq_len}"
+        f"{f'; at most {room} new tokens would fit' if room > 0 else ''}."
       )
+    return request
+
+  def room(self, request: Request) -> int:
+    """Returns how many new tokens fit behind a prompt; not above 0 if none do."""
+    return self.run.data.seq_len - len(request.ids)
 
   def _answer(
     self,
     requests: list[Request],
-    rows: list[int],
+    keys: np.ndarray,
     max_new_tokens: int,
     sampling: Sampling,
-    seed: int,
-  ) -> list[str]:
-    """Runs one batch; `rows` number its prompts among all."""
-    batch = self.mesh.shape["data"]
-    num_rows = batch * _power_of_two(math.ceil(len(requests) / batch))
+    stop: Sequence[str],
+  ) -> Iterator[list[str]]:
+    """Runs one batch, each row with its own random key, and yields the answers as they grow."""
+    shards = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+    num_rows = shards * _power_of_two(math.ceil(len(requests) / shards))
     tokens, images, lengths = _pad(
       requests, num_rows, self.run.model.vision.image_size, self.tokenizer.pad_id
     )
-    rows = rows + [0] * (num_rows - len(rows))
+    place = NamedSharding(self.mesh, LAYOUT.act_b)
+    keys = np.resize(keys, (num_rows, *keys.shape[1:]))
+    num_slots = bucket(tokens.shape[1] + max_new_tokens)
+    says = [_Says(self, request.chat, stop) for request in requests]
     with jax.set_mesh(self.mesh):
-      place = NamedSharding(self.mesh, LAYOUT.act_b)
-      generated = sampler.generate(
+      # Of fixed types: a 1 for a 1.0 would compile anew.
+      sampling = Sampling(float(sampling.temperature), int(sampling.top_k), float(sampling.top_p))
+      draw = Draw(
+        sampling,
+        jnp.asarray(self._allowed),
+        jnp.asarray(self._ends),
+        jax.random.wrap_key_data(jnp.asarray(keys)),
+      )
+      state = sampler.prefill(
         self.params,
         *jax.device_put((tokens, images, lengths), place),
-        num_slots=_round_up(max_new_tokens),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        allowed=self._allowed,
-        eos_id=self.tokenizer.eos_id,
-        keys=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.array(rows)),
+        draw,
+        num_slots=num_slots,
       )
-    new, counts = jax.device_get(generated)
-    pairs = zip(new, counts, strict=True)
-    return [self.tokenizer.decode(ids[:n].tolist()) for ids, n in pairs][: len(requests)]
+    until = 1
+    while True:
+      new, counts, done = jax.device_get((state.tokens, state.lengths, state.done))
+      ended = bool(done.all()) or until == max_new_tokens
+      texts = [
+        say(ids[:count].tolist(), last=ended or bool(end))
+        for say, ids, count, end in zip(says, new, counts, done, strict=False)
+      ]
+      yield texts
+      stopped = np.array([say.stopped for say in says] + [True] * (num_rows - len(says)))
+      if ended or (done | stopped).all():
+        return
+      until = min(until + TOKENS_AT_ONCE, max_new_tokens)
+      with jax.set_mesh(self.mesh):
+        state = sampler.decode(self.params, state, draw, jax.device_put(stopped, place), until)
+
+
+class _Says:
+  """One answer in the making: tokens to text, up to the first of its stop texts."""
+
+  def __init__(self, model: Model, chat: bool, stop: Sequence[str]):
+    self.stopped = False
+    self._decode = model.tokenizer.decode
+    self._stop = (*stop, *model._stop) if chat else tuple(stop)
+    # In a turn, the space between the role and the text is not the text's.
+    self._space = " " if chat and model.encoder.template.assistant.before.endswith(" ") else ""
+    self._text = ""
+
+  def __call__(self, ids: list[int], *, last: bool) -> str:
+    """Returns the text of all tokens so far, that may not grow any more if it is the `last`."""
+    if self.stopped:
+      return self._text
+    text = self._decode(ids).removeprefix(self._space)
+    found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+    if found:
+      self.stopped, text = True, text[: min(found)]
+    elif not last:
+      text = text.rstrip("\ufffd")  # half a character
+      text = text[: len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)]
+    self._text = text
+    return text
+
+
+def _overlap(text: str, stop: str) -> int:
+  """Returns how much of `stop` the end of `text` may be the beginning of."""
+  return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def abstract_params(run: RunConfig, mesh: Mesh) -> MM1:
@@ -210,22 +293,34 @@ def abstract_params(run: RunConfig, mesh: Mesh) -> MM1:
   return checkpoint.from_names(model, leaves)
 
 
-def _make_mesh(run: RunConfig, data: int, tensor: int) -> Mesh:
-  num, here = data * tensor, jax.local_devices()
+def _with_tiling(run: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+  if run.data.tiling is None:
+    raise ConfigError(f"this run has no data.tiling, so pictures are not cut: {dict(changes)}.")
+  tiling = dataclasses.replace(run.data.tiling, **changes)
+  # Answering has as many image slots as it needs.
+  slots = max(run.data.images_per_row, tiling.max_slots)
+  data = dataclasses.replace(run.data, tiling=tiling, images_per_row=slots)
+  return dataclasses.replace(run, data=data)
+
+
+def _make_mesh(run: RunConfig, sizes: MeshConfig) -> Mesh:
+  here = jax.local_devices()
+  axes = {"data": sizes.data, "fsdp": sizes.fsdp, "expert": sizes.expert, "tensor": sizes.tensor}
+  num = math.prod(axes.values())
   if not 1 <= num <= len(here):
-    raise ConfigError(f"data {data} x tensor {tensor} needs {num} devices; there are {len(here)}.")
+    asked = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size != 1)
+    raise ConfigError(f"{asked} needs {num} devices; there are {len(here)}.")
   # Rows are made to fit, so only the model has to divide.
   fitted = dataclasses.replace(
     run,
-    mesh=MeshConfig(data=data, fsdp=1, tensor=tensor),
-    data=dataclasses.replace(run.data, batch_size=data),
+    mesh=sizes,
+    data=dataclasses.replace(run.data, batch_size=num),
     train=dataclasses.replace(run.train, accumulation_steps=1),
   )
-  types = (AxisType.Explicit,) * len(MESH_AXES)
-  return jax.make_mesh(fitted.check_mesh(num), MESH_AXES, axis_types=types, devices=here[:num])
+  return make_mesh(fitted, here[:num])
 
 
-def _check(max_new_tokens: int, sampling: Sampling, batch_size: int) -> None:
+def _check(max_new_tokens: int, sampling: Sampling, stop: Sequence[str], batch_size: int) -> None:
   """Raises PromptError for the first setting that is out of range."""
   rules = [
     ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
@@ -233,18 +328,31 @@ def _check(max_new_tokens: int, sampling: Sampling, batch_size: int) -> None:
     ("temperature", sampling.temperature, 0 <= sampling.temperature < math.inf, "at least 0"),
     ("top_k", sampling.top_k, sampling.top_k >= 0, "at least 0"),
     ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+    ("stop", stop, not isinstance(stop, str) and all(stop), "a list of texts, none of them empty"),
   ]
   for name, value, fits, rule in rules:
     if not fits:
-      raise PromptError(f"{name} is {value}; it must be {rule}.")
+      raise PromptError(f"{name} is {value!r}; it must be {rule}.")
 
 
-def _size(request: Request) -> int:
-  return len(request.ids)
+def _keys(seed: int | Sequence[int], num: int) -> np.ndarray:
+  """Returns the data of a random key for each of `num` prompts."""
+  if isinstance(seed, int):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num))
+  else:
+    keys = jax.vmap(jax.random.key)(jnp.array(seed, jnp.uint32))
+  return np.asarray(jax.random.key_data(keys))
 
 
-def _round_up(length: int) -> int:
-  return math.ceil(length / LENGTH_STEP) * LENGTH_STEP
+def bucket(length: int) -> int:
+  """Returns the room that so many positions get: 64, 96, 128, 192, 256, 384, ...
+
+  Two sizes for every doubling: at most a third of the room is empty, and the programs for all
+  lengths up to 4096 are 13.
+  """
+  above = max(SHORTEST, _power_of_two(length))
+  between = above * 3 // 4
+  return between if above > SHORTEST and length <= between else above
 
 
 def _power_of_two(count: int) -> int:
@@ -257,53 +365,16 @@ def _pad(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns tokens int32[B, S] padded at the left, images uint8[B, N, H, W, 3], lengths int32[B].
 
-  S is a multiple of `LENGTH_STEP` and N a power of two or 0; rows without a request have length 0.
+  S is a `bucket` and N a power of two or 0; rows without a request have length 0.
   """
-  length = _round_up(max(_size(r) for r in requests))
+  length = bucket(max(len(r.ids) for r in requests))
   slots = _power_of_two(max(len(r.images) for r in requests))
   tokens = np.full((num_rows, length), pad_id, np.int32)
   images = np.zeros((num_rows, slots, *image_size, 3), np.uint8)
   lengths = np.zeros(num_rows, np.int32)
   for i, request in enumerate(requests):
-    lengths[i] = _size(request)
+    lengths[i] = len(request.ids)
     tokens[i, length - lengths[i] :] = request.ids
     for j, picture in enumerate(request.images):
       images[i, j] = picture
   return tokens, images, lengths
-
-
-def _pixels(image: Image, run: RunConfig) -> np.ndarray:
-  """Returns uint8[H, W, 3] as training has them, from any of the forms that an image may have.
-
-  Raises:
-    PromptError: naming the file, if it is one.
-  """
-  name = f"image '{os.fspath(image)}'" if isinstance(image, os.PathLike) else "an image"
-  try:
-    return decode_image(
-      _encoded(image),
-      run.model.vision.image_size,
-      fit=run.data.image_fit,
-      max_pixels=run.data.max_image_pixels,
-    )
-  except OSError as e:
-    raise PromptError(f"{name} cannot be read: {e.strerror or e}.") from e
-  except ImageError as e:
-    raise PromptError(f"{name} cannot be used: {e.reason}.") from e
-
-
-def _encoded(image: Image) -> bytes:
-  """Returns an encoded image; pixels are encoded without loss, so that all forms take one way."""
-  if isinstance(image, os.PathLike):
-    return epath.Path(image).read_bytes()
-  if isinstance(image, bytes):
-    return image
-  if isinstance(image, np.ndarray):
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-      raise PromptError(
-        f"an image is an array {image.dtype}{list(image.shape)}; it must be uint8[H, W, 3]."
-      )
-    image = PIL.Image.fromarray(image)
-  data = io.BytesIO()
-  on_white(PIL.ImageOps.exif_transpose(image)).save(data, "PNG")
-  return data.getvalue()

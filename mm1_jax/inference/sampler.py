@@ -3,9 +3,12 @@
 
   1. prefill:  the prompts, left-padded so that all end at the same slot, go through once.
   2. sample:   the next token of each row, from the logits of its last one.
-  3. decode:   that token goes through alone, seeing the cache; then 2. again.
+  3. decode:   that token goes through alone, seeing the cache; then 2. again, in a `while_loop`.
 
-Letters: B rows, S prompt positions, G new tokens, N image slots a row, V vocabulary.
+`decode` may be called in parts: between them the host looks at what has been said, for stop strings
+and streaming. That compiles nothing anew.
+
+Letters: B rows, S prompt positions, C cache slots, N image slots a row, V vocabulary.
 """
 
 import functools
@@ -32,18 +35,24 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
-class Generated(NamedTuple):
-  """New tokens by row."""
+class Draw(NamedTuple):
+  """How all rows go on."""
 
-  tokens: Int[Array, "B G"]  # `eos_id` from the end of a row on
-  lengths: Int[Array, " B"]  # tokens before the end
+  sampling: Sampling
+  allowed: Bool[Array, " V"]  # tokens that may be drawn, `ends` among them
+  ends: Int[Array, " E"]  # tokens that end a row
+  keys: Key[Array, " B"]  # a random key for each row, so that rows do not depend on each other
 
 
-class _Loop(NamedTuple):
-  step: Int[Array, ""]  # tokens written
-  last: Int[Array, " B"]  # the newest of them, not read by the model yet
+class Decoding(NamedTuple):
+  """Where the rows stand."""
+
+  tokens: Int[Array, "B C"]  # new ones from slot 0; `ends[0]` from the end of a row on
+  lengths: Int[Array, " B"]  # new tokens before the end
   done: Bool[Array, " B"]
-  tokens: Int[Array, "B G"]
+  step: Int[Array, ""]  # tokens written in every row
+  last: Int[Array, " B"]  # the newest of them, not read by the model yet
+  prompt_lengths: Int[Array, " B"]
   cache: KVCache
 
 
@@ -77,65 +86,81 @@ def sample(
 
 
 @functools.partial(jax.jit, static_argnames="num_slots")
-def generate(
+def prefill(
   model: MM1,
   tokens: Int[Array, "B S"],
   images: UInt8[Array, "B N H W 3"],
   lengths: Int[Array, " B"],
+  draw: Draw,
   *,
   num_slots: int,
-  max_new_tokens: int | Int[Array, ""],
-  sampling: Sampling,
-  allowed: Bool[Array, " V"],
-  eos_id: int | Int[Array, ""],
-  keys: Key[Array, " B"],
-) -> Generated:
-  """Goes on from prompts until every row has drawn `eos_id`, or `max_new_tokens` are there.
+) -> Decoding:
+  """Reads prompts and draws the first token of each row.
 
-  Compiles once for each shape of `tokens` and `images` and each `num_slots`, whatever the rest.
+  Compiles once for each shape of `tokens` and `images` and each `num_slots`.
 
   Args:
     model: its params on the mesh that is set.
     tokens: prompts, left-padded with anything but image placeholders; it changes nothing.
     images: the rows' pictures in order; a slot beyond a row's last picture changes nothing.
     lengths: positions of each prompt; 0 marks a row that only fills the batch.
-    num_slots: the new tokens there is room for (G).
-    max_new_tokens: at most `num_slots`.
-    sampling: how tokens are drawn.
-    allowed: tokens that may be drawn, `eos_id` among them.
-    eos_id: the token that ends a row.
-    keys: a random key for each row, so that rows do not depend on each other.
+    draw: how rows go on.
+    num_slots: of the cache (C): room for S and for the new tokens.
   """
   num_rows, num_positions = tokens.shape
   positions = jnp.arange(num_positions)[None] - (num_positions - lengths[:, None])
   segment_ids = (positions >= 0).astype(jnp.int32)
-  cache = model.decoder.init_cache(num_rows, num_positions + num_slots)
-  weight = model.decoder.head_weight()
-
-  def draw(hidden: Float[Array, "B 1 D"], done, step) -> Int[Array, " B"]:
-    # Every device draws for all rows: a sort along a sharded vocabulary would cost more.
-    logits = reshard(model.decoder.logits(hidden, weight)[:, 0], LAYOUT.replicated)
-    token = sample(logits, sampling, allowed, jax.vmap(jax.random.fold_in, (0, None))(keys, step))
-    return jnp.where(done, eos_id, reshard(token, LAYOUT.act_b))
-
-  def write(written, token, step) -> Int[Array, "B G"]:
-    return jax.lax.dynamic_update_slice(written, token[:, None], (0, step))
-
-  def unfinished(loop: _Loop) -> Bool[Array, ""]:
-    return (loop.step < max_new_tokens) & ~jnp.all(loop.done)
-
-  def decode(loop: _Loop) -> _Loop:
-    step, last = loop.step, loop.last
-    out = model.decode(last[:, None], (lengths + step - 1)[:, None], loop.cache)
-    assert out.cache is not None
-    token = draw(out.hidden, loop.done, step)
-    done = loop.done | (token == eos_id)
-    return _Loop(step + 1, token, done, write(loop.tokens, token, step), out.cache)
-
+  cache = model.decoder.init_cache(num_rows, num_slots)
   out = model.prefill(tokens, images, jnp.maximum(positions, 0), segment_ids, cache)
   assert out.cache is not None
-  token = draw(out.hidden[:, -1:], lengths == 0, 0)
-  ended = jnp.full((num_rows, num_slots), eos_id, jnp.int32, out_sharding=LAYOUT.act_b)
-  first = _Loop(jnp.array(1), token, token == eos_id, write(ended, token, 0), out.cache)
-  written = jax.lax.while_loop(unfinished, decode, first).tokens
-  return Generated(written, jnp.sum(jnp.cumprod(written != eos_id, axis=1), axis=1))
+  blank = jnp.full((num_rows, num_slots), draw.ends[0], jnp.int32, out_sharding=LAYOUT.act_b)
+  zeros = jnp.zeros_like(lengths)
+  start = Decoding(blank, zeros, lengths == 0, jnp.array(0), zeros, lengths, out.cache)
+  return _write(model, start, out.hidden[:, -1:], draw)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def decode(
+  model: MM1, state: Decoding, draw: Draw, stopped: Bool[Array, " B"], until: Int[Array, ""] | int
+) -> Decoding:
+  """Goes on until every row has ended, or `until` tokens are there.
+
+  Compiles once for each number of rows and of cache slots.
+
+  Args:
+    model: as in `prefill`.
+    state: from `prefill` or `decode`; its memory is used up.
+    draw: as in `prefill`.
+    stopped: rows that end here, whatever they last said.
+    until: at most C less the prompts' S positions.
+  """
+
+  def unfinished(state: Decoding) -> Bool[Array, ""]:
+    return (state.step < until) & ~jnp.all(state.done)
+
+  def body(state: Decoding) -> Decoding:
+    positions = (state.prompt_lengths + state.step - 1)[:, None]
+    out = model.decode(state.last[:, None], positions, state.cache)
+    assert out.cache is not None
+    return _write(model, state._replace(cache=out.cache), out.hidden, draw)
+
+  return jax.lax.while_loop(unfinished, body, state._replace(done=state.done | stopped))
+
+
+def _write(model: MM1, state: Decoding, hidden: Float[Array, "B 1 D"], draw: Draw) -> Decoding:
+  """Draws each row's next token from the last hidden state, and writes it down."""
+  # Every device draws for all rows: a sort along a sharded vocabulary would cost more.
+  logits = model.decoder.logits(hidden, model.decoder.head_weight())[:, 0]
+  keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys, state.step)
+  drawn = sample(reshard(logits, LAYOUT.replicated), draw.sampling, draw.allowed, keys)
+  token = jnp.where(state.done, draw.ends[0], reshard(drawn, LAYOUT.act_b))
+  done = state.done | jnp.any(token[:, None] == draw.ends[None], axis=1)
+  return state._replace(
+    tokens=jax.lax.dynamic_update_slice(
+      state.tokens, jnp.where(done, draw.ends[0], token)[:, None], (0, state.step)
+    ),
+    lengths=state.lengths + ~done,
+    done=done,
+    step=state.step + 1,
+    last=token,
+  )

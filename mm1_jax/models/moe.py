@@ -241,10 +241,11 @@ def _run_dropless(tokens, matrices, exchange_factor: float) -> Float[Array, "n D
   if num_chips == 1:
     return _run_experts(tokens, matrices, num_choices)
   num_rows = math.ceil(exchange_factor * num_choices)
-  if num_rows >= num_chips * num_choices:
-    return _exchange(tokens, matrices, num_chips * num_choices)
   rounds = range(math.ceil(num_chips / exchange_factor), num_tokens + 1)
-  num_rounds = next(r for r in rounds if num_tokens % r == 0)
+  num_rounds = next((r for r in rounds if num_tokens % r == 0), None)
+  # Without rounds there are so few tokens, as in decoding, that room for all costs nothing.
+  if num_rows >= num_chips * num_choices or num_rounds is None:
+    return _exchange(tokens, matrices, num_chips * num_choices)
 
   def at_once(tokens, matrices):
     return _exchange(tokens, matrices, num_rows)

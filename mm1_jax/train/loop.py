@@ -22,7 +22,7 @@ from mm1_jax import checkpoint, distributed
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer
 from mm1_jax.config import RunConfig, UserError
-from mm1_jax.data.examples import Encoder
+from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.inspect.picture import draw_batch
 from mm1_jax.data.pipeline import BatchStats, Pipeline, check_drops
 from mm1_jax.metrics import (
@@ -313,7 +313,12 @@ def _draw(
 ) -> None:
   """Draws the first batch: the cheapest way to see a mistake in the data."""
   if jax.process_index() == 0:
-    encoder = Encoder(pipeline.tokenizer, run.model.connector.num_tokens, run.data.image_delimiters)
+    encoder = make_encoder(
+      run.data,
+      pipeline.tokenizer,
+      image_size=run.model.vision.image_size,
+      tokens_per_image=run.model.connector.num_tokens,
+    )
     picture = draw_batch(batch, encoder, [source.name for source in run.data.leaves])
     writer.write_images(0, {"first_batch": picture})
     with (epath.Path(workdir) / "first_batch.png").open("wb") as file:

@@ -2,17 +2,19 @@
 """Batches: what is in them, and that they are the same however they are made."""
 
 import dataclasses
+import io
 import itertools
 import json
 import multiprocessing
 
 import numpy as np
+import PIL.Image
 import pytest
 from small_data import SAMPLE, conversation, sample_source
 
 from bench import batch_order
 from mm1_jax.batch import Batch
-from mm1_jax.config import ConfigError, DataConfig
+from mm1_jax.config import ConfigError, DataConfig, TilingConfig
 from mm1_jax.data.pipeline import PipelineError, make_eval_batches, make_pipeline
 from mm1_jax.data.sources import DataError
 
@@ -46,6 +48,26 @@ def small(write):
 
 
 # --- what is in a batch
+
+
+def test_sub_images_fill_slots_in_order(small):
+  """A picture of two halves, cut: each sub-image stands in its slot, at its run of placeholders."""
+  dark_left = np.zeros((32, 32, 3), np.uint8)
+  dark_left[:, 16:] = 255
+  data = io.BytesIO()
+  PIL.Image.fromarray(dark_left).save(data, "PNG")
+  record = conversation("x", [data.getvalue(), "What?"], ["That."])
+  tiling = TilingConfig(grid=(2, 2), overview="first")
+  data = small([record], seq_len=128, images_per_row=5, tiling=tiling)
+  pipeline = make_pipeline(data, image_size=(16, 16), tokens_per_image=2, image_token_id=4)
+  ((batch, stats),) = itertools.islice(pipeline, 1)
+  assert stats.num_images == 5 * stats.num_examples
+  shown = [int(image[8, 8, 0]) for image in batch.images[0]]
+  assert shown[1:] == [0, 255, 0, 255]
+  assert batch.images[0, 0, :, :7].max() < 30  # the overview: dark and bright
+  assert batch.images[0, 0, :, 9:].min() > 225
+  assert (batch.tokens[0] == 4).sum() == 2 * 5
+  pipeline.close()
 
 
 def test_a_batch_by_hand(small, tokenizer, jpeg):

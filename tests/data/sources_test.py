@@ -65,7 +65,11 @@ def test_truncated_shard_is_named(write):
     ({"id": "x", "content": [{"text": b"x"}]}, r"content\[0\] must be"),
     ({"id": "x", "content": [{"text": "x", "image": b"x"}]}, r"content\[0\] must be"),
     ({"id": "x", "turns": []}, "at least one turn"),
-    ({"id": "x", "turns": [{"role": "system", "content": []}]}, r"turns\[0\].*'role'"),
+    ({"id": "x", "turns": [{"role": "human", "content": []}]}, r"turns\[0\].*'role'"),
+    (
+      {"id": "x", "turns": [{"role": r, "content": [{"text": "a"}]} for r in ("user", "system")]},
+      r"turns\[1\] is a system turn; only the first may be one",
+    ),
     ({"id": "x", "turns": [{"role": "user"}]}, r"turns\[0\]\.content must be a list"),
   ],
 )

@@ -72,7 +72,7 @@ def test_a_mistake_ends_the_program_with_one_line():
     ([f"--image={__file__}"], f"error: image '{__file__}' cannot be used: unreadable image."),
     (["--prompt=" + "word " * 300], "but the model was trained on 192."),
     (["--prompt=a", "--top-p=2"], "error: top_p is 2.0; it must be above 0 and at most 1."),
-    (["--prompt=a", "--tensor=9"], "error: data 1 x tensor 9 needs 9 devices; there are 8."),
+    (["--prompt=a", "--tensor=9"], "error: tensor 9 needs 9 devices; there are 8."),
   ],
 )
 def test_each_mistake_has_its_message(workdir: pathlib.Path, capsys, flags, message: str):
@@ -82,6 +82,41 @@ def test_each_mistake_has_its_message(workdir: pathlib.Path, capsys, flags, mess
   assert message in exit.value.code
   assert "\n" not in exit.value.code
   assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--input=a"], "error: --input and --output go together"),
+    (["--input=a", "--output=b", "--prompt=x"], "error: give either --input, or --prompt"),
+    (["--prompt=<image> what?"], "the text has 1 <image> slot, but there are 0 images"),
+    (["--prompt=<image>", "--prompt=x"], "slots need all of the text in one --prompt"),
+    (["--input=/no/such", "--output=b"], "error: '/no/such' cannot be read"),
+  ],
+)
+def test_flags_that_do_not_go_together(workdir, flags, message):
+  with pytest.raises(SystemExit) as exit:
+    cli.run(generate.main, [f"--checkpoint={workdir}", *flags])
+  assert message in str(exit.value.code)
+
+
+def test_slots_put_pictures_into_the_text(model, workdir, pictures, capsys):
+  flags = ["--prompt=Is <image>\nlike <image>?", *(f"--image={p}" for p in pictures)]
+  cli.run(generate.main, [f"--checkpoint={workdir}", "--max-new-tokens=5", "--stop=#", *flags])
+  a, b = pictures
+  expected = model.generate([["Is ", a, "like ", b, "?"]], max_new_tokens=5, stop=["#"])
+  assert capsys.readouterr().out == expected[0] + "\n"
+
+
+def test_ctrl_c_ends_in_one_line(workdir, monkeypatch, capsys):
+  def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(generate.Model, "generate", interrupt)
+  with pytest.raises(SystemExit) as exit:
+    cli.run(generate.main, [f"--checkpoint={workdir}", "--prompt=Hi"])
+  assert exit.value.code == 130
+  assert capsys.readouterr().err.endswith("stopped\n")
 
 
 def test_help_has_an_example(capsys):

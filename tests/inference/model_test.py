@@ -2,8 +2,11 @@
 """A run's checkpoint answers prompts of any shape, and says what it cannot use."""
 
 import dataclasses
+import io
+import itertools
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -18,7 +21,8 @@ from mm1_jax.config import ConfigError
 from mm1_jax.data.image import PAD_COLOR
 from mm1_jax.data.sources import DataError
 from mm1_jax.inference import sampler
-from mm1_jax.inference.model import Model, PromptError
+from mm1_jax.inference.model import Model, _overlap, _Says, bucket
+from mm1_jax.inference.prompts import PromptError, fill_slots
 from mm1_jax.inference.sampler import Sampling
 from mm1_jax.sharding import LAYOUT
 
@@ -57,13 +61,105 @@ def test_devices_share_rows_and_params_and_give_the_same_answers(model, workdir,
 
 
 def test_programs_are_few(model):
-  before = sampler.generate._cache_size()
+  """Two programs for all prompts of one room and all answers of one, whatever the settings."""
+  before = sampler.prefill._cache_size(), sampler.decode._cache_size()
   rng = np.random.default_rng(0)
-  for i in range(6):
-    prompt = ["a " * int(rng.integers(1, 20))]
-    settings = Sampling(temperature=0.1 * i, top_k=i, top_p=1 - 0.1 * i)
-    model.generate([prompt], max_new_tokens=i + 1, sampling=settings, seed=i)
-  assert sampler.generate._cache_size() - before <= 1
+  for i in range(8):
+    prompt = ["a " * int(rng.integers(1, 30))]
+    settings = Sampling(temperature=i % 2, top_k=i, top_p=1 - 0.1 * i)
+    model.generate([prompt], max_new_tokens=i + 1, sampling=settings, seed=i, stop=["b" * (i + 1)])
+  assert sampler.prefill._cache_size() - before[0] <= 1
+  assert sampler.decode._cache_size() - before[1] <= 1
+
+
+@pytest.mark.long
+def test_programs_for_200_requests(model, pictures, capsys):
+  before = sampler.prefill._cache_size(), sampler.decode._cache_size()
+  rng = np.random.default_rng(0)
+  for _ in range(200):
+    prompt = ["a " * int(rng.integers(1, 60)), *[pictures[0]] * int(rng.integers(0, 5))]
+    model.generate([prompt], max_new_tokens=int(rng.integers(1, 32)))
+  prefills = sampler.prefill._cache_size() - before[0]
+  decodes = sampler.decode._cache_size() - before[1]
+  with capsys.disabled():
+    print(f"\n200 requests: {prefills} programs for prompts, {decodes} for answers")
+  # Prompts take 64, 96, 128 or 192 positions, with 0, 1, 2 or 4 slots; caches are one room longer.
+  assert prefills <= 4 * 4 * 2
+  assert decodes <= 4
+
+
+def test_rooms_are_few_and_not_wasteful():
+  lengths = range(1, 4097)
+  rooms = [bucket(length) for length in lengths]
+  assert [*dict.fromkeys(rooms)][:6] == [64, 96, 128, 192, 256, 384]
+  assert len(set(rooms)) == 13
+  assert all(length <= room for length, room in zip(lengths, rooms, strict=True))
+  assert all(room < 1.5 * length for length, room in zip(lengths, rooms, strict=True) if room > 64)
+
+
+def test_a_stop_text_ends_an_answer_wherever_it_stands_in_tokens(model, prompts):
+  whole = model.generate(prompts, max_new_tokens=20)
+  for i, text in enumerate(whole):
+    for start in range(1, min(6, len(text) - 4)):  # across tokens, whatever these are
+      stop = text[start : start + 4]
+      at = text.index(stop)
+      stopped = model.generate(prompts, max_new_tokens=20, stop=["not said", stop])
+      assert stopped[i] == text[:at]
+      assert all(s == w.split(stop)[0] for s, w in zip(stopped, whole, strict=True))
+
+
+def test_a_stream_grows_to_the_answer(model, prompts):
+  (whole,) = model.generate(prompts[:1], max_new_tokens=20)
+  grown = [*model.stream(prompts[0], max_new_tokens=20)]
+  assert grown[-1] == whole
+  assert len(grown) == 4  # 1 token, then 8 more at a time
+  assert all(after.startswith(before) for before, after in itertools.pairwise(grown))
+  stop = whole[3:8]
+  stopped = [*model.stream(prompts[0], max_new_tokens=20, stop=[stop])]
+  assert stopped[-1] == whole[: whole.index(stop)]
+  assert all(stopped[-1].startswith(text) for text in stopped)  # no beginning of it was ever shown
+
+
+def test_what_is_said_waits_while_it_may_be_the_beginning_of_a_stop():
+  assert [_overlap(text, "STOP") for text in ("", "a", "aS", "STSTO", "STOP", "TO")] == [
+    *(0, 0, 1, 3, 0, 0)
+  ]
+
+
+def test_a_template_without_its_symbols_in_the_tokenizer_ends_answers_by_their_text(copy, prompts):
+  change_config(copy, "data", chat_template="chatml", chat=True)
+  model = Model.load(copy)
+  ids = model.encode(prompts[0]).ids
+  assert model.tokenizer.decode(ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
+  said = _Says(model, True, ())
+  text = model.tokenizer.encode(" Yes<|im_end|>\n<|im_start|>user")
+  assert said(text[:5], last=False) == " Yes"
+  assert said(text, last=False) == " Yes"
+  assert said.stopped
+
+
+def test_a_conversation_is_read_as_in_training(model, pictures):
+  a, b = pictures
+  turns = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [a, "What is this?"]},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": ["And this?", b]},
+  ]
+  request = model.encode(turns)
+  items = [{"text": "What is this?"}, {"text": "A cat."}, {"text": "And this?"}]
+  expected = model.encoder.encode_prompt(
+    [
+      {"role": "system", "content": [{"text": "Be brief."}]},
+      {"role": "user", "content": [{"image": b""}, items[0]]},
+      {"role": "assistant", "content": [items[1]]},
+      {"role": "user", "content": [items[2], {"image": b""}]},
+    ]
+  )
+  assert request.ids == expected.ids
+  assert len(request.images) == 2
+  assert request.chat
+  assert model.generate([turns], max_new_tokens=3)
 
 
 def test_load_takes_the_newest_step_or_the_one_named(model, workdir):
@@ -183,10 +279,83 @@ def test_a_picture_that_cannot_be_used_is_named(model, pictures, tmp_path):
     model.generate([[np.zeros((4, 4), np.float32)]])
 
 
+@pytest.mark.parametrize("prompt", [[], [""], [" ", "\n"], [{"role": "user", "content": ""}]])
+def test_an_empty_prompt_is_refused(model, prompt):
+  for chat in (False, True):
+    with pytest.raises(PromptError, match="the prompt is empty; give it a text or an image"):
+      model.generate([prompt], chat=chat)
+
+
+@pytest.mark.parametrize(
+  ("prompt", "message"),
+  [
+    ([{"role": "assistant", "content": "Hi"}], "its last turn must be the user's"),
+    ([{"role": "human", "content": "Hi"}], "it must be {'role': one of"),
+    ([{"role": "user", "content": 3}], "it must be {'role': one of"),
+    ([{"role": "user", "content": "Hi"}, "Hi"], "a turn is 'Hi'; it must be"),
+    ([3], "a int is neither text nor an image"),
+  ],
+)
+def test_a_prompt_of_another_kind_is_refused(model, prompt, message):
+  with pytest.raises(PromptError, match=re.escape(message)):
+    model.generate([prompt])
+
+
+def test_hostile_requests_leave_the_model_as_it_was(model, pictures):
+  """Each ends in a message, and the next is answered as ever."""
+  ask = {"max_new_tokens": 4}
+  expected = model.generate([[pictures[0], "Hi"]], **ask)
+  large = io.BytesIO()
+  PIL.Image.new("1", (10_000, 5_000)).save(large, "PNG")  # 50 million pixels in a few kB
+  too_large = io.BytesIO()
+  PIL.Image.new("1", (10_000, 7_000)).save(too_large, "PNG")
+  for prompt, message in (
+    ([*[pictures[0]] * 40, "Hi"], r"takes \d+ positions \(40 x 6 of them for images\)"),
+    ([too_large.getvalue()], r"image too large \(more than 64 million pixels\)"),
+    ([], "the prompt is empty"),
+    (["word " * 500], r"takes \d+ positions and .* trained on 192\."),
+    ([b"GIF89a"], "an image cannot be used: "),
+  ):
+    with pytest.raises(PromptError, match=message):
+      model.generate([prompt], **ask)
+    assert model.generate([[pictures[0], "Hi"]], **ask) == expected
+  assert model.generate([[large.getvalue(), "Hi"]], **ask)  # large, but within the bound
+
+
+def test_slots_are_filled_in_order_or_the_mistake_is_named():
+  a, b = pathlib.Path("a"), pathlib.Path("b")
+  assert fill_slots("What?", [a, b]) == [a, b, "What?"]
+  assert fill_slots("", [a]) == [a]
+  assert fill_slots("<image>\nWhat?", [a]) == [a, "What?"]
+  assert fill_slots("One: <image> two: <image>", [a, b]) == ["One: ", a, " two: ", b]
+  with pytest.raises(PromptError, match="has 1 <image> slot, but there are 0 images; give one"):
+    fill_slots("<image>\nWhat?", [])
+  with pytest.raises(PromptError, match="has 2 <image> slots, but there is 1 image; give one"):
+    fill_slots("<image><image>", [a])
+
+
+def test_pictures_are_cut_as_in_training_or_as_asked(copy, pictures):
+  """20 x 30 pixels in sub-images of 16: 2 x 3 of them are least padded, and an overview."""
+  with pytest.raises(ConfigError, match=r"no data.tiling, so pictures are not cut: {'last': 1}"):
+    Model.load(copy, tiling={"last": 1})
+  a, b = pictures
+  change_config(copy, "data", tiling={"max_tiles": 6}, images_per_row=7)
+  model = Model.load(copy)
+  request = model.encode(["What is", a, " this?"])
+  assert len(request.images) == 7
+  assert request.ids.count(model.tokenizer.image_id) == 7 * TOKENS_PER_IMAGE
+  assert len(model.encode([a, b, a]).images) == 3  # too many to be cut
+  assert model.generate([["What is", a, " this?"]], max_new_tokens=3)
+  assert len(Model.load(copy, tiling={"max_tiles": 4}).encode([a]).images) == 5
+  few_shot = Model.load(copy, tiling={"last": 1}).encode([a, "A cat.", b, "A dog.", a])
+  assert [np.array_equal(i, few_shot.images[0]) for i in few_shot.images[:2]] == [True, False]
+  assert len(few_shot.images) == 2 + 7
+
+
 def test_a_prompt_that_is_too_long_says_by_how_much(model, pictures):
   used = 1 + TOKENS_PER_IMAGE + 2
   room = SEQ_LEN - used
-  match = rf"takes {used} positions \(6 for each image\).* up to 190 more.* trained on {SEQ_LEN}; "
+  match = rf"takes {used} positions \(1 x 6 of .*\).* up to 190 more.* trained on {SEQ_LEN}; "
   with pytest.raises(PromptError, match=match + rf"at most {room} new tokens would fit"):
     model.generate([[pictures[0]]], max_new_tokens=190)
   with pytest.raises(PromptError, match=rf"takes \d+ positions and .* trained on {SEQ_LEN}\."):
@@ -202,6 +371,8 @@ def test_a_prompt_that_is_too_long_says_by_how_much(model, pictures):
     ({"sampling": Sampling(top_k=-1)}, "top_k is -1"),
     ({"sampling": Sampling(top_p=0)}, "top_p is 0; it must be above 0 and at most 1"),
     ({"sampling": Sampling(top_p=float("nan"))}, "top_p is nan"),
+    ({"stop": "text"}, "stop is 'text'; it must be a list of texts, none of them empty"),
+    ({"stop": [""]}, r"stop is \[''\]"),
   ],
 )
 def test_settings_out_of_range(model, settings: dict, message: str):
@@ -253,5 +424,7 @@ def test_a_run_without_its_tokenizer(copy):
 def test_devices_that_are_not_there(workdir):
   with pytest.raises(ConfigError, match="data 3 x tensor 4 needs 12 devices; there are 8"):
     Model.load(workdir, data=3, tensor=4)
+  with pytest.raises(ConfigError, match="fsdp 9 needs 9 devices; there are 8"):
+    Model.load(workdir, fsdp=9)
   with pytest.raises(ConfigError, match="num_kv_heads 2 does not divide"):
     Model.load(workdir, tensor=4)

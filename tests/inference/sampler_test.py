@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache gives what the full forward gives, and tokens are drawn as asked."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, reshard
-from tiny_model import TOKENS_PER_IMAGE, one_device
+from tiny_model import TOKENS_PER_IMAGE, one_device, run_config
 
 from mm1_jax.batch import Batch
-from mm1_jax.inference.sampler import GREEDY, Sampling, generate, sample
-from mm1_jax.sharding import LAYOUT
+from mm1_jax.config import MeshConfig
+from mm1_jax.inference.sampler import GREEDY, Draw, Sampling, decode, prefill, sample
+from mm1_jax.models.mm1 import MM1
+from mm1_jax.sharding import LAYOUT, abstract_state, make_mesh
 
 IMAGE, EOS, VOCAB = 4, 2, 4160
 SLOTS, NEW = 24, 6  # prompt slots, and tokens that follow
@@ -52,20 +54,22 @@ def left_pad(tokens: np.ndarray, fill: int = 0) -> np.ndarray:
 
 
 def place(*arrays: np.ndarray) -> list[jax.Array]:
-  """Returns arrays split by rows, as the model takes them."""
-  return jax.device_put(list(arrays), NamedSharding(one_device(), LAYOUT.act_b))
+  """Returns arrays split by rows, as the model takes them, on the mesh that is set."""
+  return jax.device_put(list(arrays), NamedSharding(jax.sharding.get_mesh(), LAYOUT.act_b))
 
 
 def full_logits(params, tokens, images):
-  return _full_logits(params, *place(tokens, images))
+  return np.asarray(_full_logits(params, *place(tokens, images)))
 
 
 def prefill_logits(params, tokens, images):
-  return _prefill_logits(params, *place(tokens, images))
+  logits, cache = _prefill_logits(params, *place(tokens, images))
+  return np.asarray(logits), cache
 
 
 def decode_logits(params, tokens, positions, cache):
-  return _decode_logits(params, *place(tokens, positions), cache)
+  logits, cache = _decode_logits(params, *place(tokens, positions), cache)
+  return np.asarray(logits), cache
 
 
 @jax.jit
@@ -74,6 +78,13 @@ def _full_logits(params, tokens, images):
   ones, rest = jnp.ones_like(tokens), [None] * 3
   positions = jnp.cumsum(ones, axis=1) - 1
   batch = Batch(tokens, rest[0], rest[1], positions, ones, rest[2], images, None)
+  return params.decoder.logits(params(batch).hidden, params.decoder.head_weight())
+
+
+@jax.jit
+def _packed_logits(params, tokens, positions, segments, images):
+  rest = [None] * 3
+  batch = Batch(tokens, rest[0], rest[1], positions, segments, rest[2], images, None)
   return params.decoder.logits(params(batch).hidden, params.decoder.head_weight())
 
 
@@ -94,17 +105,63 @@ def _decode_logits(params, tokens, positions, cache):
 
 def test_prefill_and_decode_give_the_logits_of_the_full_forward(params):
   tokens, images = make_rows()
-  expected = full_logits(params, tokens, images)
-  # Of the largest logit: tokens meet in other groups, so experts add in another order.
-  close = functools.partial(np.testing.assert_allclose, atol=1e-5 * np.abs(expected).max())
+  check_logits(params, full_logits(params, tokens, images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_eight_devices_give_the_logits_of_one(kind, request):
+  params = request.getfixturevalue(kind)
+  expected = full_logits(params, *make_rows())
+  tokens, _ = run_generate(params)
+  run = run_config(moe=kind == "moe")
+  sizes = MeshConfig(fsdp=2, expert=2, tensor=2) if kind == "moe" else MeshConfig(2, 2, 1, 2)
+  eight = make_mesh(dataclasses.replace(run, mesh=sizes))
+  placed = abstract_state(lambda: MM1(jax.random.key(0), run.model), eight)
+  with jax.set_mesh(eight):
+    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, placed)
+    check_logits(params, expected)
+    again, _ = run_generate(params)
+  np.testing.assert_array_equal(again, tokens)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 0]])
+def test_packed_rows_give_the_logits_of_rows_alone(params, order):
+  """What `generate` reads left-padded, training reads packed."""
+  tokens, images = make_rows()
+  alone = full_logits(params, tokens, images)
+  packed = [
+    np.concatenate([f(i, int(LENGTHS[i])) for i in order])[None].astype(np.int32)
+    for f in (
+      lambda i, length: tokens[i, :length],
+      lambda _, length: np.arange(length),
+      lambda i, length: np.full(length, 1 + order.index(i)),
+    )
+  ]
+  pictures = np.concatenate([images[i, : NUM_IMAGES[i]] for i in order])[None]
+  logits = np.asarray(_packed_logits(params, *place(*packed, pictures)))
+  at = 0
+  for i in order:
+    close(logits[0, at : at + LENGTHS[i]], alone[i, : LENGTHS[i]], alone)
+    at += LENGTHS[i]
+
+
+def close(actual, expected, all_expected) -> None:
+  """1e-5 of the largest logit: tokens meet in other groups, so experts add in another order."""
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(all_expected).max())
+
+
+def check_logits(params, expected) -> None:
+  """Asserts that every position has its logits, the prompts' by prefill, the others by decode."""
+  tokens, images = make_rows()
   logits, cache = prefill_logits(params, left_pad(tokens), images)
   for i, length in enumerate(LENGTHS):
-    close(logits[i, SLOTS - length :], expected[i, :length])
+    close(logits[i, SLOTS - length :], expected[i, :length], expected)
   for step in range(NEW):
     at = LENGTHS[:, None] + step
     logits, cache = decode_logits(params, np.take_along_axis(tokens, at, axis=1), at, cache)
     for i, length in enumerate(LENGTHS):
-      close(logits[i, 0], expected[i, length + step])
+      close(logits[i, 0], expected[i, length + step], expected)
 
 
 def test_what_stands_in_padding_changes_nothing(params):
@@ -124,20 +181,28 @@ def test_what_stands_in_padding_changes_nothing(params):
     np.testing.assert_array_equal(logits[i, real], other_logits[i, real])
 
 
-def run_generate(params, sampling: Sampling = GREEDY, *, seed: int = 0, order=range(4), **changes):
+def run_generate(
+  params,
+  sampling: Sampling = GREEDY,
+  *,
+  seed: int = 0,
+  order=range(4),
+  lengths=LENGTHS,
+  allowed=ALLOWED,
+  ends=(EOS,),
+  parts=(NEW,),
+  stopped=(False,) * 4,
+):
+  """Prefills, then decodes up to each of `parts`."""
   tokens, images = make_rows()
   keys = jax.random.split(jax.random.key(seed), len(LENGTHS))
   order = np.array(order)
-  args = {"max_new_tokens": NEW, "allowed": ALLOWED, "eos_id": EOS, **changes}
-  out = generate(
-    params,
-    *place(left_pad(tokens)[order], images[order], LENGTHS[order]),
-    num_slots=8,
-    sampling=sampling,
-    keys=keys[order],
-    **args,
-  )
-  return np.asarray(out.tokens), np.asarray(out.lengths)
+  draw = Draw(sampling, jnp.array(allowed), jnp.array(ends), keys[order])
+  rows = place(left_pad(tokens)[order], images[order], lengths[order])
+  state = prefill(params, *rows, draw, num_slots=SLOTS + NEW)
+  for until in parts:
+    state = decode(params, state, draw, *place(np.array(stopped)[order]), until)
+  return np.asarray(state.tokens), np.asarray(state.lengths)
 
 
 def test_greedy_is_the_argmax_of_the_full_forward_step_by_step(params):
@@ -157,8 +222,24 @@ def test_one_row_alone(moe):
   np.testing.assert_array_equal(alone[0], together[0])
 
 
+def test_decoding_in_parts_changes_nothing(params):
+  whole = run_generate(params)
+  parts = run_generate(params, parts=(2, 3, NEW))
+  np.testing.assert_array_equal(parts[0], whole[0])
+  np.testing.assert_array_equal(parts[1], whole[1])
+
+
+def test_a_row_that_is_stopped_says_no_more(dense):
+  greedy, _ = run_generate(dense)
+  new, lengths = run_generate(dense, stopped=(True, False, False, False))
+  assert lengths.tolist() == [1, NEW, NEW, NEW]
+  np.testing.assert_array_equal(new[1:], greedy[1:])
+  assert new[0, 0] == greedy[0, 0]
+  assert (new[0, 1:] == EOS).all()
+
+
 def test_no_more_tokens_than_asked_for(dense):
-  new, lengths = run_generate(dense, max_new_tokens=3)
+  new, lengths = run_generate(dense, parts=(3,))
   assert lengths.tolist() == [3, 3, 3, 3]
   assert (new[:, 3:] == EOS).all()
 
@@ -180,13 +261,13 @@ def test_top_k_of_1_is_greedy_and_rows_draw_on_their_own(dense):
 def test_a_row_ends_at_eos_while_others_go_on(dense):
   greedy, _ = run_generate(dense)
   end = int(greedy[0, 2])
-  new, lengths = run_generate(dense, eos_id=end)
+  new, lengths = run_generate(dense, ends=(EOS, end))
   expected = [[*row[:NEW], end].index(end) for row in greedy.tolist()]
   assert lengths.tolist() == expected
   assert expected[0] <= 2 < max(expected)
   for row, length, before in zip(new, lengths, greedy, strict=True):
     np.testing.assert_array_equal(row[:length], before[:length])
-    assert (row[length:] == end).all()
+    assert (row[length:] == EOS).all()
 
 
 def test_all_rows_end_at_once_if_only_eos_is_allowed(dense):
@@ -197,19 +278,9 @@ def test_all_rows_end_at_once_if_only_eos_is_allowed(dense):
 
 def test_a_row_of_length_0_is_done_from_the_start(dense):
   greedy, _ = run_generate(dense)
-  tokens, images = make_rows()
-  out = generate(
-    dense,
-    *place(left_pad(tokens), images, np.array([*LENGTHS[:3], 0], np.int32)),
-    num_slots=8,
-    max_new_tokens=NEW,
-    sampling=GREEDY,
-    allowed=ALLOWED,
-    eos_id=EOS,
-    keys=jax.random.split(jax.random.key(0), 4),
-  )
-  np.testing.assert_array_equal(out.tokens[:3], greedy[:3])
-  assert out.lengths[3] == 0
+  new, lengths = run_generate(dense, lengths=np.array([*LENGTHS[:3], 0], np.int32))
+  np.testing.assert_array_equal(new[:3], greedy[:3])
+  assert lengths[3] == 0
 
 
 draw = jax.jit(sample)

@@ -4,6 +4,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import tiny
 
@@ -61,6 +62,18 @@ def test_resize_interpolates_each_dim_apart():
   np.testing.assert_allclose(
     out[4:-4, :, 0], np.arange(3.5, 11.5)[:, None] / 2 * np.ones(5), atol=0.02
   )
+
+
+@pytest.mark.parametrize("side", [448, 560, 672])
+def test_positions_for_higher_resolution_are_pillows_bicubic(side):
+  """From MM1's 27 x 27 patches of 378 pixels to those of 448, 560 and 672 (section 4.1)."""
+  grid = np.random.default_rng(side).standard_normal((27, 27, 2)).astype(np.float32)
+  patches = side // 14
+  out = resize_grid(jnp.asarray(grid), (patches, patches))
+  for channel in range(2):
+    image = PIL.Image.fromarray(grid[..., channel])  # of float32
+    expected = image.resize((patches, patches), PIL.Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(out[..., channel], np.asarray(expected), atol=2e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

@@ -4,9 +4,10 @@
   {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [
     {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
-`images` may stand for `image`, and both may be missing. Each `<image>` is the next of them. The
-turns are the user's and the assistant's by turns, and end with an answer. A system turn, which can
-only be the first, is put in front of the user's first text.
+`images` may stand for `image`, and both may be missing. Each `<image>` is the next of them. Turns
+are the user's and the assistant's by turns, and end with an answer; a system turn may stand in
+front. `--answer_prompt` puts a line behind each question, as LLaVA-1.5 asks for short answers
+(arXiv 2310.03744, section 3.2).
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from mm1_jax.data.build.options import Options
 from mm1_jax.data.build.rows import Image, RowError, field, header, optional
-from mm1_jax.data.sources import ROLES, Record
+from mm1_jax.data.sources import Record
 from mm1_jax.data.tokenizer import IMAGE
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -28,12 +29,14 @@ def llava_records(row: Any, default_id: str, options: Options) -> Iterator[Recor
     system, turns = field(turns[0], "value", str), turns[1:]
   images = _images(row)
   converted = [_turn(turn, i, images) for i, turn in enumerate(turns)]
+  for turn in converted[::2] if options.answer_prompt else ():
+    _ask_for(options.answer_prompt, turn["content"])
   if images:
     raise RowError(f"more images than {IMAGE} slots")
   if not converted or len(converted) % 2:
     raise RowError("conversation does not end with an answer")
   if system.strip():
-    converted[0]["content"] = _with_system(system.strip(), converted[0]["content"])
+    converted.insert(0, {"role": "system", "content": [{"text": system.strip()}]})
   yield {**header(row, default_id, options), "turns": converted}
 
 
@@ -51,7 +54,7 @@ def _turn(turn: Any, number: int, images: list[Image]) -> dict[str, Any]:
   role = _ROLES.get(field(turn, "from", str))
   if role is None:
     raise RowError("a turn is neither by human nor gpt")
-  if role != ROLES[number % 2]:
+  if role != ("user", "assistant")[number % 2]:
     raise RowError("human and gpt do not take turns")
   first, *others = field(turn, "value", str).split(IMAGE)
   if len(others) > len(images):
@@ -67,7 +70,9 @@ def _turn(turn: Any, number: int, images: list[Image]) -> dict[str, Any]:
   return {"role": role, "content": content}
 
 
-def _with_system(system: str, content: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  if "text" in content[0]:
-    return [{"text": f"{system}\n\n{content[0]['text']}"}, *content[1:]]
-  return [{"text": system}, *content]
+def _ask_for(answer_prompt: str, content: list[dict[str, Any]]) -> None:
+  """Puts a prompt on a line of its own behind a question."""
+  if "text" in content[-1]:
+    content[-1] = {"text": f"{content[-1]['text']}\n{answer_prompt}"}
+  else:
+    content.append({"text": answer_prompt})

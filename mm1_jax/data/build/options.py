@@ -39,6 +39,7 @@ class Options:
   source: str = ""  # of records that name none
   license: str = ""
   text_field: str = "text"
+  answer_prompt: str = ""  # put behind each question, on a line of its own
   txt_split: str = ""  # what parts the documents of a .txt file; '' for one document a file
   split: str = "train"  # of a TFDS set
   data_dir: str = ""
@@ -224,6 +225,14 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, flags: FormatFlags) -
 
 
 def _add_format_flags(add: Any, name: str) -> None:
+  if name == "llava":
+    add(
+      "--answer_prompt",
+      default="",
+      metavar="TEXT",
+      help="behind each question, for sets of short answers: 'Answer the question using a single "
+      "word or phrase.'",
+    )
   if name == "text":
     add("--text_field", default="text", metavar="NAME", help="key or column of the text (text)")
     add("--txt_split", default="", metavar="TEXT", help="what parts documents in a .txt file")

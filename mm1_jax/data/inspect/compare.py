@@ -13,11 +13,12 @@ import numpy as np
 from mm1_jax.batch import Batch
 from mm1_jax.config import RunConfig
 from mm1_jax.data.examples import Encoder, Example, cut
-from mm1_jax.data.image import ImageError, decode_image
+from mm1_jax.data.image import ImageError
 from mm1_jax.data.index import UNREADABLE, Index
 from mm1_jax.data.inspect.facts import Checks, Segment
 from mm1_jax.data.plan import Piece
 from mm1_jax.data.sources import Record, RecordError, Source
+from mm1_jax.data.tiling import decode_pictures
 
 CACHED_RECORDS = 64  # a long document is cut over rows near each other
 
@@ -47,7 +48,7 @@ class Records:
     self._indexes = [indexes[config.name] for config in run.data.leaves]
     self._encoder = encoder
     self._decode = functools.partial(
-      decode_image,
+      decode_pictures,
       size=run.model.vision.image_size,
       fit=run.data.image_fit,
       max_pixels=run.data.max_image_pixels,
@@ -95,7 +96,7 @@ class Records:
     number = int(self._indexes[piece.source].records[piece.example])
     record, encoded = self._read(piece.source, number)
     example = cut(encoded, piece.start, piece.stop)
-    pixels = [self._decode(image) for image in example.images]
+    pixels = self._decode(example.images)
     license, credit = (str(record.get(key, "")) for key in ("license", "credit"))
     origin = Origin(number, record["id"], license, credit, piece.start, piece.stop, len(encoded))
     return origin, example, pixels

@@ -3,16 +3,13 @@
 
 import collections
 import dataclasses
-import io
 from typing import Any
 
 import numpy as np
-import PIL.ExifTags
-import PIL.Image
 
 from mm1_jax.config import RunConfig, SourceConfig
-from mm1_jax.data.examples import Encoder
-from mm1_jax.data.image import FORMATS, ImageError, decode_image
+from mm1_jax.data.examples import Encoder, make_encoder
+from mm1_jax.data.image import ImageError, decode_image, read_header
 from mm1_jax.data.index import TOO_LONG, TOO_MANY_IMAGES, UNREADABLE
 from mm1_jax.data.sources import RecordError, Source
 from mm1_jax.data.tokenizer import Tokenizer
@@ -113,8 +110,12 @@ def read_records(run: RunConfig, source: SourceConfig, *, num_records: int, seed
     DataError: files that are missing, damaged or empty.
   """
   opened = Source(source)
-  encoder = Encoder(
-    Tokenizer(run.data.tokenizer), run.model.connector.num_tokens, run.data.image_delimiters
+  tokenizer = Tokenizer(run.data.tokenizer)
+  encoder = make_encoder(
+    run.data,
+    tokenizer,
+    image_size=run.model.vision.image_size,
+    tokens_per_image=run.model.connector.num_tokens,
   )
   rng = np.random.default_rng(seed)
   drawn = rng.choice(len(opened), min(num_records, len(opened)), replace=False)
@@ -163,7 +164,7 @@ def _item(item: dict[str, Any], encoder: Encoder, max_pixels: int) -> Text | Pic
     return Text(item["text"], len(encoder.tokenizer.encode(item["text"])))
   num_positions, data = len(encoder.image_ids), item["image"]
   about = f"{len(data) / 1000:,.1f} kB"
-  (height, width), kind = _header(data)
+  (height, width), kind = read_header(data)
   scale = min(1.0, LONGEST_SIDE / max(height, width))
   size = max(1, round(height * scale)), max(1, round(width * scale))
   try:
@@ -171,14 +172,3 @@ def _item(item: dict[str, Any], encoder: Encoder, max_pixels: int) -> Text | Pic
   except ImageError as e:
     return Picture(None, about, num_positions, e.reason)
   return Picture(pixels, f"{width} by {height} {kind}, {about}", num_positions, "")
-
-
-def _header(data: bytes) -> tuple[tuple[int, int], str]:
-  """Returns height and width of a picture as it is meant to be seen, and its format."""
-  try:
-    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) > 4
-      height, width = image.size if turned else (image.height, image.width)
-      return (height, width), str(image.format)
-  except Exception:  # Pillow's plugins raise many types; decoding tells what is wrong
-    return (1, 1), ""

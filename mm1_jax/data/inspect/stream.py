@@ -17,7 +17,7 @@ from absl import logging
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import DataConfig, RunConfig
-from mm1_jax.data.examples import Encoder
+from mm1_jax.data.examples import Encoder, make_encoder
 from mm1_jax.data.index import Index
 from mm1_jax.data.inspect.compare import Origin, Records
 from mm1_jax.data.inspect.facts import Checks, Segment, SourceFacts, row_of, segments_of
@@ -139,7 +139,12 @@ def read_stream(run: RunConfig, *, first_step: int, num_batches: int, num_rows: 
     if data.batch_size % n == 0 and n >= min(num_rows, data.batch_size)
   )
   first = _pipeline(run, data, share, None)
-  encoder = Encoder(first.tokenizer, run.model.connector.num_tokens, data.image_delimiters)
+  encoder = make_encoder(
+    run.data,
+    first.tokenizer,
+    image_size=run.model.vision.image_size,
+    tokens_per_image=run.model.connector.num_tokens,
+  )
   steps = range(first_step, first_step + num_batches)
   sources = _source_facts(data, steps, first)
   plan = Plan(data, list(first.indexes.values()), run.image_positions)

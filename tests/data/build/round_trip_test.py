@@ -171,8 +171,25 @@ def test_system_turn(tmp_path):
   (tmp_path / "a.jsonl").write_text(json.dumps(talk))
   main(["llava", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out"])
   (record,) = read_back(tmp_path / "out")
-  contents = [turn["content"] for turn in record["turns"]]
-  assert contents == [[{"text": "Be kind.\n\nHi"}], [{"text": "Yes"}]]
+  said = [(turn["role"], turn["content"][0]["text"]) for turn in record["turns"]]
+  assert said == [("system", "Be kind."), ("user", "Hi"), ("assistant", "Yes")]
+
+
+def test_short_answers_are_asked_for(tmp_path, jpeg):
+  turns = [("human", "How many?"), ("gpt", "2"), ("human", "Of what? <image>"), ("gpt", "Cats")]
+  talk = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+  (tmp_path / "a.jpg").write_bytes(jpeg(9))
+  (tmp_path / "a.jsonl").write_text(json.dumps({**talk, "image": "a.jpg"}))
+  flags = [f"--input={tmp_path}/a.jsonl", f"--images={tmp_path}", f"--output={tmp_path}/out"]
+  main(["llava", *flags, "--answer_prompt=One word."])
+  (record,) = read_back(tmp_path / "out")
+  first, two, second, cats = (turn["content"] for turn in record["turns"])
+  assert [first, two, cats] == [
+    [{"text": "How many?\nOne word."}],
+    [{"text": "2"}],
+    [{"text": "Cats"}],
+  ]
+  assert second == [{"text": "Of what? "}, {"image": jpeg(9)}, {"text": "One word."}]
 
 
 def test_limit(flags, tmp_path):

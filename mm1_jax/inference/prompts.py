@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users ask becomes what a model reads: ids and pixels, as training would have made them.
+
+A prompt is a list of texts and pictures in order, or of turns, as a conversation has them:
+
+  [pathlib.Path("a.jpg"), "What is this?"]
+  [{"role": "user", "content": [pathlib.Path("a.jpg"), "What is this?"]},
+   {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "What colour?"}]
+"""
+
+import functools
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from etils import epath
+
+from mm1_jax.config import RunConfig, UserError
+from mm1_jax.data.examples import Encoder
+from mm1_jax.data.image import TOO_LARGE, ImageError, on_white, read_header
+from mm1_jax.data.sources import ROLES
+from mm1_jax.data.tiling import Tile, decode_pictures
+from mm1_jax.data.tokenizer import IMAGE
+
+# A picture: a file, an encoded file's bytes, a PIL image, or pixels uint8[H, W, 3].
+Image = os.PathLike | bytes | PIL.Image.Image | np.ndarray
+Item = str | Image  # a str is always text
+Turn = Mapping[str, Any]  # {"role": a str, "content": a str or a sequence of items}
+Prompt = Sequence[Item] | Sequence[Turn]
+
+
+class PromptError(UserError):
+  """A prompt or a setting that cannot be used; the message says what is wrong with it."""
+
+
+class Request(NamedTuple):
+  """A prompt as the model reads it."""
+
+  ids: list[int]
+  images: list[np.ndarray]  # uint8[H, W, 3] each
+  chat: bool  # whether the model answers in a turn of its own
+
+
+def read_prompt(prompt: Prompt, run: RunConfig, encoder: Encoder, *, chat: bool) -> Request:
+  """Returns a prompt's ids and pixels.
+
+  Args:
+    prompt: see above.
+    run: what the model was trained on.
+    encoder: that run's.
+    chat: whether texts and pictures are a user's turn, or the beginning of a document. Turns are
+      always turns.
+
+  Raises:
+    PromptError: it is empty, not a conversation that waits for an answer, or a picture of it cannot
+      be read.
+  """
+  if prompt and isinstance(prompt[0], Mapping):
+    turns, chat = [_turn(turn) for turn in prompt], True
+    if turns[-1]["role"] != "user":
+      raise PromptError("the conversation ends with an answer; its last turn must be the user's.")
+  else:
+    turns = [{"role": "user", "content": list(prompt)}]
+  for turn in turns:
+    if turn["role"] == "user" and not any(
+      item.strip() if isinstance(item, str) else True for item in turn["content"]
+    ):
+      raise PromptError("the prompt is empty; give it a text or an image.")
+  files: list[_File] = []
+  for turn in turns:
+    for i, item in enumerate(turn["content"]):
+      if isinstance(item, str):
+        turn["content"][i] = {"text": item}
+      else:
+        files.append(_read(item))
+        turn["content"][i] = {"image": files[-1].data}
+  encoded = encoder.encode_prompt(turns) if chat else encoder.encode_prefix(turns[0]["content"])
+  return Request(encoded.ids, _decode(encoded.images, files, run), chat)
+
+
+def check_image(image: Image, run: RunConfig) -> tuple[int, int]:
+  """Returns height and width of a picture that can be used.
+
+  Raises:
+    PromptError: it cannot be.
+  """
+  file = _read(image)
+  _decode([file.data], [file], run)
+  return read_header(file.data)[0]
+
+
+def fill_slots(text: str, images: Sequence[Item]) -> list[Item]:
+  """Returns a text's items, where it has `<image>` slots for its pictures; else they come first.
+
+  Line breaks around a slot are not text, as in training data.
+
+  Raises:
+    PromptError: there are slots, but not as many as pictures.
+  """
+  first, *others = text.split(IMAGE)
+  if not others:
+    return [*images, text] if text.strip() else [*images]
+  if len(others) != len(images):
+    raise PromptError(
+      f"the text has {_count(len(others), f'{IMAGE} slot')}, but there "
+      f"{'is' if len(images) == 1 else 'are'} {_count(len(images), 'image')}; give one image for "
+      f"each slot, or leave the slots out."
+    )
+  items: list[Item] = [first.strip("\n")]
+  for image, following in zip(images, others, strict=True):
+    items += [image, following.strip("\n")]
+  return [item for item in items if item != ""] if others else items
+
+
+def _count(number: int, noun: str) -> str:
+  return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _turn(turn: Any) -> dict[str, Any]:
+  """Returns a turn whose content is a list of items."""
+  role, content = (turn.get(k) if isinstance(turn, Mapping) else None for k in ("role", "content"))
+  if role not in ROLES or not isinstance(content, str | Iterable):
+    raise PromptError(
+      f"a turn is {turn!r}; it must be {{'role': one of {ROLES}, 'content': a text, or a list of "
+      f"texts and images}}."
+    )
+  return {"role": role, "content": [content] if isinstance(content, str) else list(content)}
+
+
+class _File(NamedTuple):
+  name: str  # for messages
+  data: bytes
+
+
+def _read(image: Image) -> _File:
+  """Returns an encoded image, from any of the forms that one may have.
+
+  Raises:
+    PromptError: naming the file, if it is one.
+  """
+  name = f"image '{os.fspath(image)}'" if isinstance(image, os.PathLike) else "an image"
+  try:
+    return _File(name, _encoded(image))
+  except OSError as e:
+    raise PromptError(f"{name} cannot be read: {e.strerror or e}.") from e
+  except ImageError as e:
+    raise PromptError(f"{name} cannot be used: {e.reason}.") from e
+
+
+def _decode(
+  images: Sequence[bytes | Tile], files: Sequence[_File], run: RunConfig
+) -> list[np.ndarray]:
+  """Returns uint8[H, W, 3] as training has them, of pictures or parts of them.
+
+  Raises:
+    PromptError: naming the first of the files that cannot be used.
+  """
+  limit = run.data.max_image_pixels
+  decode = functools.partial(
+    decode_pictures, size=run.model.vision.image_size, fit=run.data.image_fit, max_pixels=limit
+  )
+  try:
+    return decode(images)
+  except ImageError as error:
+    bound = f" (more than {limit / 1e6:g} million pixels)" if error.reason == TOO_LARGE else ""
+    for file in files:
+      try:
+        decode([file.data])
+      except ImageError as e:
+        raise PromptError(f"{file.name} cannot be used: {e.reason}{bound}.") from e
+    raise
+
+
+def _encoded(image: Image) -> bytes:
+  """Returns an encoded image; pixels are encoded without loss, so that all forms take one way."""
+  if isinstance(image, os.PathLike):
+    return epath.Path(image).read_bytes()
+  if isinstance(image, bytes):
+    return image
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+      raise PromptError(
+        f"an image is an array {image.dtype}{list(image.shape)}; it must be uint8[H, W, 3]."
+      )
+    image = PIL.Image.fromarray(image)
+  if not isinstance(image, PIL.Image.Image):
+    raise PromptError(f"a {type(image).__name__} is neither text nor an image.")
+  data = io.BytesIO()
+  on_white(PIL.ImageOps.exif_transpose(image)).save(data, "PNG")
+  return data.getvalue()

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The terminal chat: what is typed, what is printed, and what stays in the conversation."""
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mm1_jax.inference import sampler
+from mm1_jax.inference.chat import Chat
+from mm1_jax.inference.conversation import Conversation
+
+
+@pytest.fixture
+def conversation(model):
+  return Conversation(model, max_new_tokens=9)
+
+
+@pytest.fixture
+def chat(conversation, capsys):
+  """Reads lines, and returns what is printed."""
+  one = Chat(conversation)
+
+  def read(*lines: str) -> str:
+    for line in lines:
+      assert one.read(line) is (line != "/quit")
+    return capsys.readouterr().out
+
+  return read
+
+
+def test_the_model_sees_all_that_was_said(chat, conversation, model, pictures):
+  a, b = pictures
+  shown = chat(f"/image {a}", "What is this?")
+  first = {"role": "user", "content": [a, "What is this?"]}
+  (answer,) = model.generate([[first]], max_new_tokens=9)
+  assert shown == f"[image 1: a.png, 30 x 20]\n{answer}\n"
+  turns = [first, {"role": "assistant", "content": answer}]
+  assert conversation.turns == turns
+  assert conversation.images == []
+  shown = chat(f"/image {b} '{a}'", "Is <image> like <image>?")
+  turns.append({"role": "user", "content": ["Is ", b, " like ", a, "?"]})
+  (answer,) = model.generate([turns], max_new_tokens=9)
+  assert shown.splitlines()[-1] == answer.splitlines()[-1]
+  history = chat("/history")
+  assert "user: [a.png] What is this?\n" in history
+  assert "user: Is  [b.png]  like  [a.png] ?\n" in history
+
+
+def test_system_turn_and_a_new_beginning(chat, conversation):
+  chat("Hi", "/system Be brief.", "Hi")
+  assert [turn["role"] for turn in conversation.turns] == ["system", "user", "assistant"]
+  assert conversation.turns[0]["content"] == "Be brief."
+  assert "nothing was said yet" in chat("/clear", "/history")
+  assert conversation.turns == []
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("/image", "/image needs a file"),
+    ("/image /no/such.png", "image '/no/such.png' cannot be read: No such file"),
+    (f"/image {__file__}", "cannot be used: unreadable image"),
+    ("/image 'open", "No closing quotation in 'open"),
+    ("/imgae x", "there is no /imgae; /help lists"),
+    ("<image> what?", "has 1 <image> slot, but there are 0 images"),
+    ("word " * 300, "but the model was trained on 192"),
+  ],
+)
+def test_a_mistake_is_told_and_changes_nothing(chat, conversation, line, message):
+  expected = chat("Hi")
+  chat("/clear")
+  assert message in chat(line)
+  assert conversation.turns == conversation.images == []
+  assert chat("", "Hi") == expected
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat, conversation, model, monkeypatch):
+  (whole,) = model.generate([["Hi"]], max_new_tokens=9, chat=True)
+  (first,) = model.generate([["Hi"]], max_new_tokens=1, chat=True)
+  decode = sampler.decode
+
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(sampler, "decode", interrupt)
+  assert chat("Hi") == f"{first} [stopped]\n"
+  assert conversation.turns[-1] == {"role": "assistant", "content": first}
+  monkeypatch.setattr(sampler, "decode", decode)
+  assert chat("/clear", "Hi").endswith(f"{whole}\n")
+
+
+def test_answers_get_as_much_room_as_there_is(model):
+  conversation = Conversation(model, max_new_tokens=10_000)
+  assert len(model.tokenizer.encode([*conversation.ask("Hi")][-1])) > 150
+  assert len(conversation.turns) == 2
+
+
+class Terminal:
+  """The program on a terminal of its own."""
+
+  def __init__(self, *flags: str):
+    self._master, slave = pty.openpty()
+    # A session's leader that opens a terminal is ruled by it: Ctrl-C there reaches the program.
+    shell = f'exec "$@" <{os.ttyname(slave)} >{os.ttyname(slave)} 2>&1'
+    self.process = subprocess.Popen(
+      ["sh", "-c", shell, "sh", sys.executable, "-m", "mm1_jax.inference.chat", *flags],
+      start_new_session=True,
+    )
+    self._slave = slave
+    self.screen = ""
+
+  def type(self, text: str) -> None:
+    os.write(self._master, text.encode())
+
+  def wait_for(self, pattern: str, seconds: float = 120) -> str:
+    """Returns what was printed up to and with `pattern`, and forgets it."""
+    end = time.monotonic() + seconds
+    while not (match := re.search(pattern, self.screen)):
+      assert time.monotonic() < end, f"no {pattern!r} in {self.screen!r}"
+      if select.select([self._master], [], [], 0.1)[0]:
+        self.screen += os.read(self._master, 65536).decode(errors="replace")
+    shown, self.screen = self.screen[: match.end()], self.screen[match.end() :]
+    return shown
+
+  def close(self) -> None:
+    self.process.kill()
+    self.process.wait()
+    os.close(self._master)
+    os.close(self._slave)
+
+
+@pytest.mark.slow
+def test_on_a_terminal(workdir, pictures, tmp_path):
+  """Typed as a user types, with Ctrl-C in the middle of an answer that would be long."""
+  run = shutil.copytree(workdir, tmp_path / "run")
+  config = json.loads((run / "config.json").read_text())
+  config["data"] |= {"seq_len": 20_000, "chat": True}
+  (run / "config.json").write_text(json.dumps(config))
+  terminal = Terminal(f"--checkpoint={run}", "--max-new-tokens=15000")
+  try:
+    terminal.wait_for("> ")
+    terminal.type(f"/image {pictures[0]}\n")
+    terminal.wait_for(r"\[image 1: a.png, 30 x 20\]")
+    terminal.wait_for("> ")
+    terminal.type("What is this?\n")
+    terminal.wait_for(r"this\?\r\n.")  # the answer has begun
+    terminal.type("\x03")
+    terminal.wait_for(r" \[stopped\]\r\n> ", seconds=30)
+    terminal.type("/history\n")
+    terminal.wait_for(r"user: \[a.png\] What is this\?\r\nassistant: .")
+    terminal.wait_for("> ")
+    terminal.type("half a line\x03")
+    terminal.wait_for(r"\[Ctrl-D or /quit ends\]\r\n> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(30) == 0
+  finally:
+    terminal.close()
