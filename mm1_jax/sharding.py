@@ -44,6 +44,7 @@ class Layout:
   expert_efd: P = P("expert", ("tensor", "fsdp"), None)  # no last dim split into slivers
   # Activations.
   act_b: P = P(BATCH_AXES)  # rows split, everything else whole: [B, S], [B, S, D], [B, N, H, W, 3]
+  act_i: P = P((*BATCH_AXES, "tensor"))  # pictures, spread over all chips: [I, P, D], [I, h, w, D]
   act_bsv: P = P(BATCH_AXES, None, "tensor")
   act_bshk: P = P(BATCH_AXES, None, "tensor", None)
   cache_ubckh: P = P(None, BATCH_AXES, None, "tensor", None)
@@ -92,14 +93,33 @@ def arrange(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     return lay_out(split=True)
 
 
-def gather(weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def gather(
+  weight: jax.Array, dtype: jax.typing.DTypeLike, *, rows: jax.Array | None = None
+) -> jax.Array:
   """Casts a stored weight for computing, then all-gathers it over the FSDP axes.
 
-  Casting first halves the bytes on the wire.
+  Casting first halves the bytes on the wire. The result is of the type that JAX calls *reduced*
+  over the batch's axes: its gradient stays a sum of its own on each chip until it has left all
+  loops, and then comes back as a reduce-scatter over FSDP and, of what is left of it on a chip, an
+  all-reduce over `data`. Typed as whole, it would be all-reduced whole, each time it is used.
+
+  Args:
+    weight: as it is stored.
+    dtype: to compute in.
+    rows: what it is to be multiplied with. Where its first dim is split over `tensor` too, as
+      pictures are, the weight is gathered over that as well.
   """
-  spec = jax.typeof(weight).sharding.spec
-  kept = [None if _axes(entry) & set(FSDP) else entry for entry in spec]
-  return jax.sharding.reshard(weight.astype(dtype), P(*kept))
+  spec = spec_of(weight)
+  over = set(BATCH_AXES) | (_axes(spec_of(rows)[0]) if rows is not None else set())
+  kept = [None if _axes(entry) & over else entry for entry in spec]
+  stored = {axis for entry in spec for axis in _axes(entry)}
+  weight = jax.sharding.reshard(weight.astype(dtype), P(*spec, reduced=over - stored))
+  return jax.sharding.reshard(weight, P(*kept, reduced=over))
+
+
+def spec_of(x: jax.Array) -> P:
+  """Returns how an array is split, for another one that shall be split alike."""
+  return jax.typeof(x).sharding.spec
 
 
 def _axes(entry) -> set[str]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.models.layers import RMSNorm, broadcast, constant, normal
 from mm1_jax.models.splash import LANES, block_size, splash_attention
-from mm1_jax.sharding import LAYOUT, gather
+from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 
 class KV(NamedTuple):
@@ -144,14 +144,14 @@ class Attention(nnx.Module):
       keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
     heads = attend(queries, keys, values, mask=mask, segment_ids=segment_ids)
     out = jnp.einsum(
-      "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype), out_sharding=LAYOUT.act_b
+      "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype, rows=x), out_sharding=spec_of(x)
     )
     if self.out_bias is not None:
       out += broadcast(self.out_bias[...], out)
     return out, cache
 
   def _project(self, x, weight, bias, norm=None, positions=None) -> Float[Array, "B S H h"]:
-    heads = jnp.einsum("bsd,dhk->bshk", x, gather(weight[...], x.dtype))
+    heads = jnp.einsum("bsd,dhk->bshk", x, gather(weight[...], x.dtype, rows=x))
     if bias is not None:
       heads += bias[...].astype(x.dtype)[None, None]
     if norm is not None:

@@ -41,10 +41,10 @@ class MLP(nnx.Module):
     self.down_bias = constant(0.0, cfg.width)
 
   def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-    h = jnp.einsum("ipd,df->ipf", x, gather(self.up[...], x.dtype))
+    h = jnp.einsum("ipd,df->ipf", x, gather(self.up[...], x.dtype, rows=x))
     h = checkpoint_name(h + broadcast(self.up_bias[...], h), "mlp_up")
     h = ACTIVATIONS[self.activation](h)
-    y = jnp.einsum("ipf,fd->ipd", h, gather(self.down[...], x.dtype), out_sharding=LAYOUT.act_b)
+    y = jnp.einsum("ipf,fd->ipd", h, gather(self.down[...], x.dtype, rows=x))
     return y + broadcast(self.down_bias[...], y)
 
 
@@ -92,13 +92,13 @@ class ViT(nnx.Module):
     """Returns features on the patch grid of the images, whatever grid the positions have."""
     cfg = self.cfg
     x = self._patches(images)
-    x = jnp.einsum("ihwp,pd->ihwd", x, gather(self.patch[...], x.dtype))
+    x = jnp.einsum("ihwp,pd->ihwd", x, gather(self.patch[...], x.dtype, rows=x))
     num, height, width, dim = x.shape
     x += resize_grid(self.positions[...], (height, width)).astype(x.dtype)[None]
     x = x.reshape(num, height * width, dim)
     if cfg.vision.class_token:
       cls = (self.class_token[...] + self.class_position[...]).astype(x.dtype)
-      cls = jnp.broadcast_to(cls[None, None], (num, 1, dim), out_sharding=LAYOUT.act_b)
+      cls = jnp.broadcast_to(cls[None, None], (num, 1, dim), out_sharding=LAYOUT.act_i)
       x = jnp.concatenate([cls, x], axis=1)
     if self.pre_norm is not None:
       x = self.pre_norm(x)
@@ -115,7 +115,7 @@ class ViT(nnx.Module):
     x = (x - broadcast(jnp.array(PIXEL_MEAN), x)) / broadcast(jnp.array(PIXEL_STD), x)
     grid = (height // side, width // side)
     x = jax.lax.reshape(
-      x, (num, grid[0], side, grid[1], side, 3), out_sharding=LAYOUT.act_b
+      x, (num, grid[0], side, grid[1], side, 3), out_sharding=LAYOUT.act_i
     ).transpose(0, 1, 3, 2, 4, 5)
-    x = jax.lax.reshape(x, (num, *grid, side * side * 3), out_sharding=LAYOUT.act_b)
+    x = jax.lax.reshape(x, (num, *grid, side * side * 3), out_sharding=LAYOUT.act_i)
     return x.astype(self.cfg.dtype)

@@ -49,8 +49,8 @@ def compile_with(library: str, topology: str, *options: str) -> subprocess.Compl
 
 
 def test_every_kind_with_options_is_tried():
-  assert TOPOLOGIES.keys() == OPTIONS.keys()
-  assert compiler_options("cpu") == {}
+  assert TOPOLOGIES.keys() == OPTIONS.keys() - {"cpu"}
+  assert compiler_options("TPU v4") == {}
 
 
 @pytest.mark.parametrize("kind", TOPOLOGIES)
