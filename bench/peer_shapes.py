@@ -27,7 +27,7 @@ ALL = "qkv+attention+residual+mlp_gate+mlp_up"  # no matrix product of a dense b
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Predicted seconds of a train step: every operation at its roofline, the figure, the compiler's."""
+  """Predicted seconds: every operation at its roofline, the figure to quote, the compiler's own."""
 
   lower: float
   seconds: float

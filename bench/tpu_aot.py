@@ -8,9 +8,9 @@ and `mm1_jax.plan` prices it, see docs/plans.md. A shape takes minutes and some 
 compiled once is found again, so a second run takes as long as tracing does.
 
 For each step: `roof`, every operation at its roofline; `mid`, the figure to quote; `pred`, the
-compiler's own cycles. A dropless layer over an `expert` axis has a second way for the case that one
-chip's experts get more than `exchange_factor` times their share. `usual` is a step in which no layer
-goes that way; `worst` one in which all of them do and all tokens want the experts of one chip.
+compiler's own cycles. A dropless layer over an `expert` axis has a second way for the case that a
+chip's experts get more than `exchange_factor` times their share. `usual` is a step in which no
+layer goes that way; `worst` one in which all do, and all tokens want the experts of one chip.
 """
 
 import argparse

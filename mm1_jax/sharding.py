@@ -113,8 +113,8 @@ def gather(
   over = set(BATCH_AXES) | (_axes(spec_of(rows)[0]) if rows is not None else set())
   kept = [None if _axes(entry) & over else entry for entry in spec]
   stored = {axis for entry in spec for axis in _axes(entry)}
-  weight = jax.sharding.reshard(weight.astype(dtype), P(*spec, reduced=over - stored))
-  return jax.sharding.reshard(weight, P(*kept, reduced=over))
+  weight = jax.sharding.reshard(weight.astype(dtype), P(*spec, reduced=frozenset(over - stored)))
+  return jax.sharding.reshard(weight, P(*kept, reduced=frozenset(over)))
 
 
 def spec_of(x: jax.Array) -> P:

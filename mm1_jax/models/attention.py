@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.models.layers import RMSNorm, broadcast, constant, normal
-from mm1_jax.models.splash import LANES, block_size, splash_attention
+from mm1_jax.models.splash import LANES, block_size, splash_all_to_all, splash_attention
 from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 
@@ -68,16 +68,19 @@ def attend(
   Everyone sees everyone, or whom `mask` lets them see; or `segment_ids` are given, and the rows are
   packed (`packed_causal_mask` without a cache).
 
-  Packed rows of whole blocks go through splash attention where the mesh is of TPUs. All else is
-  plain XLA, on a GPU too: cuDNN's kernel knows no segments, and would let the examples of a row see
-  each other.
+  On a mesh of TPUs packed rows of whole blocks, and positions that all see each other (the patches
+  of a picture), go through splash attention. All else is plain XLA, on a GPU too: cuDNN's kernel
+  knows no segments, and would let the examples of a row see each other.
   """
-  if segment_ids is not None:
-    num_positions = segment_ids.shape[1]
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "tpu" and num_positions % LANES == 0:
+  num_positions = queries.shape[1]
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if mask is None and device is not None and device.platform == "tpu":
+    if segment_ids is not None and num_positions % LANES == 0:
       block = block_size(num_positions, device.device_kind)
       return splash_attention(queries, keys, values, segment_ids, causal=True, block=block)
+    if segment_ids is None and keys.shape[1] == num_positions:
+      return splash_all_to_all(queries, keys, values)
+  if segment_ids is not None:
     mask = packed_causal_mask(segment_ids, segment_ids, 0)
   queries, keys, values = (checkpoint_name(x, "qkv") for x in (queries, keys, values))
   out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from mm1_jax.sharding import LAYOUT
+from mm1_jax.sharding import spec_of
 
 LANES = 128  # positions are cut into blocks of a multiple of this
 
@@ -21,6 +22,7 @@ LANES = 128  # positions are cut into blocks of a multiple of this
 # lies above the diagonal and need less VMEM.
 BLOCKS = {"TPU v6 lite": 1024, "TPU7x": 2048}
 DEFAULT_BLOCK = 512
+MAX_WHOLE = 1024  # patches of a picture that are one block: 378 pixels are 730, in 768
 
 
 def block_size(num_positions: int, device_kind: str) -> int:
@@ -49,11 +51,11 @@ def splash_attention(
     block: positions in a block; divides S.
     interpret: runs the kernel step by step on any backend, for tests.
   """
-  spec = LAYOUT.act_bshk
+  spec = spec_of(queries)
 
   @functools.partial(
     jax.shard_map,
-    in_specs=(spec, spec, spec, LAYOUT.act_b),
+    in_specs=(spec, spec, spec, P(*spec[:2])),
     out_specs=spec,
     check_vma=False,  # the kernel does not say over which axes its results vary
   )
@@ -83,3 +85,26 @@ def splash_attention(
     return jnp.swapaxes(out, 1, 2)  # pyright: ignore[reportArgumentType]
 
   return run(queries, keys, values, segment_ids)
+
+
+def splash_all_to_all(
+  queries: Float[Array, "I P H h"],
+  keys: Float[Array, "I P K h"],
+  values: Float[Array, "I P K h"],
+  *,
+  interpret: bool = False,
+) -> Float[Array, "I P H h"]:
+  """Softmax attention of all patches of a picture to all, however many they are.
+
+  They are filled up to a multiple of `LANES`, and what was filled in is seen by none of them.
+  """
+  num_patches = queries.shape[1]
+  more = -num_patches % LANES
+  size = num_patches + more
+  real = (jnp.arange(size) < num_patches).astype(jnp.int32)
+  picture = P(spec_of(queries)[0])
+  segment_ids = jnp.broadcast_to(real[None], (queries.shape[0], size), out_sharding=picture)
+  heads = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (queries, keys, values))
+  block = size if size <= MAX_WHOLE else block_size(size, "")
+  out = splash_attention(*heads, segment_ids, causal=False, block=block, interpret=interpret)
+  return out[:, :num_patches]

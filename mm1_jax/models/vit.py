@@ -22,7 +22,7 @@ from mm1_jax.models.layers import (
   run_blocks,
   stack,
 )
-from mm1_jax.sharding import LAYOUT, gather
+from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 # CLIP's statistics over RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -44,7 +44,9 @@ class MLP(nnx.Module):
     h = jnp.einsum("ipd,df->ipf", x, gather(self.up[...], x.dtype, rows=x))
     h = checkpoint_name(h + broadcast(self.up_bias[...], h), "mlp_up")
     h = ACTIVATIONS[self.activation](h)
-    y = jnp.einsum("ipf,fd->ipd", h, gather(self.down[...], x.dtype, rows=x))
+    y = jnp.einsum(
+      "ipf,fd->ipd", h, gather(self.down[...], x.dtype, rows=x), out_sharding=spec_of(x)
+    )
     return y + broadcast(self.down_bias[...], y)
 
 

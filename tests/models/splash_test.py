@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from mm1_jax.config import MESH_AXES
 from mm1_jax.models.attention import attend, packed_causal_mask
-from mm1_jax.models.splash import block_size, splash_attention
+from mm1_jax.models.splash import block_size, splash_all_to_all, splash_attention
 from mm1_jax.sharding import LAYOUT
 
 LENGTHS = [(100, 28, 96), (256,), (1, 130), ()]  # examples of each row; the rest is padding
@@ -102,12 +102,28 @@ def test_whole_rows_without_causality_and_odd_heads():
     assert tiny.largest_difference(out[row : row + 1, :length], expected) < 2e-5
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 1, 2)], ids=["one chip", "four"])
+def test_patches_of_a_picture_all_see_each_other(sizes):
+  """Forward and backward, 150 patches and heads of 20: neither is a multiple of anything."""
+  rng = np.random.default_rng(1)
+  inputs = [jnp.asarray(rng.standard_normal((4, 150, 2, 20)), jnp.float32) for _ in range(4)]
+  expected = with_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k, v), *inputs)
+  mesh = tiny.mesh(*sizes)
+  with jax.set_mesh(mesh):
+    where = [jax.device_put(x, NamedSharding(mesh, LAYOUT.act_i)) for x in inputs]
+    kernel = functools.partial(splash_all_to_all, interpret=True)
+    actual = jax.jit(functools.partial(with_gradients, kernel))(*where)
+  for a, b in zip(actual, expected, strict=True):
+    assert tiny.largest_difference(a, b) < 2e-5
+
+
 @pytest.mark.parametrize(
   ("platform", "num_positions", "packed_rows", "splash"),
   [
     ("tpu", 256, True, True),
     ("tpu", 200, True, False),  # no whole block
-    ("tpu", 256, False, False),
+    ("tpu", 256, False, True),
+    ("tpu", 200, False, True),  # the patches of a picture
     ("gpu", 256, True, False),
     ("cpu", 256, True, False),
   ],

@@ -17,7 +17,7 @@ from mm1_jax.data.pipeline import BatchStats
 from mm1_jax.metrics import MetricWriter, read_metrics
 from mm1_jax.train import xla_flags
 from mm1_jax.train.loop import StepLog, Tally, TrainingDiverged
-from mm1_jax.train.step import NORM_DECAY, NORM_STEPS, eval_step, train_step, train_step_on
+from mm1_jax.train.step import NORM_DECAY, NORM_STEPS, eval_step, train_step_on
 
 DENSE = tiny_step.run_config()
 MOE = tiny_step.run_config(tiny.BOUNDED)
