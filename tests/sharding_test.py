@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where arrays live: the gather, batches on the mesh, abstract states, and every param's layout."""
 
+import math
 import os
 import pathlib
+import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +82,49 @@ def test_gradient_of_a_gather_is_stored_like_the_weight(mesh):
     grad = jax.jit(jax.grad(total))(weight)
   assert grad.sharding.is_equivalent_to(weight.sharding, 2)
   assert np.array_equal(np.asarray(grad), np.full((8, 4), 12.0))
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_gradient_of_a_gather_crosses_data_in_parts_only(tensor):
+  """Between the copies of `data` goes what is left on a chip, never a whole weight.
+
+  A weight used by four turns of a loop: its gradient leaves the loop before it leaves the chip.
+  """
+  mesh = make_mesh(load("dense", data=2, fsdp=4 // tensor, tensor=tensor))
+  weight = jax.ShapeDtypeStruct(
+    (64, 32), np.float32, sharding=NamedSharding(mesh, LAYOUT.mlp_df)
+  )
+  x = jax.ShapeDtypeStruct((4, 8, 3, 64), np.float32, sharding=NamedSharding(mesh, P(None, "data")))
+  rows = P(None, LAYOUT.act_b[0])
+
+  def total(weight, x):
+    gathered = gather(weight, x.dtype)
+
+    def body(sum, x):
+      return sum + jnp.sum(jnp.einsum("bsd,df->bsf", x, gathered) ** 2), None
+
+    return jax.lax.scan(body, jnp.zeros(()), jax.sharding.reshard(x, rows))[0]
+
+  with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(total)).trace(weight, x).lower().compile().as_text()
+  assert text is not None
+  part = math.prod(weight.sharding.shard_shape(weight.shape))
+  entry = text[text.index("ENTRY ") :]
+  assert len(list(all_reduces(text))) == len(list(all_reduces(entry)))  # none in the loop
+  for size, groups in all_reduces(text):
+    # The first half of the devices is one copy, the second half the other.
+    crosses = any(min(group) < 4 <= max(group) for group in groups)
+    assert size <= part if crosses else size <= part * 4 // tensor
+  assert (part, [[i, i + 4] for i in range(4)]) in list(all_reduces(text))
+
+
+def all_reduces(hlo: str) -> Iterator[tuple[int, list[list[int]]]]:
+  """Yields the number of elements, and the groups of devices, of every all-reduce."""
+  for dims, groups in re.findall(
+    r"= f32\[([\d,]*)\]\S* all-reduce\(.*replica_groups=\{\{([\d,{}]*)\}\}", hlo
+  ):
+    size = math.prod(int(dim) for dim in dims.split(",") if dim)
+    yield size, [[int(i) for i in group.split(",")] for group in groups.split("},{")]
 
 
 def test_batch_is_split_by_rows_and_keeps_its_values(mesh):
