@@ -91,9 +91,7 @@ def test_gradient_of_a_gather_crosses_data_in_parts_only(tensor):
   A weight used by four turns of a loop: its gradient leaves the loop before it leaves the chip.
   """
   mesh = make_mesh(load("dense", data=2, fsdp=4 // tensor, tensor=tensor))
-  weight = jax.ShapeDtypeStruct(
-    (64, 32), np.float32, sharding=NamedSharding(mesh, LAYOUT.mlp_df)
-  )
+  weight = jax.ShapeDtypeStruct((64, 32), np.float32, sharding=NamedSharding(mesh, LAYOUT.mlp_df))
   x = jax.ShapeDtypeStruct((4, 8, 3, 64), np.float32, sharding=NamedSharding(mesh, P(None, "data")))
   rows = P(None, LAYOUT.act_b[0])
 

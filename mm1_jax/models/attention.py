@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.models.layers import RMSNorm, broadcast, constant, normal
-from mm1_jax.models.splash import LANES, block_size, splash_all_to_all, splash_attention
+from mm1_jax.models.splash import LANES, block_size, splash_attention, tpu_kind
 from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 
@@ -62,26 +62,26 @@ def attend(
   *,
   mask: Bool[Array, "B 1 S C"] | None = None,
   segment_ids: Int[Array, "B S"] | None = None,
+  causal: bool = True,
 ) -> Float[Array, "B S H h"]:
   """Softmax attention with float32 logits; K divides H (grouped queries).
 
-  Everyone sees everyone, or whom `mask` lets them see; or `segment_ids` are given, and the rows are
-  packed (`packed_causal_mask` without a cache).
+  Everyone sees everyone, or whom `mask` lets them see; or `segment_ids` are given, S is C, and who
+  is of one segment sees each other, with `causal` only at its own slot or before.
 
-  On a mesh of TPUs packed rows of whole blocks, and positions that all see each other (the patches
-  of a picture), go through splash attention. All else is plain XLA, on a GPU too: cuDNN's kernel
-  knows no segments, and would let the examples of a row see each other.
+  With segments, rows of whole blocks go through splash attention where the mesh is of TPUs. All
+  else is plain XLA, on a GPU too: cuDNN's kernel knows no segments, and would let the examples of a
+  row see each other.
   """
-  num_positions = queries.shape[1]
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if mask is None and device is not None and device.platform == "tpu":
-    if segment_ids is not None and num_positions % LANES == 0:
-      block = block_size(num_positions, device.device_kind)
-      return splash_attention(queries, keys, values, segment_ids, causal=True, block=block)
-    if segment_ids is None and keys.shape[1] == num_positions:
-      return splash_all_to_all(queries, keys, values)
   if segment_ids is not None:
-    mask = packed_causal_mask(segment_ids, segment_ids, 0)
+    num_positions, chip = segment_ids.shape[1], tpu_kind()
+    if chip is not None and num_positions % LANES == 0:
+      block = block_size(num_positions, chip, causal=causal)
+      return splash_attention(queries, keys, values, segment_ids, causal=causal, block=block)
+    if causal:
+      mask = packed_causal_mask(segment_ids, segment_ids, 0)
+    else:
+      mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
   queries, keys, values = (checkpoint_name(x, "qkv") for x in (queries, keys, values))
   out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
   return checkpoint_name(out, "attention")
@@ -127,13 +127,14 @@ class Attention(nnx.Module):
     *,
     mask: Bool[Array, "B 1 S C"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
+    causal: bool = True,
     positions: Int[Array, "B S"] | None = None,
     cache: KV | None = None,
     offset: Int[Array, ""] | int = 0,
   ) -> tuple[Float[Array, "B S D"], KV | None]:
     """Returns the output, and the cache with this call's keys and values at slots offset...
 
-    For `mask` and `segment_ids` see `attend`.
+    For `mask`, `segment_ids` and `causal` see `attend`.
     """
     queries = self._project(x, self.query, self.query_bias, self.query_norm, positions)
     keys = self._project(x, self.key, self.key_bias, self.key_norm, positions)
@@ -145,7 +146,7 @@ class Attention(nnx.Module):
         jax.lax.dynamic_update_slice(cache.values, values.astype(cache.values.dtype), start),
       )
       keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
-    heads = attend(queries, keys, values, mask=mask, segment_ids=segment_ids)
+    heads = attend(queries, keys, values, mask=mask, segment_ids=segment_ids, causal=causal)
     out = jnp.einsum(
       "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype, rows=x), out_sharding=spec_of(x)
     )

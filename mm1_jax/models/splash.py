@@ -22,12 +22,27 @@ LANES = 128  # positions are cut into blocks of a multiple of this
 # lies above the diagonal and need less VMEM.
 BLOCKS = {"TPU v6 lite": 1024, "TPU7x": 2048}
 DEFAULT_BLOCK = 512
-MAX_WHOLE = 1024  # patches of a picture that are one block: 378 pixels are 730, in 768
+PICTURE_BLOCK = 1024  # nothing is skipped where all see each other: the 768 of 378 pixels are one
 
 
-def block_size(num_positions: int, device_kind: str) -> int:
+def tpu_kind() -> str | None:
+  """Returns the kind of the mesh's chips; None if they are no TPUs.
+
+  The mesh's, not the host's: a program for a TPU is compiled on machines that have none.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.device_kind if device is not None and device.platform == "tpu" else None
+
+
+def filling(num_positions: int) -> int:
+  """Returns how many more positions splash attention needs; none where it is not there."""
+  return -num_positions % LANES if tpu_kind() is not None else 0
+
+
+def block_size(num_positions: int, device_kind: str, *, causal: bool = True) -> int:
   """Returns the largest block that divides the row, up to what suits the chip."""
-  limit = min(BLOCKS.get(device_kind, DEFAULT_BLOCK), num_positions)
+  limit = BLOCKS.get(device_kind, DEFAULT_BLOCK) if causal else PICTURE_BLOCK
+  limit = min(limit, num_positions)
   fits = [size for size in range(LANES, limit + 1, LANES) if num_positions % size == 0]
   return fits[-1]
 
@@ -85,26 +100,3 @@ def splash_attention(
     return jnp.swapaxes(out, 1, 2)  # pyright: ignore[reportArgumentType]
 
   return run(queries, keys, values, segment_ids)
-
-
-def splash_all_to_all(
-  queries: Float[Array, "I P H h"],
-  keys: Float[Array, "I P K h"],
-  values: Float[Array, "I P K h"],
-  *,
-  interpret: bool = False,
-) -> Float[Array, "I P H h"]:
-  """Softmax attention of all patches of a picture to all, however many they are.
-
-  They are filled up to a multiple of `LANES`, and what was filled in is seen by none of them.
-  """
-  num_patches = queries.shape[1]
-  more = -num_patches % LANES
-  size = num_patches + more
-  real = (jnp.arange(size) < num_patches).astype(jnp.int32)
-  picture = P(spec_of(queries)[0])
-  segment_ids = jnp.broadcast_to(real[None], (queries.shape[0], size), out_sharding=picture)
-  heads = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (queries, keys, values))
-  block = size if size <= MAX_WHOLE else block_size(size, "")
-  out = splash_attention(*heads, segment_ids, causal=False, block=block, interpret=interpret)
-  return out[:, :num_patches]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from mm1_jax.config import ModelConfig, VisionConfig
 from mm1_jax.models.attention import Attention
@@ -22,6 +22,7 @@ from mm1_jax.models.layers import (
   run_blocks,
   stack,
 )
+from mm1_jax.models.splash import filling
 from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 # CLIP's statistics over RGB in [0, 1].
@@ -69,8 +70,11 @@ class Block(nnx.Module):
     self.mlp_norm = LayerNorm(cfg.width, cfg.norm_eps)
     self.mlp = MLP(mlp, cfg, cfg.mlp_dim**-0.5 * scale)
 
-  def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-    x = checkpoint_name(x + self.attention(self.attention_norm(x))[0], "residual")
+  def __call__(
+    self, x: Float[Array, "I P D"], segment_ids: Int[Array, "I P"] | None
+  ) -> Float[Array, "I P D"]:
+    y, _ = self.attention(self.attention_norm(x), segment_ids=segment_ids, causal=False)
+    x = checkpoint_name(x + y, "residual")
     return x + self.mlp(self.mlp_norm(x))
 
 
@@ -104,10 +108,16 @@ class ViT(nnx.Module):
       x = jnp.concatenate([cls, x], axis=1)
     if self.pre_norm is not None:
       x = self.pre_norm(x)
+    last, segment_ids = x.shape[1], None
+    if more := filling(last):
+      # Whole blocks of positions for attention, once for all layers; nobody sees those filled in.
+      x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
+      real = (jnp.arange(x.shape[1]) < last).astype(jnp.int32)
+      segment_ids = jnp.broadcast_to(real[None], x.shape[:2], out_sharding=LAYOUT.act_i)
     x, _ = run_blocks(
-      lambda x, block: (block(x), None), x, self.blocks, remat=cfg.remat, scan=cfg.scan
+      lambda x, block: (block(x, segment_ids), None), x, self.blocks, remat=cfg.remat, scan=cfg.scan
     )
-    return x[:, -height * width :].reshape(num, height, width, dim)
+    return x[:, last - height * width : last].reshape(num, height, width, dim)
 
   def _patches(self, images: UInt8[Array, "I H W 3"]) -> Float[Array, "I h w p"]:
     """Normalises pixels and cuts them into patches of p = patch_size^2 x 3 numbers."""

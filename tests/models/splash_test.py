@@ -11,8 +11,9 @@ import tiny
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from mm1_jax.config import MESH_AXES
+from mm1_jax.models import attention, splash
 from mm1_jax.models.attention import attend, packed_causal_mask
-from mm1_jax.models.splash import block_size, splash_all_to_all, splash_attention
+from mm1_jax.models.splash import block_size, splash_attention
 from mm1_jax.sharding import LAYOUT
 
 LENGTHS = [(100, 28, 96), (256,), (1, 130), ()]  # examples of each row; the rest is padding
@@ -102,28 +103,12 @@ def test_whole_rows_without_causality_and_odd_heads():
     assert tiny.largest_difference(out[row : row + 1, :length], expected) < 2e-5
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 1, 2)], ids=["one chip", "four"])
-def test_patches_of_a_picture_all_see_each_other(sizes):
-  """Forward and backward, 150 patches and heads of 20: neither is a multiple of anything."""
-  rng = np.random.default_rng(1)
-  inputs = [jnp.asarray(rng.standard_normal((4, 150, 2, 20)), jnp.float32) for _ in range(4)]
-  expected = with_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k, v), *inputs)
-  mesh = tiny.mesh(*sizes)
-  with jax.set_mesh(mesh):
-    where = [jax.device_put(x, NamedSharding(mesh, LAYOUT.act_i)) for x in inputs]
-    kernel = functools.partial(splash_all_to_all, interpret=True)
-    actual = jax.jit(functools.partial(with_gradients, kernel))(*where)
-  for a, b in zip(actual, expected, strict=True):
-    assert tiny.largest_difference(a, b) < 2e-5
-
-
 @pytest.mark.parametrize(
   ("platform", "num_positions", "packed_rows", "splash"),
   [
     ("tpu", 256, True, True),
     ("tpu", 200, True, False),  # no whole block
-    ("tpu", 256, False, True),
-    ("tpu", 200, False, True),  # the patches of a picture
+    ("tpu", 256, False, False),
     ("gpu", 256, True, False),
     ("cpu", 256, True, False),
   ],
@@ -157,3 +142,39 @@ def test_attend_chooses_by_the_devices_of_the_mesh(platform, num_positions, pack
 )
 def test_blocks_divide_the_row(num_positions, kind, expected):
   assert block_size(num_positions, kind) == expected
+
+
+def test_a_picture_is_one_block():
+  assert block_size(768, "TPU v5", causal=False) == 768
+
+
+def test_pictures_filled_up_to_whole_blocks_have_the_same_features(monkeypatch):
+  """As on a TPU: 7 positions become 128, of which the real ones must not see the others.
+
+  Features and gradients; the kernel is interpreted.
+  """
+  cfg = tiny.model_config()
+  monkeypatch.setattr(
+    attention, "splash_attention", functools.partial(splash_attention, interpret=True)
+  )
+  images = jnp.asarray(np.random.default_rng(2).integers(0, 255, (4, 8, 12, 3)), jnp.uint8)
+  mesh = tiny.mesh(1, 2, 1, 2)
+  outs = []
+  with jax.set_mesh(mesh):
+    encoder = tiny.make_model(cfg, mesh).vit
+    images = jax.device_put(images, NamedSharding(mesh, LAYOUT.act_i))
+
+    def total(encoder):
+      features = encoder(images)
+      return jnp.sum(jnp.sin(7 * features)), features
+
+    for kind in (None, "TPU v5"):
+      monkeypatch.setattr(attention, "tpu_kind", lambda kind=kind: kind)
+      monkeypatch.setattr(splash, "tpu_kind", lambda kind=kind: kind)
+      gradient = jax.jit(jax.grad(lambda encoder: total(encoder), has_aux=True))
+      outs.append(gradient(encoder))
+  (expected, features), (actual, filled) = outs
+  assert tiny.largest_difference(filled, features) < 2e-5
+  for name, grad in tiny.names(expected).items():
+    if not name.endswith("key_bias"):
+      assert tiny.largest_difference(tiny.names(actual)[name], grad) < 1e-4, name
