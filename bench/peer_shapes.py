@@ -20,7 +20,7 @@ from mm1_jax.config import (
   TrainConfig,
   VisionConfig,
 )
-from mm1_jax.plan.topology import find_topology
+from mm1_jax.plan.topology import Topology, find_topology
 
 ALL = "qkv+attention+residual+mlp_gate+mlp_up"  # no matrix product of a dense block twice
 
@@ -32,6 +32,33 @@ class Step:
   lower: float
   seconds: float
   upper: float
+
+
+def text_only(
+  decoder: DecoderConfig,
+  topology: Topology,
+  tokens: int,
+  *,
+  remat: str,
+  accumulation_steps: int = 1,
+  expert: int = 1,
+  depth: int | None = None,
+) -> RunConfig:
+  """Returns a run of `tokens` a chip; its encoder is small, frozen, and has no pictures to read."""
+  chips = topology.num_devices
+  decoder = dataclasses.replace(decoder, depth=depth or decoder.depth)
+  return RunConfig(
+    model=ModelConfig(
+      vision=VisionConfig(width=chips, depth=1, num_heads=1, mlp_dim=chips),
+      connector=ConnectorConfig(hidden=chips, depth=1),
+      decoder=decoder,
+      remat=remat,
+    ),
+    data=DataConfig(seq_len=4096, batch_size=tokens * chips // 4096, images_per_row=0),
+    optimizer=OptimizerConfig(learning_rate=1e-4, frozen=("vit", "connector")),
+    train=TrainConfig(accumulation_steps=accumulation_steps),
+    mesh=MeshConfig(expert=expert),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +74,18 @@ class Shape:
   accumulation_steps: int = 1
   expert: int = 1  # chips along the expert axis
 
-  def run(self, name: str) -> RunConfig:
-    """Returns the run; the encoder is small, frozen, and has no pictures to read."""
-    chips = find_topology(self.slice).num_chips
-    return RunConfig(
-      name=name,
-      model=ModelConfig(
-        vision=VisionConfig(width=chips, depth=1, num_heads=1, mlp_dim=chips),
-        connector=ConnectorConfig(hidden=chips, depth=1),
-        decoder=self.decoder,
-        remat=self.remat,
-      ),
-      data=DataConfig(seq_len=4096, batch_size=self.tokens * chips // 4096, images_per_row=0),
-      optimizer=OptimizerConfig(learning_rate=1e-4, frozen=("vit", "connector")),
-      train=TrainConfig(accumulation_steps=self.accumulation_steps),
-      mesh=MeshConfig(expert=self.expert),
+  def run(self) -> RunConfig:
+    return text_only(
+      self.decoder,
+      find_topology(self.slice),
+      self.tokens,
+      remat=self.remat,
+      accumulation_steps=self.accumulation_steps,
+      expert=self.expert,
     )
 
 
-_D30 = DecoderConfig(
+D30 = DecoderConfig(
   vocab_size=100352,
   width=7168,
   depth=48,
@@ -74,7 +94,7 @@ _D30 = DecoderConfig(
   mlp_dim=19456,
   tie_embeddings=False,
 )
-_L7B = DecoderConfig(
+L7B = DecoderConfig(
   vocab_size=32000,
   width=4096,
   depth=32,
@@ -83,13 +103,13 @@ _L7B = DecoderConfig(
   mlp_dim=11008,
   tie_embeddings=False,
 )
-_MIXTRAL = dataclasses.replace(
-  _L7B,
+MIXTRAL = dataclasses.replace(
+  L7B,
   num_kv_heads=8,
   mlp_dim=14336,
   moe=MoEConfig(num_experts=8, every=1, capacity_factor=None),
 )
-_MOE64 = DecoderConfig(
+MOE64 = DecoderConfig(
   vocab_size=100352,
   width=2560,
   depth=24,
@@ -102,12 +122,12 @@ _MOE64 = DecoderConfig(
 
 SHAPES = {
   # Two micro-batches: what one keeps for its backward pass fits whole, and nothing is done twice.
-  "d30_16k": Shape(_D30, "v5p-128", 16384, Step(9.46, 10.51, 11.67), 0.654, accumulation_steps=2),
-  "d30_8k": Shape(_D30, "v5p-128", 8192, Step(4.97, 5.52, 6.14), 0.622),
-  "d30_8k_256": Shape(_D30, "v5p-512", 8192, Step(4.99, 5.91, 7.01), 0.581),
-  "l7b": Shape(_L7B, "v5p-128", 16384, Step(2.01, 2.36, 2.76), 0.649),
+  "d30_16k": Shape(D30, "v5p-128", 16384, Step(9.46, 10.51, 11.67), 0.654, accumulation_steps=2),
+  "d30_8k": Shape(D30, "v5p-128", 8192, Step(4.97, 5.52, 6.14), 0.622),
+  "d30_8k_256": Shape(D30, "v5p-512", 8192, Step(4.99, 5.91, 7.01), 0.581),
+  "l7b": Shape(L7B, "v5p-128", 16384, Step(2.01, 2.36, 2.76), 0.649),
   "mixtral": Shape(
-    _MIXTRAL,
+    MIXTRAL,
     "v5p-128",
     49152,
     Step(16.5, 17.7, 19.1),
@@ -115,7 +135,7 @@ SHAPES = {
     remat="qkv+attention+residual",
   ),
   "moe64": Shape(
-    _MOE64,
+    MOE64,
     "v5p-128",
     32768,
     Step(4.70, 5.04, 5.41),

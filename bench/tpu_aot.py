@@ -39,9 +39,9 @@ COLUMNS = (
 )
 
 
-def plan_shape(name: str, shape: Shape) -> Plan:
+def plan_shape(shape: Shape) -> Plan:
   """Compiles a shape's step, or finds it in the cache of plans."""
-  return make_plan(shape.run(name), find_topology(shape.slice), cache=default_cache())
+  return make_plan(shape.run(), find_topology(shape.slice), cache=default_cache())
 
 
 def rows(name: str, shape: Shape, plan: Plan) -> list[tuple[str, ...]]:
@@ -85,7 +85,7 @@ def main() -> None:
   table = [COLUMNS, ("---",) * len(COLUMNS)]
   for name in names:
     print(f"compiling {name} ...", file=sys.stderr, flush=True)
-    table += rows(name, SHAPES[name], plan_shape(name, SHAPES[name]))
+    table += rows(name, SHAPES[name], plan_shape(SHAPES[name]))
   text = "\n".join(f"| {' | '.join(row)} |" for row in table)
   print(text)
   if args.markdown:

@@ -17,7 +17,7 @@ from mm1_jax.data.pipeline import BatchStats
 from mm1_jax.metrics import MetricWriter, read_metrics
 from mm1_jax.train import xla_flags
 from mm1_jax.train.loop import StepLog, Tally, TrainingDiverged
-from mm1_jax.train.step import NORM_DECAY, NORM_STEPS, eval_step, train_step_on
+from mm1_jax.train.step import NORM_DECAY, NORM_STEPS, eval_step, train_step, train_step_on
 
 DENSE = tiny_step.run_config()
 MOE = tiny_step.run_config(tiny.BOUNDED)
@@ -333,6 +333,39 @@ def test_a_run_without_image_slots():
   expected, actual = to_names(expected.opt_state), to_names(actual.opt_state)
   for name, value in actual.items():
     assert tiny.largest_difference(value, expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize(("frozen", "products"), [((), 6), (("vit",), 2)], ids=str)
+def test_a_frozen_encoder_has_no_backward_pass(frozen, products):
+  """Of its MLP's two matrix products, which alone have 40 numbers, there is no gradient."""
+  run = tiny_step.run_config()
+  vision = dataclasses.replace(run.model.vision, mlp_dim=40)
+  run = dataclasses.replace(
+    run,
+    model=dataclasses.replace(run.model, vision=vision),
+    optimizer=dataclasses.replace(run.optimizer, frozen=frozen),
+  )
+  mesh = tiny.mesh(*tiny_step.ONE)
+  with jax.set_mesh(mesh):
+    state = tiny_step.make_state(run)
+    traced = jax.make_jaxpr(functools.partial(train_step, run=run))(
+      state, tiny.put(tiny.BATCH, mesh)
+    )
+  found = [
+    e
+    for e in equations(traced.jaxpr)
+    if e.primitive.name == "dot_general"
+    and any(40 in v.aval.shape for v in (*e.invars, *e.outvars))
+  ]
+  assert len(found) == products
+
+
+def equations(jaxpr):
+  """Yields every equation, those of loops and calls as well."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for sub in jax.core.jaxprs_in_params(equation.params):
+      yield from equations(sub)
 
 
 def test_step_is_compiled_with_the_options_of_the_meshs_chips(monkeypatch):
