@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our side of the benches that have a peer, as a `workers.Worker`: `python -m bench.ours FOLDER`."""
+"""Our side of a bench with a peer, a `workers.Worker`: `python -m bench.ours FOLDER`."""
 
 import json
 import pathlib
