@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_step
+from jax.extend.core import jaxprs_in_params
 
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import to_names
@@ -364,7 +365,7 @@ def equations(jaxpr):
   """Yields every equation, those of loops and calls as well."""
   for equation in jaxpr.eqns:
     yield equation
-    for sub in jax.core.jaxprs_in_params(equation.params):
+    for sub in jaxprs_in_params(equation.params):
       yield from equations(sub)
 
 
