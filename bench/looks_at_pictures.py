@@ -83,7 +83,7 @@ def held_out_captions(run: RunConfig) -> tuple[list[Batch], np.ndarray]:
 def caption_nll(model: MM1, batch: Batch) -> jax.Array:
   """Returns nats per target of each row; 0 for an empty one."""
   decoder = model.decoder
-  logits = reshard(decoder.logits(model(batch).hidden, decoder.head_weight()), LAYOUT.act_b)
+  logits = reshard(decoder.logits(model(batch).hidden), LAYOUT.act_b)
   nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
   return jnp.sum(nll * batch.loss_mask, axis=1) / jnp.maximum(jnp.sum(batch.loss_mask, axis=1), 1)
 

@@ -44,6 +44,7 @@ class Layout:
   # Activations.
   act_b: P = P(BATCH_AXES)  # rows split, everything else whole: [B, S], [B, S, D], [B, N, H, W, 3]
   act_bs: P = P(BATCH_AXES, "sequence")  # rows and their positions: the decoder in training
+  act_i: P = P((*BATCH_AXES, "tensor", "sequence"))  # pictures, over all chips: [I, h, w, D]
   act_bshk: P = P(BATCH_AXES, None, "tensor", None)
   cache_ubckh: P = P(None, BATCH_AXES, None, "tensor", None)
 
@@ -91,14 +92,25 @@ def arrange(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     return lay_out(split=True)
 
 
-def gather(weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def gather(weight: jax.Array, dtype: jax.typing.DTypeLike, *, rows: jax.Array) -> jax.Array:
   """Casts a stored weight for computing, then all-gathers it over the FSDP axes.
 
-  Casting first halves the bytes on the wire.
+  Casting first halves the bytes on the wire. The result is of the type that JAX calls *reduced*
+  over the axes of `rows`: its gradient stays a sum of its own on each chip until it has left all
+  loops, and then comes back as a reduce-scatter over FSDP and, of what is left of it on a chip, an
+  all-reduce over `data`. Typed as whole, it would be all-reduced whole, each time it is used.
+
+  Args:
+    weight: as it is stored.
+    dtype: to compute in.
+    rows: what it is to be multiplied with, or picked by; split along anything but width. Where
+      that is over `tensor` too, as pictures are, the weight is gathered over that as well.
   """
-  spec = jax.typeof(weight).sharding.spec
-  kept = [None if _axes(entry) & set(FSDP_AXES) else entry for entry in spec]
-  return jax.sharding.reshard(weight.astype(dtype), P(*kept))
+  spec, over = spec_of(weight), _axes(*spec_of(rows))
+  stored = _axes(*spec)
+  kept = [None if _axes(entry) & (over | set(FSDP_AXES)) else entry for entry in spec]
+  weight = jax.sharding.reshard(weight.astype(dtype), P(*spec, reduced=frozenset(over - stored)))
+  return jax.sharding.reshard(weight, P(*kept, reduced=frozenset(over)))
 
 
 def spec_of(x: jax.Array) -> P:
@@ -106,8 +118,9 @@ def spec_of(x: jax.Array) -> P:
   return jax.typeof(x).sharding.spec
 
 
-def _axes(entry) -> set[str]:
-  return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
+def _axes(*entries: str | tuple[str, ...] | None) -> set[str]:
+  """Returns the mesh axes in entries of a PartitionSpec."""
+  return {axis for e in entries if e for axis in ((e,) if isinstance(e, str) else e)}
 
 
 def device_batch(batch: Batch, mesh: Mesh) -> Batch:

@@ -215,7 +215,7 @@ class TestModelFlops:
 
     def loss(model, x, ids):
       hidden = model.decoder(x, ids, ids).hidden
-      return jnp.sum(model.decoder.logits(hidden, model.decoder.head_weight()))
+      return jnp.sum(model.decoder.logits(hidden))
 
     with jax.set_mesh(make_mesh(run)):
       model = jax.eval_shape(lambda key: mm1.MM1(key, run.model), jax.random.key(0))

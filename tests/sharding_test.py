@@ -4,6 +4,8 @@
 import math
 import os
 import pathlib
+import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +62,9 @@ def test_mesh_that_does_not_fit_the_run_is_refused():
 def test_gather_drops_the_fsdp_axes_and_no_other(spec, expected, mesh):
   """Values stay; a weight that stayed split would be multiplied by a part of its input."""
   weight = np.arange(64, dtype=np.float32).reshape(4, 4, 4)
+  rows = jax.device_put(np.ones((4, 3)), NamedSharding(mesh, LAYOUT.act_bs))
   with jax.set_mesh(mesh):
-    out = gather(jax.device_put(weight, NamedSharding(mesh, spec)), jnp.bfloat16)
+    out = gather(jax.device_put(weight, NamedSharding(mesh, spec)), jnp.bfloat16, rows=rows)
   full = P(*expected, *[None] * (3 - len(expected)))
   assert out.sharding.is_equivalent_to(NamedSharding(mesh, full), 3)
   assert out.dtype == jnp.bfloat16
@@ -74,12 +77,54 @@ def test_gradient_of_a_gather_is_stored_like_the_weight(mesh):
   x = jax.device_put(np.ones((4, 3, 8), np.float32), NamedSharding(mesh, LAYOUT.act_b))
 
   def total(weight):
-    return jnp.sum(jnp.einsum("bsd,df->bsf", x, gather(weight, x.dtype)))
+    return jnp.sum(jnp.einsum("bsd,df->bsf", x, gather(weight, x.dtype, rows=x)))
 
   with jax.set_mesh(mesh):
     grad = jax.jit(jax.grad(total))(weight)
   assert grad.sharding.is_equivalent_to(weight.sharding, 2)
   assert np.array_equal(np.asarray(grad), np.full((8, 4), 12.0))
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_gradient_of_a_gather_crosses_data_in_parts_only(tensor):
+  """Between the copies of `data` goes what is left on a chip, never a whole weight.
+
+  A weight used by four turns of a loop: its gradient leaves the loop before it leaves the chip.
+  """
+  mesh = make_mesh(load("dense", data=2, fsdp=4 // tensor, tensor=tensor))
+  weight = jax.ShapeDtypeStruct((64, 32), np.float32, sharding=NamedSharding(mesh, LAYOUT.mlp_df))
+  x = jax.ShapeDtypeStruct((4, 8, 3, 64), np.float32, sharding=NamedSharding(mesh, P(None, "data")))
+  rows = P(None, LAYOUT.act_b[0])
+
+  def total(weight, x):
+    x = jax.sharding.reshard(x, rows)
+    gathered = gather(weight, x.dtype, rows=x)
+
+    def body(sum, x):
+      return sum + jnp.sum(jnp.einsum("bsd,df->bsf", x, gathered) ** 2), None
+
+    return jax.lax.scan(body, jnp.zeros(()), x)[0]
+
+  with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(total)).trace(weight, x).lower().compile().as_text()
+  assert text is not None
+  part = math.prod(weight.sharding.shard_shape(weight.shape))
+  entry = text[text.index("ENTRY ") :]
+  assert len(list(all_reduces(text))) == len(list(all_reduces(entry)))  # none in the loop
+  for size, groups in all_reduces(text):
+    # The first half of the devices is one copy, the second half the other.
+    crosses = any(min(group) < 4 <= max(group) for group in groups)
+    assert size <= part if crosses else size <= part * 4 // tensor
+  assert (part, [[i, i + 4] for i in range(4)]) in list(all_reduces(text))
+
+
+def all_reduces(hlo: str) -> Iterator[tuple[int, list[list[int]]]]:
+  """Yields the number of elements, and the groups of devices, of every all-reduce."""
+  for dims, groups in re.findall(
+    r"= f32\[([\d,]*)\]\S* all-reduce\(.*replica_groups=\{\{([\d,{}]*)\}\}", hlo
+  ):
+    size = math.prod(int(dim) for dim in dims.split(",") if dim)
+    yield size, [[int(i) for i in group.split(",")] for group in groups.split("},{")]
 
 
 def test_batch_is_split_by_rows_and_keeps_its_values(mesh):

@@ -150,7 +150,7 @@ def decode(
 def _write(model: MM1, state: Decoding, hidden: Float[Array, "B 1 D"], draw: Draw) -> Decoding:
   """Draws each row's next token from the last hidden state, and writes it down."""
   # Every device draws for all rows: a sort along a sharded vocabulary would cost more.
-  logits = model.decoder.logits(hidden, model.decoder.head_weight())[:, 0]
+  logits = model.decoder.logits(hidden)[:, 0]
   keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys, state.step)
   drawn = sample(reshard(logits, LAYOUT.replicated), draw.sampling, draw.allowed, keys)
   token = jnp.where(state.done, draw.ends[0], reshard(drawn, LAYOUT.act_b))

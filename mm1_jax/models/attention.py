@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.models.layers import RMSNorm, broadcast, constant, normal
-from mm1_jax.models.splash import LANES, block_size, splash_attention
+from mm1_jax.models.splash import LANES, block_size, splash_attention, tpu_kind
 from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 
@@ -62,29 +63,34 @@ def attend(
   *,
   mask: Bool[Array, "B 1 S C"] | None = None,
   segment_ids: Int[Array, "B S"] | None = None,
+  causal: bool = True,
 ) -> Float[Array, "B S H h"]:
   """Softmax attention with float32 logits; K divides H (grouped queries).
 
-  Everyone sees everyone, or whom `mask` lets them see; or `segment_ids` are given, and the rows are
-  packed (`packed_causal_mask` without a cache).
+  Everyone sees everyone, or whom `mask` lets them see; or `segment_ids` are given, S is C, and who
+  is of one segment sees each other, with `causal` only at its own slot or before.
 
-  Packed rows of whole blocks go through splash attention where the mesh is of TPUs. All else is
-  plain XLA, on a GPU too: cuDNN's kernel knows no segments, and would let the examples of a row see
-  each other.
+  With segments, rows of whole blocks go through splash attention where the mesh is of TPUs. All
+  else is plain XLA, on a GPU too: cuDNN's kernel knows no segments, and would let the examples of a
+  row see each other.
 
   Where the positions of a row are split over `sequence`, the queries stay so, and see the keys and
   values of the whole row, which are few with grouped queries. The device with a row's end has more
   to see than that with its beginning: of n devices, it does 2 - 1/n times the mean.
   """
   if segment_ids is not None:
-    whole = jax.sharding.reshard(segment_ids, LAYOUT.act_b)
-    keys, values = (jax.sharding.reshard(x, LAYOUT.act_bshk) for x in (keys, values))
-    mesh = jax.sharding.get_abstract_mesh()
-    num_positions, device = whole.shape[1] // mesh.shape["sequence"], mesh.abstract_device
-    if device is not None and device.platform == "tpu" and num_positions % LANES == 0:
-      block = block_size(num_positions, device.device_kind)
-      return splash_attention(queries, keys, values, whole, causal=True, block=block)
-    mask = packed_causal_mask(segment_ids, whole, 0)
+    rows, parts, *_ = spec_of(queries)
+    whole = jax.sharding.reshard(segment_ids, P(rows))
+    keys, values = (jax.sharding.reshard(x, P(rows, None, *spec_of(x)[2:])) for x in (keys, values))
+    num_parts = jax.sharding.get_abstract_mesh().shape[parts] if parts else 1
+    num_positions, chip = whole.shape[1] // num_parts, tpu_kind()
+    if chip is not None and num_positions % LANES == 0:
+      block = block_size(num_positions, chip, causal=causal)
+      return splash_attention(queries, keys, values, whole, causal=causal, block=block)
+    if causal:
+      mask = packed_causal_mask(segment_ids, whole, 0)
+    else:
+      mask = (segment_ids[:, :, None] == whole[:, None, :])[:, None]
   queries, keys, values = (checkpoint_name(x, "qkv") for x in (queries, keys, values))
   out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
   return checkpoint_name(out, "attention")
@@ -130,13 +136,14 @@ class Attention(nnx.Module):
     *,
     mask: Bool[Array, "B 1 S C"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
+    causal: bool = True,
     positions: Int[Array, "B S"] | None = None,
     cache: KV | None = None,
     offset: Int[Array, ""] | int = 0,
   ) -> tuple[Float[Array, "B S D"], KV | None]:
     """Returns the output, and the cache with this call's keys and values at slots offset...
 
-    For `mask` and `segment_ids` see `attend`.
+    For `mask`, `segment_ids` and `causal` see `attend`.
     """
     queries = self._project(x, self.query, self.query_bias, self.query_norm, positions)
     keys = self._project(x, self.key, self.key_bias, self.key_norm, positions)
@@ -148,16 +155,16 @@ class Attention(nnx.Module):
         jax.lax.dynamic_update_slice(cache.values, values.astype(cache.values.dtype), start),
       )
       keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
-    heads = attend(queries, keys, values, mask=mask, segment_ids=segment_ids)
+    heads = attend(queries, keys, values, mask=mask, segment_ids=segment_ids, causal=causal)
     out = jnp.einsum(
-      "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype), out_sharding=spec_of(x)
+      "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype, rows=x), out_sharding=spec_of(x)
     )
     if self.out_bias is not None:
       out += broadcast(self.out_bias[...], out)
     return out, cache
 
   def _project(self, x, weight, bias, norm=None, positions=None) -> Float[Array, "B S H h"]:
-    heads = jnp.einsum("bsd,dhk->bshk", x, gather(weight[...], x.dtype))
+    heads = jnp.einsum("bsd,dhk->bshk", x, gather(weight[...], x.dtype, rows=x))
     if bias is not None:
       heads += bias[...].astype(x.dtype)[None, None]
     if norm is not None:

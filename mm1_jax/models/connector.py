@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from mm1_jax.config import ConnectorConfig, ModelConfig
 from mm1_jax.models.attention import attend
 from mm1_jax.models.layers import LayerNorm, Linear, normal, resize_grid
-from mm1_jax.sharding import LAYOUT
+from mm1_jax.sharding import LAYOUT, spec_of
 
 STD = 0.02  # Honeybee's initialisation of every matrix and convolution
 
@@ -152,9 +152,7 @@ class AttentionPool(nnx.Module):
 
     x = self.norm(x.reshape(num, height * width, channels))
     queries = self.queries[...].astype(x.dtype)[None]
-    queries = jnp.broadcast_to(
-      queries, (num, cfg.num_tokens, cfg.hidden), out_sharding=LAYOUT.act_b
-    )
+    queries = jnp.broadcast_to(queries, (num, cfg.num_tokens, cfg.hidden), out_sharding=spec_of(x))
     pooled = attend(heads(queries), heads(self.key(x)), heads(self.value(x)), mask=None)
     return self.out(pooled.reshape(num, cfg.num_tokens, cfg.hidden)).reshape(
       num, *cfg.token_grid, cfg.hidden

@@ -45,10 +45,11 @@ class SwiGLU(nnx.Module):
     self.down = normal(down, (cfg.mlp_dim, cfg.width), LAYOUT.mlp_fd, out_std)
 
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    gate = jnp.einsum("bsd,df->bsf", x, gather(self.gate[...], x.dtype))
-    up = jnp.einsum("bsd,df->bsf", x, gather(self.up[...], x.dtype))
+    gate = jnp.einsum("bsd,df->bsf", x, gather(self.gate[...], x.dtype, rows=x))
+    up = jnp.einsum("bsd,df->bsf", x, gather(self.up[...], x.dtype, rows=x))
     h = jax.nn.silu(checkpoint_name(gate, "mlp_gate")) * checkpoint_name(up, "mlp_up")
-    return jnp.einsum("bsf,fd->bsd", h, gather(self.down[...], x.dtype), out_sharding=spec_of(x))
+    down = gather(self.down[...], x.dtype, rows=x)
+    return jnp.einsum("bsf,fd->bsd", h, down, out_sharding=spec_of(x))
 
 
 class Layer(nnx.Module):
@@ -127,15 +128,24 @@ class Decoder(nnx.Module):
     )
 
   def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    table = gather(self.embedding[...], self.cfg.dtype)
+    table = gather(self.embedding[...], self.cfg.dtype, rows=tokens)
     return table.at[tokens].get(out_sharding=P(*spec_of(tokens), None))
 
-  def head_weight(self) -> Float[Array, "V D"]:
-    """Returns the output matrix in the compute dtype, whole along D."""
-    return gather((self.embedding if self.head is None else self.head)[...], self.cfg.dtype)
+  def head_weight(self, hidden: Float[Array, "B S D"]) -> Float[Array, "V D"]:
+    """Returns the output matrix in the compute dtype, whole along D, for `logits` of `hidden`."""
+    weight = self.embedding if self.head is None else self.head
+    return gather(weight[...], self.cfg.dtype, rows=hidden)
 
-  def logits(self, hidden: Float[Array, "B S D"], weight: Float[Array, "V D"]):
-    """Returns float32[B, S, V]; callers keep S small (the loss takes a chunk at a time)."""
+  def logits(
+    self, hidden: Float[Array, "B S D"], weight: Float[Array, "V D"] | None = None
+  ) -> Float[Array, "B S V"]:
+    """Returns float32 logits; callers keep S small (the loss takes a chunk at a time).
+
+    Args:
+      hidden: what `__call__` returned, or positions of it.
+      weight: `head_weight`, from a caller that needs it more than once.
+    """
+    weight = self.head_weight(hidden) if weight is None else weight
     rows, positions, _ = spec_of(hidden)
     return jnp.einsum(
       "bsd,vd->bsv",

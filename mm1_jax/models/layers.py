@@ -91,7 +91,7 @@ class Linear(nnx.Module):
     self.bias = constant(0.0, out_dim) if bias else None
 
   def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-    y = jnp.einsum("...i,io->...o", x, gather(self.weight[...], x.dtype))
+    y = jnp.einsum("...i,io->...o", x, gather(self.weight[...], x.dtype, rows=x))
     return y if self.bias is None else y + broadcast(self.bias[...], y)
 
 

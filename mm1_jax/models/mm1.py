@@ -5,6 +5,7 @@ Letters: B rows, S positions, N image slots a row, T tokens per image, D width.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,21 @@ class MM1(nnx.Module):
     return self.decoder.embed(tokens)
 
   def embed_image(self, images: UInt8[Array, "B N H W 3"]) -> Float[Array, "B N*T D"]:
-    """Returns the tokens of a row's pictures, in slot order."""
+    """Returns the tokens of a row's pictures, in slot order.
+
+    The pictures are spread over all chips: over the ones that share a row, too.
+    """
     num_rows, num_images = images.shape[:2]
-    tokens = self.connector(self.vit(images.reshape(-1, *images.shape[2:])))
-    shape = (num_rows, num_images * tokens.shape[1], tokens.shape[2])
-    return jax.lax.reshape(tokens, shape, out_sharding=LAYOUT.act_b)
+    mesh = jax.sharding.get_abstract_mesh().shape
+    shared = mesh["tensor"] * mesh["sequence"]
+    # Empty slots, only if the chips that share rows could not share their pictures evenly.
+    num_slots = num_images + -num_images % (shared // math.gcd(num_rows, shared))
+    images = jnp.pad(images, ((0, 0), (0, num_slots - num_images), *((0, 0),) * 3))
+    images = jax.sharding.reshard(images.reshape(-1, *images.shape[2:]), LAYOUT.act_i)
+    tokens = jax.sharding.reshard(self.connector(self.vit(images)), LAYOUT.act_b)
+    shape = (num_rows, num_slots * tokens.shape[1], tokens.shape[2])
+    tokens = jax.lax.reshape(tokens, shape, out_sharding=LAYOUT.act_b)
+    return tokens[:, : num_images * self.cfg.connector.num_tokens]
 
   def merge(
     self,

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from mm1_jax.sharding import LAYOUT, spec_of
+from mm1_jax.sharding import spec_of
 
 LANES = 128  # positions are cut into blocks of a multiple of this
 
@@ -23,11 +23,27 @@ LANES = 128  # positions are cut into blocks of a multiple of this
 # lies above the diagonal and need less VMEM.
 BLOCKS = {"TPU v6 lite": 1024, "TPU7x": 2048}
 DEFAULT_BLOCK = 512
+PICTURE_BLOCK = 1024  # nothing is skipped where all see each other: the 768 of 378 pixels are one
 
 
-def block_size(num_positions: int, device_kind: str) -> int:
+def tpu_kind() -> str | None:
+  """Returns the kind of the mesh's chips; None if they are no TPUs.
+
+  The mesh's, not the host's: a program for a TPU is compiled on machines that have none.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.device_kind if device is not None and device.platform == "tpu" else None
+
+
+def filling(num_positions: int) -> int:
+  """Returns how many more positions splash attention needs; none where it is not there."""
+  return -num_positions % LANES if tpu_kind() is not None else 0
+
+
+def block_size(num_positions: int, device_kind: str, *, causal: bool = True) -> int:
   """Returns the largest block that divides the row, up to what suits the chip."""
-  limit = min(BLOCKS.get(device_kind, DEFAULT_BLOCK), num_positions)
+  limit = BLOCKS.get(device_kind, DEFAULT_BLOCK) if causal else PICTURE_BLOCK
+  limit = min(limit, num_positions)
   fits = [size for size in range(LANES, limit + 1, LANES) if num_positions % size == 0]
   return fits[-1]
 
@@ -75,7 +91,7 @@ def splash_attention(
 
   @functools.partial(
     jax.shard_map,
-    in_specs=(blocks, spec, LAYOUT.act_bshk, LAYOUT.act_bshk, P(*spec[:2]), LAYOUT.act_b),
+    in_specs=(blocks, spec, spec_of(keys), spec_of(values), P(*spec[:2]), P(spec[0])),
     out_specs=spec,
     check_vma=False,  # the kernel does not say over which axes its results vary
   )

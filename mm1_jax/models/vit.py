@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from mm1_jax.config import ModelConfig, VisionConfig
 from mm1_jax.models.attention import Attention
@@ -22,7 +22,8 @@ from mm1_jax.models.layers import (
   run_blocks,
   stack,
 )
-from mm1_jax.sharding import LAYOUT, gather
+from mm1_jax.models.splash import filling
+from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 # CLIP's statistics over RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,10 +42,12 @@ class MLP(nnx.Module):
     self.down_bias = constant(0.0, cfg.width)
 
   def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-    h = jnp.einsum("ipd,df->ipf", x, gather(self.up[...], x.dtype))
+    h = jnp.einsum("ipd,df->ipf", x, gather(self.up[...], x.dtype, rows=x))
     h = checkpoint_name(h + broadcast(self.up_bias[...], h), "mlp_up")
     h = ACTIVATIONS[self.activation](h)
-    y = jnp.einsum("ipf,fd->ipd", h, gather(self.down[...], x.dtype), out_sharding=LAYOUT.act_b)
+    y = jnp.einsum(
+      "ipf,fd->ipd", h, gather(self.down[...], x.dtype, rows=x), out_sharding=spec_of(x)
+    )
     return y + broadcast(self.down_bias[...], y)
 
 
@@ -67,8 +70,11 @@ class Block(nnx.Module):
     self.mlp_norm = LayerNorm(cfg.width, cfg.norm_eps)
     self.mlp = MLP(mlp, cfg, cfg.mlp_dim**-0.5 * scale)
 
-  def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-    x = checkpoint_name(x + self.attention(self.attention_norm(x))[0], "residual")
+  def __call__(
+    self, x: Float[Array, "I P D"], segment_ids: Int[Array, "I P"] | None
+  ) -> Float[Array, "I P D"]:
+    y, _ = self.attention(self.attention_norm(x), segment_ids=segment_ids, causal=False)
+    x = checkpoint_name(x + y, "residual")
     return x + self.mlp(self.mlp_norm(x))
 
 
@@ -92,20 +98,26 @@ class ViT(nnx.Module):
     """Returns features on the patch grid of the images, whatever grid the positions have."""
     cfg = self.cfg
     x = self._patches(images)
-    x = jnp.einsum("ihwp,pd->ihwd", x, gather(self.patch[...], x.dtype))
+    x = jnp.einsum("ihwp,pd->ihwd", x, gather(self.patch[...], x.dtype, rows=x))
     num, height, width, dim = x.shape
     x += resize_grid(self.positions[...], (height, width)).astype(x.dtype)[None]
     x = x.reshape(num, height * width, dim)
     if cfg.vision.class_token:
       cls = (self.class_token[...] + self.class_position[...]).astype(x.dtype)
-      cls = jnp.broadcast_to(cls[None, None], (num, 1, dim), out_sharding=LAYOUT.act_b)
+      cls = jnp.broadcast_to(cls[None, None], (num, 1, dim), out_sharding=LAYOUT.act_i)
       x = jnp.concatenate([cls, x], axis=1)
     if self.pre_norm is not None:
       x = self.pre_norm(x)
+    last, segment_ids = x.shape[1], None
+    if more := filling(last):
+      # Whole blocks of positions for attention, once for all layers; nobody sees those filled in.
+      x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
+      real = (jnp.arange(x.shape[1]) < last).astype(jnp.int32)
+      segment_ids = jnp.broadcast_to(real[None], x.shape[:2], out_sharding=LAYOUT.act_i)
     x, _ = run_blocks(
-      lambda x, block: (block(x), None), x, self.blocks, remat=cfg.remat, scan=cfg.scan
+      lambda x, block: (block(x, segment_ids), None), x, self.blocks, remat=cfg.remat, scan=cfg.scan
     )
-    return x[:, -height * width :].reshape(num, height, width, dim)
+    return x[:, last - height * width : last].reshape(num, height, width, dim)
 
   def _patches(self, images: UInt8[Array, "I H W 3"]) -> Float[Array, "I h w p"]:
     """Normalises pixels and cuts them into patches of p = patch_size^2 x 3 numbers."""
@@ -115,7 +127,7 @@ class ViT(nnx.Module):
     x = (x - broadcast(jnp.array(PIXEL_MEAN), x)) / broadcast(jnp.array(PIXEL_STD), x)
     grid = (height // side, width // side)
     x = jax.lax.reshape(
-      x, (num, grid[0], side, grid[1], side, 3), out_sharding=LAYOUT.act_b
+      x, (num, grid[0], side, grid[1], side, 3), out_sharding=LAYOUT.act_i
     ).transpose(0, 1, 3, 2, 4, 5)
-    x = jax.lax.reshape(x, (num, *grid, side * side * 3), out_sharding=LAYOUT.act_b)
+    x = jax.lax.reshape(x, (num, *grid, side * side * 3), out_sharding=LAYOUT.act_i)
     return x.astype(self.cfg.dtype)

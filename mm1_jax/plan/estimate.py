@@ -155,6 +155,16 @@ def read_plan(compiled: Compiled, run: RunConfig, topology: Topology, what: What
   )
 
 
+def usual_step(plan: Plan) -> tuple[float, float]:
+  """Returns the two bounds of a step in which every conditional takes its shorter branch.
+
+  The model has one kind of conditional: a dropless layer whose load is too uneven for one chip's
+  buffers takes its longer way (`MoEConfig.exchange_factor`). `Plan.step` counts that way.
+  """
+  simulator = Simulator(Module(plan.compiled.hlo), plan.topology, shortest=True)
+  return simulator.run("roofline").seconds, simulator.run("estimate").seconds
+
+
 def step_flops(run: RunConfig, what: What) -> dict[str, int]:
   """Returns the model FLOPs of one call on the global batch, see `metrics.model_flops`.
 

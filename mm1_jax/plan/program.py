@@ -60,7 +60,7 @@ def _train(run: RunConfig, mesh: Mesh) -> Program:
 def prefill(model: MM1, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache | None]:
   """Reads a batch of prompts into an empty cache; returns the logits of the last position."""
   out = model.prefill(batch.tokens, batch.images, batch.positions, batch.segment_ids, cache)
-  return model.decoder.logits(out.hidden[:, -1:], model.decoder.head_weight()), out.cache
+  return model.decoder.logits(out.hidden[:, -1:]), out.cache
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -69,7 +69,7 @@ def decode(
 ) -> tuple[jax.Array, KVCache | None]:
   """Reads one more token a row; returns the next one's logits."""
   out = model.decode(tokens, positions, cache)
-  return model.decoder.logits(out.hidden, model.decoder.head_weight()), out.cache
+  return model.decoder.logits(out.hidden), out.cache
 
 
 def _prefill(run: RunConfig, mesh: Mesh) -> Program:

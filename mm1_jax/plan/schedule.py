@@ -135,9 +135,13 @@ class Schedule:
 
 
 class Simulator:
-  """Runs a module; the prices of its instructions are computed once."""
+  """Runs a module; the prices of its instructions are computed once.
 
-  def __init__(self, module: Module, topology: Topology):
+  Of a conditional the branch counts that takes longest; with `shortest`, the other one.
+  """
+
+  def __init__(self, module: Module, topology: Topology, *, shortest: bool = False):
+    self._pick = min if shortest else max
     self.module = module
     self.pricer = Pricer(module, topology)
     self.trip_counts: dict[str, int] = {}
@@ -216,7 +220,7 @@ class Simulator:
       clock.repeat(begin, num - 2)
 
   def _branch(self, branch: Instruction, clock: Clock, ledger: Ledger, price: Price) -> None:
-    """Runs the branch that takes longest."""
+    """Runs the branch that takes longest, or shortest."""
     listed = (branch.attribute("branch_computations") or "{}")[1:-1].replace("%", "")
     names = [name.strip() for name in listed.split(",") if name.strip()]
     names = names or [branch.called("true_computation"), branch.called("false_computation")]
@@ -225,4 +229,4 @@ class Simulator:
       trial = clock.copy()
       self._run(name, trial, Ledger(), price)
       seconds[name] = trial.now
-    self._run(max(names, key=lambda name: seconds[name]), clock, ledger, price)
+    self._run(self._pick(names, key=lambda name: seconds[name]), clock, ledger, price)

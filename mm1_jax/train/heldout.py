@@ -8,15 +8,15 @@ from mm1_jax.config import RunConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import device_batch
 from mm1_jax.train.feed import held_out_batches
-from mm1_jax.train.step import eval_step
+from mm1_jax.train.step import eval_step_on
 
 
 def held_out_loss(model: MM1, run: RunConfig, mesh: Mesh) -> dict[str, float]:
   """Returns nats per target as `eval/loss/{source}`, over `run.train.eval_batches` batches each."""
-  losses = {}
+  losses, evaluate = {}, eval_step_on(mesh)
   for source in run.data.eval_sources:
     total = clu_metrics.Average.empty()
     for batch in held_out_batches(run, source, mesh):
-      total = total.merge(eval_step(model, device_batch(batch, mesh), run=run))
+      total = total.merge(evaluate(model, device_batch(batch, mesh), run=run))
     losses[f"eval/loss/{source.name}"] = float(total.compute())
   return losses

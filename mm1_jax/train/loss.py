@@ -48,7 +48,8 @@ def cross_entropy(
   """
   num_parts = jax.sharding.get_abstract_mesh().shape["sequence"]  # that rows are split into
   size = math.gcd(hidden.shape[1] // num_parts, CHUNK)
-  weight = decoder.head_weight()
+  hidden = jax.sharding.reshard(hidden, LAYOUT.act_bs)
+  weight = decoder.head_weight(hidden)
 
   def chunks(x):
     """Returns [chunks, B, parts x size, ...]: of every part of a row a piece at a time."""

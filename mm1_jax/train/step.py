@@ -90,20 +90,31 @@ def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[Trai
   return state, metrics
 
 
-def train_step_on(mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Returns `train_step`, to be compiled with the options of the mesh's chips."""
-  options = compiler_options(mesh.devices.flat[0].device_kind)
-  if not options:
-    return train_step
-  plain = train_step.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
-  return _jit(plain, compiler_options=options)
-
-
 @functools.partial(jax.jit, static_argnames="run")
 def eval_step(model: MM1, batch: Batch, *, run: RunConfig) -> clu_metrics.Average:
   """Returns the mean loss of a held-out batch, in nats per target."""
   losses = loss_fn(model, batch, run, num_targets=jnp.ones(()))
   return _average(jnp.sum(losses.tokens.nll), jnp.sum(losses.tokens.count))
+
+
+@functools.cache
+def train_step_on(mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns `train_step`, to be compiled with the options of the mesh's chips."""
+  return _jit(_plain(train_step), compiler_options=_options(mesh))
+
+
+@functools.cache
+def eval_step_on(mesh: Mesh) -> Callable[..., clu_metrics.Average]:
+  """Returns `eval_step`, to be compiled with the options of the mesh's chips."""
+  return jax.jit(_plain(eval_step), static_argnames="run", compiler_options=_options(mesh))
+
+
+def _plain(step: Callable) -> Callable:
+  return step.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _options(mesh: Mesh) -> dict[str, bool | int | float | str] | None:
+  return compiler_options(mesh.devices.flat[0].device_kind) or None
 
 
 def _gradients(

@@ -9,6 +9,11 @@ does, and nobody has to export an environment variable. Measured with the TPU co
 from collections.abc import Mapping
 
 OPTIONS: Mapping[str, Mapping[str, bool | int | float | str]] = {
+  "cpu": {
+    # Otherwise devices of one process may come to two independent all-gathers in different order,
+    # and wait for each other for ever (jax 0.10.2): pictures and embeddings, with a `tensor` axis.
+    "xla_cpu_enable_concurrency_optimized_scheduler": False,
+  },
   # v5p.
   "TPU v5": {
     # Matrix products with larger tiles: a SwiGLU block forward and backward 54.0 -> 47.7 ms.

@@ -192,7 +192,7 @@ def test_params_in_the_compute_dtype_give_the_same_logits(copy, prompts):
     ones = jax.numpy.ones_like(tokens)
     positions = jax.numpy.cumsum(ones, axis=1) - 1
     hidden = params.decoder(params.embed(tokens, images), positions, ones).hidden
-    return params.decoder.logits(hidden, params.decoder.head_weight())
+    return params.decoder.logits(hidden)
 
   request = model.encode(prompts[0])
   with jax.set_mesh(model.mesh):

@@ -78,14 +78,14 @@ def _full_logits(params, tokens, images):
   ones, rest = jnp.ones_like(tokens), [None] * 3
   positions = jnp.cumsum(ones, axis=1) - 1
   batch = Batch(tokens, rest[0], rest[1], positions, ones, rest[2], images, None)
-  return params.decoder.logits(params(batch).hidden, params.decoder.head_weight())
+  return params.decoder.logits(params(batch).hidden)
 
 
 @jax.jit
 def _packed_logits(params, tokens, positions, segments, images):
   rest = [None] * 3
   batch = Batch(tokens, rest[0], rest[1], positions, segments, rest[2], images, None)
-  return params.decoder.logits(params(batch).hidden, params.decoder.head_weight())
+  return params.decoder.logits(params(batch).hidden)
 
 
 @jax.jit
@@ -94,13 +94,13 @@ def _prefill_logits(params, tokens, images):
   positions, segments = (reshard(x, LAYOUT.act_b) for x in (positions, np.int32(positions >= 0)))
   cache = params.decoder.init_cache(len(tokens), SLOTS + NEW)
   out = params.prefill(tokens, images, positions, segments, cache)
-  return params.decoder.logits(out.hidden, params.decoder.head_weight()), out.cache
+  return params.decoder.logits(out.hidden), out.cache
 
 
 @jax.jit
 def _decode_logits(params, tokens, positions, cache):
   out = params.decode(tokens, positions, cache)
-  return params.decoder.logits(out.hidden, params.decoder.head_weight()), out.cache
+  return params.decoder.logits(out.hidden), out.cache
 
 
 def test_prefill_and_decode_give_the_logits_of_the_full_forward(params):

@@ -187,7 +187,7 @@ def test_loss_by_hand(models, mesh):
   @tiny.jit
   def compute(model, batch):
     out = model(batch).hidden
-    logits = model.decoder.logits(out, model.decoder.head_weight())
+    logits = model.decoder.logits(out)
     return cross_entropy(model.decoder, out, batch, 2), logits
 
   sums, logits = compute(model, tiny.put(tiny.BATCH, mesh))
@@ -263,7 +263,7 @@ def test_bfloat16_is_the_compute_dtype_and_logits_are_float32(mesh):
   def run(batch):
     model = MM1(jax.random.key(0), cfg)
     out = model(batch)
-    return model, out.hidden, model.decoder.logits(out.hidden, model.decoder.head_weight())
+    return model, out.hidden, model.decoder.logits(out.hidden)
 
   model, out, logits = jax.eval_shape(run, tiny.put(tiny.BATCH, mesh))
   assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}

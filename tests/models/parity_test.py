@@ -256,7 +256,7 @@ def decoder(request, mesh):
 @tiny.jit
 def logits(decoder: Decoder, tokens, positions, segment_ids):
   hidden = decoder(decoder.embed(tokens), positions, segment_ids).hidden
-  return decoder.logits(hidden, decoder.head_weight())
+  return decoder.logits(hidden)
 
 
 def test_decoder_equals_the_reference(decoder, mesh):

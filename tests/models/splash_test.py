@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mm1_jax.config import BATCH_AXES, MESH_AXES
+from mm1_jax.models import attention, splash
 from mm1_jax.models.attention import attend, packed_causal_mask
 from mm1_jax.models.splash import block_size, splash_attention
 from mm1_jax.sharding import LAYOUT
@@ -149,3 +150,39 @@ def test_attend_chooses_by_the_devices_of_the_mesh(platform, num_positions, pack
 )
 def test_blocks_divide_the_row(num_positions, kind, expected):
   assert block_size(num_positions, kind) == expected
+
+
+def test_a_picture_is_one_block():
+  assert block_size(768, "TPU v5", causal=False) == 768
+
+
+def test_pictures_filled_up_to_whole_blocks_have_the_same_features(monkeypatch):
+  """As on a TPU: 7 positions become 128, of which the real ones must not see the others.
+
+  Features and gradients; the kernel is interpreted.
+  """
+  cfg = tiny.model_config()
+  monkeypatch.setattr(
+    attention, "splash_attention", functools.partial(splash_attention, interpret=True)
+  )
+  images = jnp.asarray(np.random.default_rng(2).integers(0, 255, (4, 8, 12, 3)), jnp.uint8)
+  mesh = tiny.mesh(1, 2, 1, 2)
+  outs = []
+  with jax.set_mesh(mesh):
+    encoder = tiny.make_model(cfg, mesh).vit
+    images = jax.device_put(images, NamedSharding(mesh, LAYOUT.act_i))
+
+    def total(encoder):
+      features = encoder(images)
+      return jnp.sum(jnp.sin(7 * features)), features
+
+    for kind in (None, "TPU v5"):
+      monkeypatch.setattr(attention, "tpu_kind", lambda kind=kind: kind)
+      monkeypatch.setattr(splash, "tpu_kind", lambda kind=kind: kind)
+      gradient = jax.jit(jax.grad(lambda encoder: total(encoder), has_aux=True))
+      outs.append(gradient(encoder))
+  (expected, features), (actual, filled) = outs
+  assert tiny.largest_difference(filled, features) < 2e-5
+  for name, grad in tiny.names(expected).items():
+    if not name.endswith("key_bias"):
+      assert tiny.largest_difference(tiny.names(actual)[name], grad) < 1e-4, name

@@ -233,7 +233,10 @@ def test_the_slower_branch_is_counted():
     "  %p = pred[] constant(true)\n  %c = f32[512,512]{1,0} conditional(%p, %x, %x), "
     "branch_computations={%branch0, %branch1}\n"
   )
-  assert seconds(entry(call).replace("ENTRY", branches + "ENTRY")) == pytest.approx(700 * CYCLE)
+  text = entry(call).replace("ENTRY", branches + "ENTRY")
+  assert seconds(text) == pytest.approx(700 * CYCLE)
+  usual = Simulator(Module(text), find_topology("v5e-16"), shortest=True).run("estimate")
+  assert usual.seconds == pytest.approx(90 * CYCLE)
 
 
 def test_the_roofline_of_a_product():

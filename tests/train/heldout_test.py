@@ -36,7 +36,7 @@ def test_every_target_counts_once_and_alike():
   with jax.set_mesh(mesh):
     model = tiny.make_model(run.model, mesh)
     losses = held_out_loss(model, run, mesh)
-    logits = tiny.jit(lambda m, b: m.decoder.logits(m(b).hidden, m.decoder.head_weight()))
+    logits = tiny.jit(lambda m, b: m.decoder.logits(m(b).hidden))
     for source in data.eval_sources:
       total, count = 0.0, 0.0
       for batch in held_out_batches(run, source, mesh):

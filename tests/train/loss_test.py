@@ -14,6 +14,7 @@ import tiny
 import tiny_step
 
 from mm1_jax.models.decoder import Decoder
+from mm1_jax.sharding import LAYOUT
 from mm1_jax.train import loss as loss_module
 from mm1_jax.train.loss import TokenSums, cross_entropy, loss_fn, split_rows
 from mm1_jax.train.step import train_step
@@ -68,6 +69,7 @@ def dense(weight, hidden, batch) -> tuple[dict, dict]:
 
 def chunked(decoder, hidden, batch) -> tuple[TokenSums, dict]:
   def total(decoder, hidden):
+    hidden = jax.sharding.reshard(hidden, LAYOUT.act_b)
     sums = cross_entropy(decoder, hidden, batch, NUM_SOURCES)
     return jnp.sum(jnp.array(WEIGHTS[0]) * sums.nll) + WEIGHTS[1] * sums.z, sums
 

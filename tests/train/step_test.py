@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_step
+from jax.extend.core import jaxprs_in_params
 
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import to_names
@@ -335,15 +336,49 @@ def test_a_run_without_image_slots():
     assert tiny.largest_difference(value, expected[name]) < 1e-4, name
 
 
-def test_step_is_compiled_with_the_options_of_the_meshs_chips(monkeypatch):
-  """None on a CPU; a wrong one shows that they reach the compiler."""
+@pytest.mark.parametrize(("frozen", "products"), [((), 6), (("vit",), 2)], ids=str)
+def test_a_frozen_encoder_has_no_backward_pass(frozen, products):
+  """Of its MLP's two matrix products, which alone have 40 numbers, there is no gradient."""
+  run = tiny_step.run_config()
+  vision = dataclasses.replace(run.model.vision, mlp_dim=40)
+  run = dataclasses.replace(
+    run,
+    model=dataclasses.replace(run.model, vision=vision),
+    optimizer=dataclasses.replace(run.optimizer, frozen=frozen),
+  )
   mesh = tiny.mesh(*tiny_step.ONE)
-  assert train_step_on(mesh) is train_step
+  with jax.set_mesh(mesh):
+    state = tiny_step.make_state(run)
+    traced = jax.make_jaxpr(functools.partial(train_step, run=run))(
+      state, tiny.put(tiny.BATCH, mesh)
+    )
+  found = [
+    e
+    for e in equations(traced.jaxpr)
+    if e.primitive.name == "dot_general"
+    and any(40 in v.aval.shape for v in (*e.invars, *e.outvars))
+  ]
+  assert len(found) == products
+
+
+def equations(jaxpr):
+  """Yields every equation, those of loops and calls as well."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for sub in jaxprs_in_params(equation.params):
+      yield from equations(sub)
+
+
+def test_step_is_compiled_with_the_options_of_the_meshs_chips(monkeypatch):
+  """A wrong one shows that they reach the compiler."""
+  mesh = tiny.mesh(*tiny_step.ONE)
   kind = mesh.devices.flat[0].device_kind
   monkeypatch.setattr(xla_flags, "OPTIONS", {kind: {"xla_no_such_option": True}})
   run = tiny_step.run_config()
   with jax.set_mesh(mesh):
     batch = tiny.put(tiny.BATCH, mesh)
+    train_step_on.cache_clear()
     lowered = train_step_on(mesh).trace(tiny_step.make_state(run), batch, run=run).lower()
   with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
     lowered.compile()
+  train_step_on.cache_clear()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compiler options do to two blocks of a 7B decoder: `python -m bench.xla_flags`.
+
+  python -m bench.xla_flags --slice=v6e-4 --options='; xla_tpu_scoped_vmem_limit_kib=65536'
+
+Compiles forward, backward and update of two layers of Llama-2-7B's shape, 8192 tokens a chip, once
+for each set of options; the first is what `mm1_jax/train/xla_flags.py` has for the chip. Nothing
+runs: `mm1_jax.plan` prices the programs, see docs/plans.md. Differences under 5% are no win.
+"""
+
+import argparse
+
+from bench.peer_shapes import L7B, text_only
+from mm1_jax.plan.compile import PlanError
+from mm1_jax.plan.estimate import make_plan
+from mm1_jax.plan.topology import find_topology
+
+VMEM = "xla_tpu_scoped_vmem_limit_kib"
+SETS = ";".join(["", *(f"{VMEM}={kib}" for kib in (32768, 49152, 65536, 98304))])
+TOKENS = 8192  # a chip
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--slice", default="v5p-8", help="a small one: %(default)s, v5e-4, ...")
+  parser.add_argument("--options", default=SETS, help="sets divided by ;, options by ,")
+  args = parser.parse_args()
+  topology = find_topology(args.slice)
+  run = text_only(L7B, topology, TOKENS, remat="qkv+attention+residual+mlp_gate+mlp_up", depth=2)
+  print("| slice | options | roof ms | **mid ms** | pred ms |\n|---|---|---|---|---|")
+  for text in args.options.split(";"):
+    options: dict[str, str | bool] = {}
+    for option in filter(None, text.strip().split(",")):
+      name, _, value = option.partition("=")
+      options[name.strip()] = value
+    try:
+      step = make_plan(run, topology, options=options).step
+    except PlanError as e:
+      print(f"| {args.slice} | {text.strip()} | refused: {str(e).splitlines()[-1][:80]} | | |")
+      continue
+    cells = ["", "", ""]
+    if step is not None:
+      cells = [f"{1e3 * s:.1f}" for s in (step.lower, step.seconds, step.upper)]
+    print(f"| {args.slice} | {text.strip() or 'as it is'} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()
