@@ -17,20 +17,19 @@ for what is predicted and how well.
 
 import json
 import pathlib
-import re
-import runpy
 from typing import cast, get_args
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from mm1_jax import cli
 from mm1_jax.config import ConfigError
 from mm1_jax.plan.compare import compare_table, markdown_table, read_figures
 from mm1_jax.plan.compile import What, default_cache
 from mm1_jax.plan.estimate import make_plan
+from mm1_jax.plan.preset import with_preset
 from mm1_jax.plan.report import draw, figures, table
 from mm1_jax.plan.search import parse_mesh, search, search_table
-from mm1_jax.plan.topology import find_topology, slice_names
+from mm1_jax.plan.topology import find_topology
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5p-128 or v5e-256.")
@@ -93,22 +92,6 @@ def main(argv: list[str]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   return cli.parse(with_preset(argv))
-
-
-def with_preset(argv: list[str]) -> list[str]:
-  """Returns the arguments with `:SLICE` behind a config file that has a preset for --topology."""
-  given = {name.lstrip("-"): value for name, _, value in (arg.partition("=") for arg in argv)}
-  config, topology = given.get("config", ""), given.get("topology", "")
-  if not config.endswith(".py") or topology not in slice_names():
-    return argv
-  try:
-    presets = runpy.run_path(config).get("SLICES", {})
-  except Exception:  # is said when the flag is read
-    return argv
-  if topology not in presets:
-    return argv
-  logging.info("With the preset of %s for %s.", config, topology)
-  return [f"{a}:{topology}" if re.match("--?config=", a) else a for a in argv]
 
 
 def _write(values) -> None:

@@ -12,11 +12,11 @@ import pytest
 from configs import mm1_3b, mm1_debug
 from mm1_jax.config import ConfigError, MeshConfig, RunConfig
 from mm1_jax.metrics import model_flops
-from mm1_jax.plan.__main__ import with_preset
 from mm1_jax.plan.compare import compare_table, markdown_table, read_figures
 from mm1_jax.plan.compile import Compiled, PlanError, Result
 from mm1_jax.plan.estimate import Plan, read_plan, step_flops
 from mm1_jax.plan.memory import GIB, Buffer
+from mm1_jax.plan.preset import with_preset
 from mm1_jax.plan.report import draw, figures, table
 from mm1_jax.plan.search import frontier, parse_mesh, search_table
 from mm1_jax.plan.topology import find_topology
