@@ -100,7 +100,7 @@ def ours(args: argparse.Namespace) -> Iterator[int]:
     sources=(SourceConfig("captions", f"{args.folder}/captions-train-*.arrayrecord"),),
     tokenizer=TOKENIZER,
     batch_size=2,
-    images_per_row=22,
+    images_per_row=16,  # 15 come with a full row
     num_workers=args.workers,
   )
   pipeline = make_pipeline(config, image_size=SIZE, tokens_per_image=144, image_token_id=4)

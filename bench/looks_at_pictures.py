@@ -28,7 +28,7 @@ from mm1_jax.checkpoint import STEPS, restore_params
 from mm1_jax.config import RunConfig
 from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.image import decode_image
-from mm1_jax.data.packing import Segment, assemble
+from mm1_jax.data.packing import Segment, assemble, stack
 from mm1_jax.data.sources import Source
 from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.models.mm1 import MM1
@@ -53,28 +53,25 @@ def held_out_captions(run: RunConfig) -> tuple[list[Batch], np.ndarray]:
     image_size=run.model.vision.image_size,
     tokens_per_image=run.model.connector.num_tokens,
   )
-  segments, names = [], []
+  rows, names = [], []
+
+  def row(segments: list[Segment], pictures: list[np.ndarray]) -> Batch:
+    pixels = np.array(pictures, np.uint8).reshape(1, -1, *run.model.vision.image_size, 3)
+    shape = {"seq_len": data.seq_len, "images_per_row": 1, "pad_id": tokenizer.pad_id}
+    return assemble(segments, pixels, **shape)
+
   for record in (source[i] for i in range(len(source))):
     example = encoder.encode_record(record)
     if len(example) <= data.seq_len and len(example.images) == 1:
-      pixels = [decode_image(image, run.model.vision.image_size) for image in example.images]
-      segments.append(Segment(0, example, pixels))
+      picture = decode_image(example.images[0], run.model.vision.image_size)
+      rows.append(row([Segment(0, example)], [picture]))
       names.append(record["source"])
-  other = np.arange(len(segments))
+  other = np.arange(len(rows))
   for name in set(names):
     order = np.random.default_rng(0).permutation(np.flatnonzero(np.array(names) == name))
     other[order] = np.roll(order, 1)
-  rows = [[s] for s in segments] + [[]] * (-len(segments) % ROWS)
-  batches = [
-    assemble(
-      rows[i : i + ROWS],
-      seq_len=data.seq_len,
-      images_per_row=1,
-      image_size=run.model.vision.image_size,
-      pad_id=tokenizer.pad_id,
-    )
-    for i in range(0, len(rows), ROWS)
-  ]
+  rows += [row([], [])] * (-len(rows) % ROWS)
+  batches = [stack(rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)]
   assert np.all(other != np.arange(len(other)))
   return batches, other
 

@@ -308,57 +308,63 @@ def furthest_cut(
 
 
 class Segment(NamedTuple):
-  """An example in a row, and what its images look like."""
+  """An example in a row."""
 
   source_id: int
   example: Example
-  pixels: Sequence[np.ndarray]  # uint8[H, W, 3] each, one for each of the example's images
 
 
 def assemble(
-  rows: Sequence[Sequence[Segment]],
+  segments: Sequence[Segment],
+  pictures: np.ndarray,
   *,
   seq_len: int,
   images_per_row: int,
-  image_size: tuple[int, int],
   pad_id: int,
 ) -> Batch:
-  """Lays segments out in rows, one after another, with padding behind.
+  """Lays segments out in a row, one after another, with padding behind.
 
   Args:
-    rows: B rows of segments that fit `seq_len` and `images_per_row`.
+    segments: examples that fit `seq_len` and `images_per_row`.
+    pictures: uint8[1, n, H, W, 3], theirs in order; if there are more, the last mean nothing.
     seq_len: S.
     images_per_row: N.
-    image_size: H and W.
     pad_id: the id at padding positions.
 
   Returns:
-    A `Batch` of numpy arrays.
+    A `Batch` of one row, of numpy arrays. Its images are `pictures`: `stack` makes N of them.
   """
-  shape = len(rows), seq_len
-  batch = Batch(
+  shape = 1, seq_len
+  row = Batch(
     tokens=np.full(shape, pad_id, np.int32),
     targets=np.full(shape, pad_id, np.int32),
     loss_mask=np.zeros(shape, np.float32),
     positions=np.zeros(shape, np.int32),
     segment_ids=np.zeros(shape, np.int32),
     source_ids=np.zeros(shape, np.int32),
-    images=np.zeros((len(rows), images_per_row, *image_size, 3), np.uint8),
-    image_mask=np.zeros((len(rows), images_per_row), bool),
+    images=pictures,
+    image_mask=np.zeros((1, images_per_row), bool),
   )
-  for r, row in enumerate(rows):
-    start, slot = 0, 0
-    for number, (source_id, example, pixels) in enumerate(row, start=1):
-      at = r, slice(start, start + len(example))
-      batch.tokens[at] = example.tokens
-      batch.targets[at] = example.targets
-      batch.loss_mask[at] = example.loss_mask
-      batch.positions[at] = np.arange(len(example))
-      batch.segment_ids[at] = number
-      batch.source_ids[at] = source_id
-      start += len(example)
-      for picture in pixels:
-        batch.images[r, slot] = picture
-        batch.image_mask[r, slot] = True
-        slot += 1
-  return batch
+  start, num_images = 0, 0
+  for number, (source_id, example) in enumerate(segments, start=1):
+    at = 0, slice(start, start + len(example))
+    row.tokens[at] = example.tokens
+    row.targets[at] = example.targets
+    row.loss_mask[at] = example.loss_mask
+    row.positions[at] = np.arange(len(example))
+    row.segment_ids[at] = number
+    row.source_ids[at] = source_id
+    start += len(example)
+    num_images += len(example.images)
+  row.image_mask[0, :num_images] = True
+  return row
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+  """Returns rows as one batch, with N image slots each; unused ones are 0, in untouched memory."""
+  fields = zip(*(row._replace(images=()) for row in rows), strict=True)
+  batch = Batch(*map(np.concatenate, fields))
+  images = np.zeros((*batch.image_mask.shape, *rows[0].images.shape[2:]), np.uint8)
+  for slots, used, row in zip(images, batch.image_mask.sum(axis=1), rows, strict=True):
+    slots[:used] = row.images[0, :used]
+  return batch._replace(images=images)

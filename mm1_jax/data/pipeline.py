@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from absl import flags, logging
+from grain.python import SharedMemoryArray
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, SourceConfig
 from mm1_jax.data.examples import Encoder, Example, cut, make_encoder
 from mm1_jax.data.image import ImageError
 from mm1_jax.data.index import UNREADABLE, Index, cache_dir, load_index
-from mm1_jax.data.packing import Segment, assemble
+from mm1_jax.data.packing import Segment, assemble, stack
 from mm1_jax.data.plan import (
   Piece,
   Plan,
@@ -50,6 +51,9 @@ SLOTS_TO_SPARE = 1.05
 # around them does not: more than a few cores are for worker processes.
 NUM_THREADS = 2
 
+# Smaller arrays come from a worker through a pipe: each shared one is a file to open and remove.
+MIN_SHARED_BYTES = 1 << 20
+
 
 class BatchStats(NamedTuple):
   """How full a host's rows are, and what they lost."""
@@ -69,7 +73,7 @@ class PipelineError(RuntimeError):
 class _Loaded(NamedTuple):
   """One row, as it comes back from a worker."""
 
-  batch: Batch
+  batch: Batch  # of one row; its images are those that it has, see `packing.stack`
   drops: str  # JSON of the examples left out, by reason: one leaf, whatever its keys
   next_window: str  # JSON of the WindowState that the next batch is planned from
 
@@ -183,7 +187,7 @@ def check_drops(num_dropped: int, num_examples: int, limit: float, reasons: Mapp
 
 def _join(rows: Sequence[_Loaded]) -> tuple[Batch, BatchStats]:
   """Returns rows as a batch, copied out of the workers' shared memory."""
-  batch = Batch(*map(np.concatenate, zip(*(row.batch for row in rows), strict=True)))
+  batch = stack([row.batch for row in rows])
   drops: collections.Counter = collections.Counter()
   for row in rows:
     drops.update(json.loads(row.drops))
@@ -252,6 +256,8 @@ def make_pipeline(
   if data.num_workers:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's worker pool reads flags, also outside of app.run
+    sharing = grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED_BYTES)
+    loaded = grain.experimental.WithOptionsIterDataset(loaded, sharing)
     options = grain.MultiprocessingOptions(num_workers=data.num_workers)
     loaded = loaded.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
   return Pipeline(
@@ -438,32 +444,54 @@ class RowLoader:
     row, next_window = planned
     drops: collections.Counter = collections.Counter()
     segments = [s for piece in row if (s := self._segment(piece, drops))]
+    segments, pictures = self._with_pictures(segments, drops)
     batch = assemble(
-      [segments],
+      segments,
+      pictures,
       seq_len=self._data.seq_len,
       images_per_row=self._data.images_per_row,
-      image_size=self._image_size,
       pad_id=self._encoder.tokenizer.pad_id,
     )
     state = next_window.to_dict() if next_window else None
     return _Loaded(batch, json.dumps(drops), json.dumps(state))
 
   def _segment(self, piece: Piece, drops: collections.Counter) -> Segment | None:
-    """Returns a piece with its pixels; None, and the reason in `drops`, if it cannot be used."""
+    """Returns what a piece stands for; None, and the reason in `drops`, if it cannot be read."""
     num_positions = self._indexes[piece.source].num_positions[piece.example]
     whole = piece.stop - piece.start == num_positions
     encode = self._encode if whole else self._encode_cached
     try:
-      example = cut(encode(piece.source, piece.example), piece.start, piece.stop)
-      pixels = self._decode(example.images)
-    except ImageError as e:
-      drops[f"{self._sources[piece.source].name}: {e.reason}"] += 1
+      example = encode(piece.source, piece.example)
     except RecordError as e:
       logging.warning("%s", e)
       drops[f"{self._sources[piece.source].name}: {UNREADABLE}"] += 1
-    else:
-      return Segment(piece.source, example, pixels)
-    return None
+      return None
+    return Segment(piece.source, cut(example, piece.start, piece.stop))
+
+  def _with_pictures(
+    self, segments: Sequence[Segment], drops: collections.Counter
+  ) -> tuple[list[Segment], np.ndarray]:
+    """Returns the segments whose pictures can be decoded, and those pictures, [1, n, H, W, 3]."""
+    num_images = sum(len(segment.example.images) for segment in segments)
+    pictures = self._empty((1, num_images, *self._image_size, 3))
+    kept, slot = [], 0
+    for segment in segments:
+      images = segment.example.images
+      try:
+        for i, pixels in enumerate(self._decode(images)):
+          pictures[0, slot + i] = pixels
+      except ImageError as e:
+        drops[f"{self._sources[segment.source_id].name}: {e.reason}"] += 1
+      else:
+        kept.append(segment)
+        slot += len(images)
+    return kept, pictures
+
+  def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns memory for pictures; a worker's is shared, so that they are there without a copy."""
+    if self._data.num_workers and math.prod(shape):
+      return SharedMemoryArray(shape, np.uint8)
+    return np.empty(shape, np.uint8)
 
   def _encode(self, source: int, example: int) -> Example:
     index = self._indexes[source]

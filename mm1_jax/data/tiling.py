@@ -8,7 +8,7 @@ picture. To the rest of the pipeline each sub-image is a picture of its own, one
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -142,22 +142,21 @@ def decode_pictures(
   *,
   fit: Literal["squash", "pad"],
   max_pixels: int,
-) -> list[np.ndarray]:
-  """Returns uint8[H, W, 3] for each picture or part of one; a grid is decoded once.
+) -> Iterator[np.ndarray]:
+  """Yields uint8[H, W, 3] for each picture or part of one; a grid is decoded once.
 
   Raises:
     ImageError: as `decode_image`.
   """
-  pixels, last, parts = [], None, []
+  last, parts = None, []
   for image in images:
     if isinstance(image, bytes):
-      pixels.append(decode_image(image, size, fit=fit, max_pixels=max_pixels))
+      yield decode_image(image, size, fit=fit, max_pixels=max_pixels)
       continue
     if last is None or last[0] is not image.image or last[1] != image.grid:
       last = image.image, image.grid
       parts = _decode_grid(image, size, max_pixels)
-    pixels.append(parts[image.number])
-  return pixels
+    yield parts[image.number]
 
 
 def _decode_grid(tile: Tile, size: tuple[int, int], max_pixels: int) -> list[np.ndarray]:

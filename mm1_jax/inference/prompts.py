@@ -164,12 +164,12 @@ def _decode(
     decode_pictures, size=run.model.vision.image_size, fit=run.data.image_fit, max_pixels=limit
   )
   try:
-    return decode(images)
+    return list(decode(images))
   except ImageError as error:
     bound = f" (more than {limit / 1e6:g} million pixels)" if error.reason == TOO_LARGE else ""
     for file in files:
       try:
-        decode([file.data])
+        list(decode([file.data]))
       except ImageError as e:
         raise PromptError(f"{file.name} cannot be used: {e.reason}{bound}.") from e
     raise

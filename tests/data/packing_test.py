@@ -15,6 +15,7 @@ from mm1_jax.data.packing import (
   furthest_cut,
   next_cut,
   pack,
+  stack,
 )
 
 IMAGE = 4  # positions of a picture
@@ -191,7 +192,7 @@ def test_random_pools(seed):
   assert more.left == []  # there is room for all
 
 
-def test_assemble():
+def test_assemble_and_stack():
   caption = Example(
     tokens=np.array([1, 5, 4, 4, 6, 20], np.int32),
     targets=np.array([5, 4, 4, 6, 20, 2], np.int32),
@@ -206,9 +207,11 @@ def test_assemble():
     images=(),
     spans=(),
   )
-  picture = np.full((2, 3, 3), 7, np.uint8)
-  rows = [[Segment(1, text, []), Segment(2, caption, [picture])], []]
-  batch = assemble(rows, seq_len=10, images_per_row=2, image_size=(2, 3), pad_id=0)
+  pictures = np.array([7, 9], np.uint8)[None, :, None, None, None] * np.ones((2, 3, 3), np.uint8)
+  shape = {"seq_len": 10, "images_per_row": 2, "pad_id": 0}
+  full = assemble([Segment(1, text), Segment(2, caption)], pictures, **shape)
+  assert full.images is pictures
+  batch = stack([full, assemble([], pictures[:, :0], **shape)])
   empty = [0] * 10
   assert batch.tokens.tolist() == [[1, 30, 1, 5, 4, 4, 6, 20, 0, 0], empty]
   assert batch.targets.tolist() == [[30, 2, 5, 4, 4, 6, 20, 2, 0, 0], empty]
@@ -218,8 +221,8 @@ def test_assemble():
   assert batch.source_ids.tolist() == [[1, 1, 2, 2, 2, 2, 2, 2, 0, 0], empty]
   assert batch.image_mask.tolist() == [[True, False], [False, False]]
   assert batch.images.shape == (2, 2, 2, 3, 3)
-  np.testing.assert_array_equal(batch.images[0, 0], picture)
-  assert not batch.images[0, 1].any()
+  assert (batch.images[0, 0] == 7).all()
+  assert not batch.images[0, 1].any()  # `pictures` has one more than the examples
   assert not batch.images[1].any()
   dtypes = ["int32", "int32", "float32", "int32", "int32", "int32", "uint8", "bool"]
   assert [str(x.dtype) for x in batch] == dtypes

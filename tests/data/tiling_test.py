@@ -108,7 +108,7 @@ def test_sub_images_are_the_pictures_parts_in_order():
     *(((2, 3), i) for i in range(6)),
     ((1, 1), 0),
   ]
-  pixels = decode_pictures(tiles, (8, 8), fit="squash", max_pixels=10**6)
+  pixels = list(decode_pictures(tiles, (8, 8), fit="squash", max_pixels=10**6))
   whole = np.asarray(PIL.Image.open(io.BytesIO(data)))
   for i in range(6):
     top, left = 8 * (i // 3), 8 * (i % 3)
@@ -125,7 +125,7 @@ def test_padding_surrounds_what_a_grid_does_not_need():
   (content,) = tiler.cut([[{"image": picture(90, 160)}]])
   tiles = [item["image"] for item in content]
   assert {tile.grid for tile in tiles} == {(2, 4), (1, 1)}
-  pixels = decode_pictures(tiles, (8, 8), fit="squash", max_pixels=10**6)
+  pixels = list(decode_pictures(tiles, (8, 8), fit="squash", max_pixels=10**6))
   border = [(p == PAD_COLOR).all(axis=-1) for p in pixels]
   # 16 rows take 28 columns of 32: two of padding at each side.
   assert border[0][:, :2].all()

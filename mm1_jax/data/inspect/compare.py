@@ -96,7 +96,7 @@ class Records:
     number = int(self._indexes[piece.source].records[piece.example])
     record, encoded = self._read(piece.source, number)
     example = cut(encoded, piece.start, piece.stop)
-    pixels = self._decode(example.images)
+    pixels = list(self._decode(example.images))
     license, credit = (str(record.get(key, "")) for key in ("license", "credit"))
     origin = Origin(number, record["id"], license, credit, piece.start, piece.stop, len(encoded))
     return origin, example, pixels
