@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Open weights in, trained params out.
 
-  python -m mm1_jax.convert import --vit=CLIP_FOLDER --decoder=LLM_FOLDER --out=runs/open
+python -m mm1_jax.convert import --vit=CLIP_FOLDER --decoder=LLM_FOLDER --out=runs/open
 """
 
 import argparse

@@ -62,7 +62,9 @@ def load(
     theirs = [tensors.read(name) for name in piece.theirs]
     for name, value in zip(piece.theirs, theirs, strict=True):
       if not np.isfinite(np.asarray(value, np.float32)).all():
-        raise ConvertError(f"tensor '{name}' of '{tensors.file(name)}' has values that are not finite.")
+        raise ConvertError(
+          f"tensor '{name}' of '{tensors.file(name)}' has values that are not finite."
+        )
     shape = like.shape[len(piece.at) :]
     value = np.ascontiguousarray(piece.layout.load(theirs, shape)).astype(like.dtype)
     placed = _place(value, _inner(like, len(piece.at)))
@@ -118,11 +120,11 @@ def _place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-  return jax.jit(functools.partial(jnp.zeros, like.shape, like.dtype), out_shardings=like.sharding)()
+  return jax.jit(
+    functools.partial(jnp.zeros, like.shape, like.dtype), out_shardings=like.sharding
+  )()
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(stack: jax.Array, block: jax.Array, index: int) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(stack, block, index, 0)
-
-

@@ -75,7 +75,10 @@ def _extend_json(file: pathlib.Path, data: bytes) -> Vocabulary:
   described["clean_up_tokenization_spaces"] = False
   image_id = tokenizer.token_to_id(IMAGE)
   assert image_id is not None
-  files = {own: tokenizer.to_str().encode(), beside: (json.dumps(described, indent=2) + "\n").encode()}
+  files = {
+    own: tokenizer.to_str().encode(),
+    beside: (json.dumps(described, indent=2) + "\n").encode(),
+  }
   return Vocabulary(files, tokenizer.get_vocab_size(), image_id)
 
 

@@ -127,7 +127,8 @@ class _SentencePiece:
     ]
 
   def piece_to_id(self, piece: str) -> int:
-    return self._processor.piece_to_id(piece)
+    index = self._processor.piece_to_id(piece)
+    return -1 if index == self.unk_id else index
 
   def encode(self, text: str) -> list[int]:
     parts = text.split(_SPACE_MARK)
@@ -172,6 +173,6 @@ class _HuggingFace:
 
 
 def token_text(config: Mapping[str, Any], key: str) -> str:
-  """Returns a token that a tokenizer_config.json names, as text or as a group; "" if it does not."""
+  """Returns a token that a tokenizer_config.json names, "" if it names none."""
   token = config.get(key) or ""
   return token["content"] if isinstance(token, Mapping) else token
