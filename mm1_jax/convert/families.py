@@ -126,7 +126,11 @@ OPEN_CLIP_BLOCK: Table = {
 ENCODERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "open_clip")
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS: dict[str, Any] = {
+  "quick_gelu": "quick_gelu",
+  "gelu": "gelu",
+  "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 def vocab_size(tensors: Tensors) -> int:
@@ -214,7 +218,7 @@ def vision_config(settings: Settings, tensors: Tensors, feature_layer: int) -> V
   settings = settings.get("vision_config", settings)
   siglip = kind.startswith("siglip")
   # Sizes that a config.json may leave out, as `transformers` has them.
-  settings = {
+  settings: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,

@@ -108,13 +108,14 @@ def _read_index(path: pathlib.Path) -> Mapping[str, str]:
 
 @contextlib.contextmanager
 def _open(file: pathlib.Path) -> Iterator:
-  with open(file, "rb") as head:
-    magic = head.read(2)
-  if magic in (b"PK", b"\x80\x02", b"\x80\x04"):
-    raise ConvertError(f"'{file}' is not safetensors but a pickle. {_CONVERT}")
   try:
     tensors = safetensors.safe_open(file, framework="numpy")
   except Exception as e:  # SafetensorError, and OSError for an empty file
+    # Asked only now: the length of a sound header may begin with the same bytes.
+    with open(file, "rb") as head:
+      magic = head.read(2)
+    if magic == b"PK" or magic[:1] == b"\x80":
+      raise ConvertError(f"'{file}' is not safetensors but a pickle. {_CONVERT}") from e
     raise ConvertError(f"'{file}' is truncated, or no safetensors file: {e}.") from e
   with tensors:
     yield tensors

@@ -11,7 +11,8 @@ and `open_clip`, run in PyTorch, float32. Tests and CI read the files only; to a
 
 Weights are float16, which their values fit exactly. expected.npz holds the inputs and the outputs:
 for a decoder `tokens` and every sixth position's `logits`; for an encoder `images`, uint8, and
-`features` at the layers -1 and -2, and in open_clip's case on a larger picture, with its own resize of the positions.
+`features` at the layers -1 and -2, and in open_clip's case on a larger picture, with its own
+resize of the positions.
 """
 
 import json
