@@ -111,10 +111,10 @@ def _open(file: pathlib.Path) -> Iterator:
   try:
     tensors = safetensors.safe_open(file, framework="numpy")
   except Exception as e:  # SafetensorError, and OSError for an empty file
-    # Asked only now: the length of a sound header may begin with the same bytes.
-    with open(file, "rb") as head:
-      magic = head.read(2)
-    if magic == b"PK" or magic[:1] == b"\x80":
+    with open(file, "rb") as data:
+      head = data.read(9)
+    # The length of a header may begin like a pickle or a zip, but then comes the header.
+    if head[:1] in (b"P", b"\x80") and head[8:] != b"{":
       raise ConvertError(f"'{file}' is not safetensors but a pickle. {_CONVERT}") from e
     raise ConvertError(f"'{file}' is truncated, or no safetensors file: {e}.") from e
   with tensors:
