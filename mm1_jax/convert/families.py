@@ -218,7 +218,7 @@ def vision_config(settings: Settings, tensors: Tensors, feature_layer: int) -> V
   settings = settings.get("vision_config", settings)
   siglip = kind.startswith("siglip")
   # Sizes that a config.json may leave out, as `transformers` has them.
-  settings: dict[str, Any] = {
+  settings = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
