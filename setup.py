@@ -19,10 +19,12 @@ REQUIRES = [
   "optax",
   "orbax-checkpoint>=0.12",
   "pillow",
+  "safetensors",
   "sentencepiece",
   "simplejpeg",
   "tensorboardX",
   "tensorflow-datasets",
+  "tokenizers",
 ]
 
 EXTRAS = {
@@ -32,7 +34,7 @@ EXTRAS = {
   "data": ["apache-beam"],  # python -m mm1_jax.data.build
   "plan": ["libtpu"],  # python -m mm1_jax.plan; `make libtpu` keeps it out of JAX's way
   "bench": ["tensorflow-cpu", "torch", "webdataset"],  # peers of bench/data.py, in a venv of theirs
-  "convert": ["safetensors", "torch", "transformers"],
+  "convert": ["torch", "transformers"],  # makes the files that imports are compared with
   "serve": ["gradio"],
   "dev": [
     "apache-beam",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints on Orbax: save and resume a run, and start another from its params alone.
 
-A workdir holds `config.json`, `tokenizer.model`, `chat_template.json` if it is your own file,
-and `checkpoints/STEP/`; a step has three items: `params` (the model, under the names of its
+A workdir holds `config.json`, the tokenizer, `chat_template.json` if it is your own file, and
+`checkpoints/STEP/`; a step has three items: `params` (the model, under the names of its
 attributes), `train` (optimizer state and counters), and `data` (the pipeline's state, JSON). Saving
 is asynchronous and atomic: a step's folder has its name only when all of it is there. Arrays are
 restored straight onto the current mesh, whatever mesh they were saved from.
@@ -21,7 +21,12 @@ from etils import epath
 from mm1_jax.config import CheckpointConfig, RunConfig, UserError
 
 CONFIG, STEPS = "config.json", "checkpoints"
-TOKENIZER, TEMPLATE = "tokenizer.model", "chat_template.json"
+TEMPLATE = "chat_template.json"
+# A tokenizer's files by the suffix of its own, which comes first.
+TOKENIZERS = {
+  ".model": ("tokenizer.model",),
+  ".json": ("tokenizer.json", "tokenizer_config.json"),
+}
 PARAMS, TRAIN, DATA = "params", "train", "data"
 SHOWN = 5  # names listed in a message before "and N more"
 
@@ -107,7 +112,11 @@ def write_run_files(workdir: epath.PathLike, run: RunConfig) -> None:
   workdir = epath.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / CONFIG).write_text(json.dumps(run.to_dict(), indent=2) + "\n")
-  (workdir / TOKENIZER).write_bytes(epath.Path(run.data.tokenizer).read_bytes())
+  tokenizer = epath.Path(run.data.tokenizer)
+  own, *beside = TOKENIZERS[".json" if tokenizer.suffix == ".json" else ".model"]
+  (workdir / own).write_bytes(tokenizer.read_bytes())
+  for name in beside:
+    (workdir / name).write_bytes((tokenizer.parent / name).read_bytes())
   template = epath.Path(run.data.chat_template)
   if template.suffix:  # a file; shipped ones go by their name
     (workdir / TEMPLATE).write_bytes(template.read_bytes())
@@ -127,7 +136,9 @@ def read_run(workdir: epath.PathLike) -> RunConfig:
     )
   try:
     values = json.loads(path.read_text())
-    values["data"]["tokenizer"] = str(workdir / TOKENIZER)
+    files = [workdir / own for own, *_ in TOKENIZERS.values()]
+    tokenizer = next((file for file in files if file.exists()), files[0])
+    values["data"]["tokenizer"] = str(tokenizer)
     if (workdir / TEMPLATE).exists():
       values["data"]["chat_template"] = str(workdir / TEMPLATE)
   except (json.JSONDecodeError, KeyError, TypeError) as e:

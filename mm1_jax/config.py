@@ -62,7 +62,7 @@ class VisionConfig:
   depth: int = 32
   num_heads: int = 16
   mlp_dim: int = 5120
-  activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+  activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
   class_token: bool = True
   pre_norm: bool = True  # CLIP's ln_pre, in front of the first block
   norm_eps: float = 1e-5
@@ -167,8 +167,30 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3.1's stretch of RoPE's slow frequencies to longer contexts (arXiv 2407.21783, 3.4.1).
+
+  Wavelengths above original_positions / low_freq_factor grow by `factor`, those below
+  original_positions / high_freq_factor stay, and those between go over from one to the other.
+  """
+
+  factor: float = 8.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_positions: int = 8192
+
+  def __post_init__(self):
+    _require_positive(self, "model.decoder.rope_scaling", "factor", "original_positions")
+    _require(
+      0 < self.low_freq_factor < self.high_freq_factor,
+      f"model.decoder.rope_scaling.low_freq_factor {self.low_freq_factor} must be positive and "
+      f"below high_freq_factor {self.high_freq_factor}.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """Decoder-only LLM: pre-RMSNorm, RoPE, GQA, SwiGLU, no biases."""
+  """Decoder-only LLM: pre-RMSNorm, RoPE, GQA, SwiGLU, no biases but Qwen 2's."""
 
   vocab_size: int = 49152
   width: int = 3072
@@ -178,8 +200,10 @@ class DecoderConfig:
   head_dim: int = 128
   mlp_dim: int = 8064
   rope_theta: float = 1e4
+  rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-5
   qk_norm: bool = False
+  qkv_bias: bool = False
   tie_embeddings: bool = True
   moe: MoEConfig | None = None
 

@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
   },
   "mm1_jax.convert": CONTRACTS
   | {
+    "mm1_jax.cli",
     "mm1_jax.sharding",
     "mm1_jax.models",
     "mm1_jax.data",

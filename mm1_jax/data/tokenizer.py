@@ -1,70 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer: SentencePiece with control symbols for images.
+"""The tokenizer: SentencePiece or Hugging Face's, with control symbols for images.
 
 Control symbols have an id but no text: `encode("<image>")` gives the ids of seven characters, never
 `image_id`. What a user types can therefore not pretend to be a picture or the end of a document.
 """
 
 import functools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import sentencepiece
+import tokenizers
 from etils import epath
 
 from mm1_jax.data.sources import DataError
 
 IMAGE, IMAGE_START, IMAGE_END = "<image>", "<image_start>", "<image_end>"
+# Beside a tokenizer.json: which of its tokens begin, end and pad a text.
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # SentencePiece writes a space as this character, and so cannot tell the two apart in a text.
 _SPACE_MARK = "\u2581"
+
+
+class _Files(NamedTuple):
+  """What a tokenizer is made of."""
+
+  path: str
+  model: bytes
+  config: bytes  # of TOKENIZER_CONFIG; empty for SentencePiece, which needs none
 
 
 class Tokenizer:
   """Text to ids and back, without loss: `decode(encode(text)) == text`.
 
   Args:
-    path: a SentencePiece model trained as in `build/sample.py`.
+    path: a SentencePiece model trained as in `build/sample.py`, or a `tokenizer.json` with its
+      `tokenizer_config.json` beside it; `mm1_jax.convert import` makes either from open weights.
 
   Raises:
-    DataError: the file is missing, is no SentencePiece model, or lacks a symbol we need.
+    DataError: the file is missing, is no tokenizer, or lacks a symbol we need.
   """
 
   def __init__(self, path: str):
-    self.path = str(path)
+    file = epath.Path(path)
     try:
-      model = epath.Path(path).read_bytes()
+      model = file.read_bytes()
+      config = (file.parent / TOKENIZER_CONFIG).read_bytes() if is_json(model) else b""
     except OSError as e:
       raise DataError(
-        f"data.tokenizer '{path}' cannot be read ({type(e).__name__}). It must be a SentencePiece "
-        f"model file; the shipped one is mm1_jax/data/sample/tokenizer.model."
+        f"data.tokenizer '{path}' cannot be read ({type(e).__name__}: {e.filename or path}). It "
+        f"must be a SentencePiece model, or a tokenizer.json with {TOKENIZER_CONFIG} beside it; "
+        f"the shipped one is mm1_jax/data/sample/tokenizer.model."
       ) from e
-    self._load(model)
+    self._load(_Files(str(path), model, config))
 
-  def _load(self, model: bytes) -> None:
-    self.model = model
-    try:
-      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-      self.vocab_size = self._processor.vocab_size()
-    except Exception as e:
-      raise DataError(f"data.tokenizer '{self.path}' is not a SentencePiece model ({e}).") from e
-    self.pad_id = self._special("<pad>", self._processor.pad_id())
-    self.bos_id = self._special("<s>", self._processor.bos_id())
-    self.eos_id = self._special("</s>", self._processor.eos_id())
-    self.unk_id = self._processor.unk_id()
+  def _load(self, files: _Files) -> None:
+    self._files = files
+    self.path = files.path
+    self._backend = (_HuggingFace if is_json(files.model) else _SentencePiece)(files)
+    self.vocab_size = self._backend.vocab_size
+    self.unk_id = self._backend.unk_id
+    # Ids that no text encodes to.
+    self.special_ids = self._backend.special_ids
+    self.pad_id, self.bos_id, self.eos_id = self._backend.pad_bos_eos
+    for name, index in zip(("pad", "bos", "eos"), self._backend.pad_bos_eos, strict=True):
+      self._require(f"{name} token", index)
     self.image_id = self._control(IMAGE)
     self.image_start_id = self._control(IMAGE_START)
     self.image_end_id = self._control(IMAGE_END)
-    self._space_mark_ids = [
-      self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()
-    ]
+
+  @property
+  def model(self) -> bytes:
+    """All that ids depend on; what is made with a tokenizer is kept under its hash."""
+    return self._files.model + self._files.config
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`; never a special one."""
-    parts = text.split(_SPACE_MARK)
-    ids = self._processor.encode(parts[0])
-    for part in parts[1:]:
-      ids += self._space_mark_ids + self._processor.encode(part)
-    return ids
+    return self._backend.encode(text)
 
   def encode_markup(self, text: str) -> list[int]:
     """Returns the ids of what a template says: control symbols in it take their own ids.
@@ -77,43 +91,115 @@ class Tokenizer:
     ids = [[self._symbols[p]] if p in self._symbols else self.encode(p) for p in parts]
     return [i for part in ids for i in part]
 
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of `ids`; special ids have none and are skipped."""
+    return self._backend.decode([int(i) for i in ids if int(i) not in self.special_ids])
+
+  def __getstate__(self):
+    return self._files
+
+  def __setstate__(self, state):
+    self._load(state)
+
   @functools.cached_property
   def _symbols(self) -> dict[str, int]:
     """Control symbols by their names, the longest first; without those of pictures."""
-    names = {self._processor.id_to_piece(i): i for i in self.special_ids}
+    names = {self._backend.id_to_piece(i): i for i in self.special_ids}
     for picture in (IMAGE, IMAGE_START, IMAGE_END):
       names.pop(picture, None)
     return dict(sorted(names.items(), key=lambda item: -len(item[0])))
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of `ids`; special ids have none and are skipped."""
-    return self._processor.decode([int(i) for i in ids if int(i) not in self.special_ids])
-
-  @functools.cached_property
-  def special_ids(self) -> frozenset[int]:
-    """Ids that no text encodes to."""
-    size = self.vocab_size
-    return frozenset(
-      i for i in range(size) if self._processor.is_control(i) or self._processor.is_unknown(i)
-    )
-
-  def __getstate__(self):
-    return {"path": self.path, "model": self.model}
-
-  def __setstate__(self, state):
-    self.path = state["path"]
-    self._load(state["model"])
-
   def _control(self, piece: str) -> int:
     """Returns the id of a control symbol."""
-    index = self._processor.piece_to_id(piece)
-    return self._special(piece, index if self._processor.is_control(index) else -1)
+    index = self._backend.piece_to_id(piece)
+    self._require(f"control symbol '{piece}'", index if index in self.special_ids else -1)
+    return index
 
-  def _special(self, piece: str, index: int) -> int:
+  def _require(self, what: str, index: int) -> None:
     if index < 0:
       raise DataError(
-        f"data.tokenizer '{self.path}' has no control symbol '{piece}'. Train it with "
-        f"control_symbols=['{IMAGE}', '{IMAGE_START}', '{IMAGE_END}'] and pad, bos and eos ids, "
-        f"as mm1_jax/data/build/sample.py does."
+        f"data.tokenizer '{self.path}' has no {what}. Train it with control_symbols=['{IMAGE}', "
+        f"'{IMAGE_START}', '{IMAGE_END}'] and pad, bos and eos ids, as "
+        f"mm1_jax/data/build/sample.py does, or give another model's to `python -m "
+        f"mm1_jax.convert import`, which adds them."
       )
-    return index
+
+
+def is_json(model: bytes) -> bool:
+  """Returns whether a tokenizer's file is Hugging Face's JSON, and not SentencePiece's proto."""
+  return model.lstrip()[:1] == b"{"
+
+
+class _SentencePiece:
+  def __init__(self, files: _Files):
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(model_proto=files.model)
+      self.vocab_size = self._processor.vocab_size()
+    except Exception as e:
+      raise DataError(f"data.tokenizer '{files.path}' is not a SentencePiece model ({e}).") from e
+    processor = self._processor
+    self.unk_id = processor.unk_id()
+    self.pad_bos_eos = processor.pad_id(), processor.bos_id(), processor.eos_id()
+    self.special_ids = frozenset(
+      i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i)
+    )
+    self._space_mark_ids = [
+      processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()
+    ]
+
+  def piece_to_id(self, piece: str) -> int:
+    index = self._processor.piece_to_id(piece)
+    return -1 if index == self.unk_id else index
+
+  def id_to_piece(self, index: int) -> str:
+    return self._processor.id_to_piece(index)
+
+  def encode(self, text: str) -> list[int]:
+    parts = text.split(_SPACE_MARK)
+    ids = self._processor.encode(parts[0])
+    for part in parts[1:]:
+      ids += self._space_mark_ids + self._processor.encode(part)
+    return ids
+
+  def decode(self, ids: list[int]) -> str:
+    return self._processor.decode(ids)
+
+
+class _HuggingFace:
+  def __init__(self, files: _Files):
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(files.model.decode())
+    except Exception as e:  # the library raises plain Exception
+      raise DataError(f"data.tokenizer '{files.path}' is not a tokenizer.json ({e}).") from e
+    try:
+      config = json.loads(files.config)
+    except ValueError as e:
+      raise DataError(f"{TOKENIZER_CONFIG} beside '{files.path}' is not JSON ({e}).") from e
+    self._tokenizer.encode_special_tokens = True  # as text: only we put them in
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self.vocab_size = self._tokenizer.get_vocab_size()
+    named = [self.piece_to_id(token_text(config, f"{n}_token")) for n in ("pad", "bos", "eos")]
+    self.pad_bos_eos = tuple(named)
+    self.unk_id = self.piece_to_id(token_text(config, "unk_token"))
+    added = self._tokenizer.get_added_tokens_decoder()
+    self.special_ids = frozenset(i for i, token in added.items() if token.special)
+
+  def piece_to_id(self, piece: str) -> int:
+    index = self._tokenizer.token_to_id(piece)
+    return -1 if index is None else index
+
+  def id_to_piece(self, index: int) -> str:
+    return self._tokenizer.id_to_token(index) or ""
+
+  def encode(self, text: str) -> list[int]:
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def token_text(config: Mapping[str, Any], key: str) -> str:
+  """Returns a token that a tokenizer_config.json names, "" if it names none."""
+  token = config.get(key) or ""
+  return token["content"] if isinstance(token, Mapping) else token

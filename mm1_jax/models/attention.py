@@ -4,6 +4,7 @@
 Letters: B rows, S query positions, C cached positions, D width, H heads, K kv heads, h head dim.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from mm1_jax.config import RopeScaling
 from mm1_jax.models.layers import RMSNorm, broadcast, constant, normal
 from mm1_jax.models.splash import LANES, block_size, splash_attention, tpu_kind
 from mm1_jax.sharding import LAYOUT, gather, spec_of
@@ -44,11 +46,20 @@ def packed_causal_mask(
 
 
 def rope(
-  x: Float[Array, "B S H h"], positions: Int[Array, "B S"], theta: float
+  x: Float[Array, "B S H h"],
+  positions: Int[Array, "B S"],
+  theta: float,
+  scaling: RopeScaling | None = None,
 ) -> Float[Array, "B S H h"]:
   """Rotates pairs (i, i + h/2) by positions x theta^(-2i/h) (arXiv 2104.09864, Llama's pairing)."""
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling is not None:
+    # How often a frequency turns within the original context: rarely 0, often 1.
+    turns = scaling.original_positions * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    frequency *= kept + (1 - kept) / scaling.factor
   angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
@@ -108,11 +119,13 @@ class Attention(nnx.Module):
     num_kv_heads: int,
     head_dim: int,
     out_std: float,
-    bias: bool = False,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
     rope_theta: float | None = None,
+    rope_scaling: RopeScaling | None = None,
     qk_norm_eps: float | None = None,
   ):
-    self.rope_theta = rope_theta
+    self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
     keys = jax.random.split(key, 4)
     std = width**-0.5
 
@@ -123,10 +136,10 @@ class Attention(nnx.Module):
     self.key = projection(keys[1], num_kv_heads)
     self.value = projection(keys[2], num_kv_heads)
     self.out = normal(keys[3], (num_heads, head_dim, width), LAYOUT.attention_hkd, out_std)
-    self.query_bias = constant(0.0, num_heads, head_dim) if bias else None
-    self.key_bias = constant(0.0, num_kv_heads, head_dim) if bias else None
-    self.value_bias = constant(0.0, num_kv_heads, head_dim) if bias else None
-    self.out_bias = constant(0.0, width) if bias else None
+    self.query_bias = constant(0.0, num_heads, head_dim) if qkv_bias else None
+    self.key_bias = constant(0.0, num_kv_heads, head_dim) if qkv_bias else None
+    self.value_bias = constant(0.0, num_kv_heads, head_dim) if qkv_bias else None
+    self.out_bias = constant(0.0, width) if out_bias else None
     self.query_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps else None
     self.key_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps else None
 
@@ -170,5 +183,5 @@ class Attention(nnx.Module):
     if norm is not None:
       heads = norm(heads)
     if positions is not None and self.rope_theta is not None:
-      heads = rope(heads, positions, self.rope_theta)
+      heads = rope(heads, positions, self.rope_theta, self.rope_scaling)
     return heads

@@ -67,7 +67,9 @@ class Layer(nnx.Module):
       num_kv_heads=cfg.num_kv_heads,
       head_dim=cfg.head_dim,
       out_std=(cfg.num_heads * cfg.head_dim) ** -0.5 * scale,
+      qkv_bias=cfg.qkv_bias,
       rope_theta=cfg.rope_theta,
+      rope_scaling=cfg.rope_scaling,
       qk_norm_eps=cfg.norm_eps if cfg.qk_norm else None,
     )
     self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps)

@@ -103,6 +103,7 @@ def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 ACTIVATIONS = {
   "quick_gelu": quick_gelu,
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # SigLIP's
 }
 
 

@@ -65,7 +65,8 @@ class Block(nnx.Module):
       num_kv_heads=cfg.num_heads,
       head_dim=cfg.width // cfg.num_heads,
       out_std=cfg.width**-0.5 * scale,
-      bias=True,
+      qkv_bias=True,
+      out_bias=True,
     )
     self.mlp_norm = LayerNorm(cfg.width, cfg.norm_eps)
     self.mlp = MLP(mlp, cfg, cfg.mlp_dim**-0.5 * scale)

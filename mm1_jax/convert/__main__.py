@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Open weights in, trained params out.
+
+python -m mm1_jax.convert import --vit=CLIP_FOLDER --decoder=LLM_FOLDER --out=runs/open
+"""
+
+import argparse
+import pathlib
+
+from mm1_jax import cli
+from mm1_jax.convert import importer
+
+
+def main(argv: list[str] | None = None) -> None:
+  args = _parse(argv)
+  args.run(args)
+
+
+def _parse(argv):
+  parser = argparse.ArgumentParser(
+    prog="python -m mm1_jax.convert",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  verbs = parser.add_subparsers(required=True, metavar="VERB")
+  _add_import(verbs)
+  return parser.parse_args(argv)
+
+
+def _add_import(verbs) -> None:
+  verb = verbs.add_parser("import", help="open weights to a checkpoint for train.init_from")
+  add = verb.add_argument
+  add("--vit", type=pathlib.Path, metavar="FOLDER", help="CLIP, open_clip or SigLIP weights")
+  add("--decoder", type=pathlib.Path, metavar="FOLDER", help="weights of a Llama-like LLM")
+  add("--tokenizer", type=pathlib.Path, metavar="FILE", help="if not in the decoder's folder")
+  add("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
+  add("--feature-layer", type=int, default=-1, metavar="N", help="-2: the last but one block (-1)")
+  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of what is written")
+  add("--fsdp", type=int, default=-1, metavar="N", help="devices to split over (all there are)")
+  add("--fill", action="store_true", help="random params for what is not imported: a whole model")
+  verb.set_defaults(run=_import)
+
+
+def _import(args) -> None:
+  imported = importer.import_weights(
+    vit=args.vit,
+    decoder=args.decoder,
+    tokenizer=args.tokenizer,
+    feature_layer=args.feature_layer,
+    dtype=args.dtype,
+    fsdp=args.fsdp,
+    fill=args.fill,
+  )
+  importer.write(imported, args.out)
+  print(
+    f"wrote '{args.out}'. Train from it:\n"
+    f"  python -m mm1_jax.main --config=configs/from_weights.py:{args.out} --workdir=..."
+  )
+
+
+if __name__ == "__main__":
+  cli.run(main)

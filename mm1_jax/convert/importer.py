@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open weights to a checkpoint that `train.init_from` takes, and the config that it needs.
+
+The folder that comes out is laid out like a run's: `checkpoints/0/params`, `config.json`, the
+tokenizer; and `import.json`, which says what became of every tensor.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.sharding import AxisType, Mesh
+
+from mm1_jax import checkpoint
+from mm1_jax.config import (
+  MESH_AXES,
+  ConfigError,
+  ConnectorConfig,
+  DataConfig,
+  DecoderConfig,
+  MeshConfig,
+  ModelConfig,
+  RunConfig,
+  VisionConfig,
+)
+from mm1_jax.convert import ConvertError, families, vocabulary
+from mm1_jax.convert.load import Report, load
+from mm1_jax.convert.tensors import Tensors
+from mm1_jax.convert.vocabulary import Vocabulary
+from mm1_jax.models.mm1 import MM1
+from mm1_jax.sharding import abstract_state
+
+REPORT = "import.json"
+OPEN_CLIP, HF = "open_clip_config.json", "config.json"
+SAVED_AT_ONCE_GB = 1  # of params on their way to the disk
+
+
+class Part(NamedTuple):
+  """Weights of an encoder or a decoder, with the config that comes with them."""
+
+  settings: families.Settings
+  tensors: Tensors
+
+  @property
+  def kind(self) -> str:
+    return self.settings["model_type"]
+
+
+class Imported(NamedTuple):
+  """What was read, on the mesh."""
+
+  run: RunConfig
+  params: dict[str, jax.Array]  # by name
+  reports: dict[str, Report]  # by part
+  vocabulary: Vocabulary | None
+
+
+def import_weights(
+  *,
+  vit: pathlib.Path | None = None,
+  decoder: pathlib.Path | None = None,
+  tokenizer: pathlib.Path | None = None,
+  feature_layer: int = -1,
+  dtype: str = "float32",
+  fsdp: int = -1,
+  fill: bool = False,
+) -> Imported:
+  """Reads open weights onto a mesh of all devices here.
+
+  Args:
+    vit: folder of an encoder's weights.
+    decoder: folder of a decoder's weights.
+    tokenizer: file or folder of the decoder's tokenizer, if it is not in the decoder's folder.
+    feature_layer: see `VisionConfig`; blocks past it are not read.
+    dtype: what params are kept in.
+    fsdp: devices that params are split over; -1 takes all.
+    fill: adds random params for the parts that are not read, so that the model is whole.
+
+  Raises:
+    ConvertError, ConfigError: the weights cannot be read, or fit no model of ours.
+  """
+  if vit is None and decoder is None:
+    raise ConvertError("there is nothing to import; give --vit=FOLDER, --decoder=FOLDER, or both.")
+  parts = {"vit": vit, "decoder": decoder}
+  parts = {name: _open(path) for name, path in parts.items() if path is not None}
+  words = _vocabulary(decoder, tokenizer)
+  run = _run_config(parts, words, feature_layer)
+  mesh = _make_mesh(run, fsdp)
+  model = abstract_state(lambda: MM1(jax.random.key(0), run.model), mesh)
+  abstract = {
+    name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
+    for name, x in checkpoint.to_names(model).items()
+  }
+  params, reports = {}, {}
+  with jax.set_mesh(mesh):
+    for name, part in parts.items():
+      of_part = {key: x for key, x in abstract.items() if key.startswith(f"{name}.")}
+      if name == "vit":
+        pieces = families.vision_pieces(part.kind, run.model.vision, part.tensors)
+      else:
+        pieces = families.decoder_pieces(part.kind, run.model.decoder, part.tensors)
+      loaded, reports[name] = load(part.tensors, pieces, of_part)
+      params |= loaded
+      logging.info("%s of %s: %s", name, part.kind, reports[name])
+    if fill:
+      params |= _random(run, {k: x for k, x in abstract.items() if k not in params})
+  return Imported(run, params, reports, words)
+
+
+def write(imported: Imported, out: pathlib.Path) -> None:
+  """Writes the folder; raises ConvertError if `out` has a checkpoint already."""
+  if (out / checkpoint.STEPS).exists():
+    raise ConvertError(f"'{out}' has a checkpoint already; give another --out.")
+  out.mkdir(parents=True, exist_ok=True)
+  run = imported.run
+  if imported.vocabulary is not None:
+    for name, data in imported.vocabulary.files.items():
+      (out / name).write_bytes(data)
+    path = str(out / next(iter(imported.vocabulary.files)))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=path))
+  (out / checkpoint.CONFIG).write_text(json.dumps(run.to_dict(), indent=2) + "\n")
+  reports = {name: dataclasses.asdict(report) for name, report in imported.reports.items()}
+  (out / REPORT).write_text(json.dumps(reports, indent=2) + "\n")
+  save_params(out, imported.params)
+
+
+def save_params(out: pathlib.Path, params: dict[str, jax.Array]) -> None:
+  """Writes params by name as step 0 of the run at `out`; little of them is in memory twice."""
+  path = checkpoint.absolute(out) / checkpoint.STEPS / "0" / checkpoint.PARAMS
+  handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=SAVED_AT_ONCE_GB)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(path, args=ocp.args.PyTreeSave(params))
+
+
+def _open(path: pathlib.Path) -> Part:
+  """Returns the weights at a folder, and the config beside them.
+
+  Raises:
+    ConvertError: there is none, or it cannot be read.
+  """
+  tensors = Tensors(path)
+  folder = path if path.is_dir() else path.parent
+  file = next((folder / name for name in (HF, OPEN_CLIP) if (folder / name).exists()), None)
+  if file is None:
+    raise ConvertError(f"'{folder}' has no {HF} and no {OPEN_CLIP} that describes the weights.")
+  try:
+    settings = json.loads(file.read_text())
+    kind = "open_clip" if "model_cfg" in settings else settings["model_type"]
+  except (ValueError, KeyError, TypeError) as e:
+    raise ConvertError(f"'{file}' is no config of a model ({type(e).__name__}: {e}).") from e
+  return Part({**settings, "model_type": kind}, tensors)
+
+
+def _vocabulary(decoder: pathlib.Path | None, tokenizer: pathlib.Path | None) -> Vocabulary | None:
+  path = tokenizer or decoder
+  return None if path is None else vocabulary.extend(path)
+
+
+def _run_config(parts: dict[str, Part], words: Vocabulary | None, feature_layer: int) -> RunConfig:
+  """Returns the config that the weights need; parts that are not read are at their defaults."""
+  vision, decoder = VisionConfig(), DecoderConfig()
+  if "vit" in parts:
+    vision = families.vision_config(*parts["vit"], feature_layer)
+  if "decoder" in parts:
+    tensors = parts["decoder"].tensors
+    size = max(words.size if words else 0, families.vocab_size(tensors))
+    decoder = families.decoder_config(*parts["decoder"], vocabulary.round_up(size))
+  connector = ConnectorConfig()
+  connector = dataclasses.replace(
+    connector, token_grid=tuple(map(min, zip(connector.token_grid, vision.grid, strict=True)))
+  )
+  image_id = words.image_id if words else ModelConfig.image_token_id
+  model = ModelConfig(vision, connector, decoder, image_token_id=image_id)
+  return RunConfig(name="imported", model=model, data=DataConfig())
+
+
+def _make_mesh(run: RunConfig, fsdp: int) -> Mesh:
+  num = jax.device_count() if fsdp == -1 else fsdp
+  devices = jax.devices()[:num]
+  # Rows are not of interest, only the params have to divide.
+  data = dataclasses.replace(run.data, batch_size=num)
+  fitted = dataclasses.replace(run, mesh=MeshConfig(fsdp=num), data=data)
+  try:
+    sizes = fitted.check_mesh(len(devices))
+  except ConfigError as e:
+    raise ConvertError(f"{e} --fsdp=1 puts all params on one device.") from e
+  types = (AxisType.Explicit,) * len(MESH_AXES)
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+
+
+def _random(run: RunConfig, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+  """Returns fresh params for the names that are wanted; no other is computed."""
+
+  def make() -> dict[str, jax.Array]:
+    params = checkpoint.to_names(MM1(jax.random.key(run.train.seed), run.model))
+    return {name: params[name].astype(x.dtype) for name, x in wanted.items()}
+
+  return jax.jit(make)()

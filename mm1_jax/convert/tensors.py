@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors on disk by name, read one at a time: safetensors, in one file or in shards."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import safetensors
+
+from mm1_jax.convert import ConvertError
+
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+SHOWN = 5  # names listed in a message before "and N more"
+
+
+class Tensors:
+  """The tensors of a checkpoint; shapes are read at once, values when they are asked for.
+
+  Args:
+    path: a .safetensors file, or a folder with one, or with shards and their index.
+
+  Raises:
+    ConvertError: a file is missing, truncated, no safetensors, or not what the index says.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self._files: dict[str, pathlib.Path] = {}
+    self.shapes: dict[str, tuple[int, ...]] = {}
+    listed = None
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if path.is_dir() and (path / INDEX).exists():
+      listed = _read_index(path / INDEX)
+      files = sorted({path / file for file in listed.values()})
+    elif len(files) != 1:
+      raise _no_weights(path, files)
+    for file in files:
+      with _open(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118, not a mapping
+          self._files[name] = file
+          self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    if listed is not None:
+      self._check_index(listed)
+
+  def __iter__(self) -> Iterator[str]:
+    """Yields the names, those of a file one after the other."""
+    return iter(self._files)
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._files
+
+  def file(self, name: str) -> pathlib.Path:
+    return self._files[name]
+
+  def read(self, name: str) -> np.ndarray:
+    """Returns a tensor's values; the file is closed again, so its pages can leave the memory.
+
+    Raises:
+      ConvertError: there is no such tensor, or its type is none that NumPy knows.
+    """
+    if name not in self:
+      raise ConvertError(f"'{self.path}' has no tensor '{name}'.")
+    with _open(self._files[name]) as tensors:
+      try:
+        value = tensors.get_tensor(name)
+      except Exception as e:  # of several kinds, for types unknown to NumPy
+        raise ConvertError(f"tensor '{name}' of '{self._files[name]}' cannot be read: {e}.") from e
+      if value.dtype.kind not in "fV" and value.dtype.name != "bfloat16":
+        raise ConvertError(
+          f"tensor '{name}' of '{self._files[name]}' is {value.dtype}, of quantised weights "
+          "perhaps; give the ones in float32, float16 or bfloat16."
+        )
+      return np.array(value)  # of our own memory
+
+  def _check_index(self, listed: Mapping[str, str]) -> None:
+    index = self.path / INDEX
+    for name, file in listed.items():
+      if name not in self:
+        raise ConvertError(f"'{index}' says that tensor '{name}' is in '{file}', but it is not.")
+      if self._files[name].name != file:
+        raise ConvertError(
+          f"'{index}' says that tensor '{name}' is in '{file}', but it is in "
+          f"'{self._files[name].name}'."
+        )
+
+
+def _read_index(path: pathlib.Path) -> Mapping[str, str]:
+  """Returns the file of each tensor, all of them there."""
+  try:
+    listed = json.loads(path.read_text())["weight_map"]
+    names = sorted(set(listed.values()))
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise ConvertError(f"'{path}' is no index of shards ({type(e).__name__}: {e}).") from e
+  for name in names:
+    # A path out of the folder is a mistake or an attack.
+    if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
+      raise ConvertError(f"'{path}' names '{name}', which is no .safetensors file beside it.")
+  missing = [name for name in names if not (path.parent / name).exists()]
+  if missing:
+    raise ConvertError(
+      f"{len(missing)} of {len(names)} shards that '{path}' names are missing: {shorten(missing)}."
+    )
+  return listed
+
+
+@contextlib.contextmanager
+def _open(file: pathlib.Path) -> Iterator:
+  try:
+    tensors = safetensors.safe_open(file, framework="numpy")
+  except Exception as e:  # SafetensorError, and OSError for an empty file
+    with open(file, "rb") as data:
+      head = data.read(9)
+    # The length of a header may begin like a pickle or a zip, but then comes the header.
+    if head[:1] in (b"P", b"\x80") and head[8:] != b"{":
+      raise ConvertError(f"'{file}' is not safetensors but a pickle. {_CONVERT}") from e
+    raise ConvertError(f"'{file}' is truncated, or no safetensors file: {e}.") from e
+  with tensors:
+    yield tensors
+
+
+# A pickle runs whatever code its author put into it.
+_CONVERT = (
+  "Pickles are never opened here: save it as safetensors where you trust it, with "
+  "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')."
+)
+
+
+def _no_weights(path: pathlib.Path, files: list[pathlib.Path]) -> ConvertError:
+  if files:
+    names = shorten([file.name for file in files])
+    return ConvertError(f"'{path}' has several .safetensors files and no {INDEX}: {names}.")
+  if not path.exists():
+    return ConvertError(f"'{path}' does not exist; download the weights' folder first.")
+  pickles = sorted(file.name for file in path.glob("*") if file.suffix in PICKLES)
+  if pickles:
+    return ConvertError(f"'{path}' has weights as pickles only: {shorten(pickles)}. {_CONVERT}")
+  return ConvertError(f"'{path}' has no .safetensors file.")
+
+
+def shorten(names: list[str]) -> str:
+  """Returns names for a message, of many the first few."""
+  more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+  return ", ".join(names[:SHOWN]) + more

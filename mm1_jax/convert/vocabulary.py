@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other models' tokenizers, with the symbols that ours need added behind what they have."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import sentencepiece
+import tokenizers
+
+from mm1_jax.checkpoint import TOKENIZERS
+from mm1_jax.convert import ConvertError
+from mm1_jax.data.tokenizer import IMAGE, IMAGE_END, IMAGE_START, is_json, token_text
+
+PAD = "<pad>"
+SYMBOLS = (IMAGE, IMAGE_START, IMAGE_END)
+ROWS = 128  # a vocabulary is rounded up to a multiple of this, so that it splits over devices
+
+
+class Vocabulary(NamedTuple):
+  """A tokenizer with our symbols."""
+
+  files: Mapping[str, bytes]  # by name, the tokenizer's own first
+  size: int
+  image_id: int
+
+
+def extend(path: pathlib.Path) -> Vocabulary:
+  """Returns the tokenizer of a model's folder, or of a file, with what it lacks for ours.
+
+  Ids that it has stay as they are. Added: the picture's symbols; `<pad>` if there is none; and the
+  end of a text stands for its beginning where there is none, as in Qwen.
+
+  Raises:
+    ConvertError: there is no tokenizer, or it cannot be read.
+  """
+  names = ("tokenizer.json", "tokenizer.model")
+  files = [path] if path.is_file() else [path / name for name in names]
+  file = next((file for file in files if file.exists()), None)
+  if file is None:
+    raise ConvertError(f"'{path}' has no {' nor '.join(names)}; name the file with --tokenizer.")
+  data = file.read_bytes()
+  return _extend_json(file, data) if is_json(data) else _extend_sentencepiece(file, data)
+
+
+def round_up(size: int) -> int:
+  """Returns the rows of an embedding for so many ids."""
+  return -(-size // ROWS) * ROWS
+
+
+def _extend_json(file: pathlib.Path, data: bytes) -> Vocabulary:
+  own, beside = TOKENIZERS[".json"]
+  try:
+    tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+    config = json.loads((file.parent / beside).read_text())
+  except OSError as e:
+    raise ConvertError(f"'{file}' has no {beside} beside it, which says how texts end.") from e
+  except Exception as e:  # the library raises plain Exception
+    raise ConvertError(f"'{file}' or the {beside} beside it cannot be read: {e}.") from e
+  tokens = {f"{name}_token": token_text(config, f"{name}_token") for name in ("bos", "eos", "pad")}
+  if not tokens["eos_token"]:
+    raise ConvertError(f"'{file.parent / beside}' names no eos_token.")
+  tokens["bos_token"] = tokens["bos_token"] or tokens["eos_token"]
+  tokens["pad_token"] = tokens["pad_token"] or PAD
+  tokenizer.add_special_tokens(
+    [
+      tokenizers.AddedToken(token, special=True, normalized=False)
+      for token in (*tokens.values(), *SYMBOLS)
+    ]
+  )
+  if token_text(config, "unk_token"):
+    tokens["unk_token"] = token_text(config, "unk_token")
+  described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+  described["clean_up_tokenization_spaces"] = False
+  image_id = tokenizer.token_to_id(IMAGE)
+  assert image_id is not None
+  files = {
+    own: tokenizer.to_str().encode(),
+    beside: (json.dumps(described, indent=2) + "\n").encode(),
+  }
+  return Vocabulary(files, tokenizer.get_vocab_size(), image_id)
+
+
+def _extend_sentencepiece(file: pathlib.Path, data: bytes) -> Vocabulary:
+  (own,) = TOKENIZERS[".model"]
+  try:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+  except Exception as e:
+    raise ConvertError(f"'{file}' is no tokenizer: neither JSON nor SentencePiece ({e}).") from e
+  wanted = SYMBOLS if processor.pad_id() >= 0 else (PAD, *SYMBOLS)
+  missing = [piece for piece in wanted if processor.piece_to_id(piece) == processor.unk_id()]
+  # Serialised protocol buffers that follow each other are one, with the lists of both.
+  data += b"".join(map(_control_piece, missing))
+  extended = sentencepiece.SentencePieceProcessor(model_proto=data)
+  return Vocabulary({own: data}, extended.vocab_size(), extended.piece_to_id(IMAGE))
+
+
+def _control_piece(piece: str) -> bytes:
+  """Returns a ModelProto with one piece {1: piece, 2: score 0.0, 3: type CONTROL}, serialised."""
+  text = piece.encode()
+  fields = bytes([0x0A, len(text)]) + text + b"\x15\0\0\0\0" + b"\x18\x03"
+  return bytes([0x0A, len(fields)]) + fields
