@@ -4,7 +4,7 @@
   python -m bench.looks_at_pictures --kind=dense --workdir=runs/looks_dense
   python -m bench.sft_answers --data=DATA/sft.jsonl --init_from=runs/looks_dense --workdir=runs/sft
 
-`--data` is conversations in LLaVA's form, JSON lines, each with a `source`; pictures relative to it.
+`--data` is conversations in LLaVA's form, JSON lines with a `source`, pictures relative to it.
 A tenth of the pictures of each source are held out, with all that is asked about them; descriptions
 that the pre-trained run has read are not among them. After fine-tuning each held-out answer is
 scored (nats per token) and said (greedily; exact match, but for case, space around it and a last
