@@ -17,6 +17,7 @@ from mm1_jax.models.decoder import Decoder
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
 from mm1_jax.train.optimizer import split_frozen
+from mm1_jax.train.step import init_state
 
 LORA = LoRAConfig(rank=3, alpha=5.0)
 ONE = (1, 1, 1, 1)
@@ -119,6 +120,19 @@ def test_only_adapters_of_the_decoder_are_trained():
   assert parts == {f"decoder.units.layers.{i}.lora" for i in (0, 1)}
   assert len(to_names(trainable)) + len(to_names(frozen)) == len(to_names(model))
   assert "decoder.embedding" in to_names(frozen)
+
+
+def test_the_optimizer_has_state_for_adapters_only():
+  run = with_lora()
+  run = dataclasses.replace(
+    run, optimizer=dataclasses.replace(run.optimizer, frozen=("vit", "connector"))
+  )
+  state = abstract_state(
+    lambda: init_state(MM1(jax.random.key(0), run.model), run), tiny.mesh(1, 2, 2, 2)
+  )
+  moments = {name.split(".mu.")[1] for name in to_names(state.opt_state) if ".mu." in name}
+  assert moments == {name for name in to_names(state.model) if ".lora." in name}
+  assert len(moments) == 2 * 2 * len(LORA.matrices)  # A and B, in two layers
 
 
 def test_a_new_adapter_changes_nothing():
