@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict, config_dict
 
 import mm1_jax
-from mm1_jax.config import MoEConfig, RunConfig, TilingConfig
+from mm1_jax.config import LoRAConfig, MoEConfig, RunConfig, TilingConfig
 
 SAMPLE = pathlib.Path(mm1_jax.__file__).parent / "data" / "sample"
 
@@ -20,6 +20,7 @@ def base(name: str) -> ConfigDict:
   # A value that may be absent needs its type named before the command line can set it.
   for group, key, kind in (
     (config.optimizer, "learning_rate", float),
+    (config.optimizer, "vit_learning_rate", float),
     (config.optimizer, "connector_learning_rate", float),
     (config.train, "init_from", str),
     (config.train, "eval_batches", int),
@@ -181,12 +182,31 @@ def sft(config: ConfigDict, *, data: str = "data") -> ConfigDict:
   config.data.seq_len, config.data.batch_size = 2048, 256
   config.data.images_per_row = 6
   config.train.num_steps = 10_000
-  config.optimizer.name = "adafactor"
-  config.optimizer.learning_rate = 1e-5
+  adafactor(config, learning_rate=1e-5)
+  return config
+
+
+def adafactor(config: ConfigDict, *, learning_rate: float) -> None:
+  """Sets the optimizer of the stages behind pre-training: one rate, to 0 along a cosine."""
+  config.optimizer.update(
+    name="adafactor",
+    learning_rate=learning_rate,
+    warmup_steps=300,
+    final_fraction=0.0,
+    weight_decay=0.0,
+  )
   config.optimizer.connector_learning_rate = None
-  config.optimizer.warmup_steps = 300
-  config.optimizer.final_fraction = 0.0
-  config.optimizer.weight_decay = 0.0
+
+
+def lora(config: ConfigDict, *, rank: int = 128, alpha: float = 256.0) -> ConfigDict:
+  """Returns fine-tuning for small machines: adapters of the decoder, and the connector.
+
+  Rank and rates are those of LLaVA-1.5's LoRA script; the optimizer is AdamW, the encoder frozen.
+  """
+  config.name += "_lora"
+  config.model.decoder.lora = ConfigDict(vars(LoRAConfig(rank=rank, alpha=alpha)))
+  config.optimizer.update(name="adamw", learning_rate=2e-4, connector_learning_rate=2e-5)
+  config.optimizer.frozen = ("vit",)
   return config
 
 

@@ -6,7 +6,7 @@ r"""Supervised fine-tuning of any model of the family; it begins from a run of p
 
 `:3b` is trained on one source, `sft`; `:3b,mm1` on MM1's mixture of 1.46M conversations;
 `high_res`, as in `:3b,high_res` or `:3b,mm1,high_res`, cuts pictures of 1344 x 1344 pixels into 2 x
-2 and an overview.
+2 and an overview; `lora` trains adapters of the decoder, and the connector.
 """
 
 from ml_collections import ConfigDict
@@ -25,9 +25,10 @@ MODELS = {
 
 def get_config(spec: str = "3b") -> ConfigDict:
   model, *options = spec.split(",")
-  if model not in MODELS or set(options) - {"mm1", "high_res"}:
+  if model not in MODELS or set(options) - {"mm1", "high_res", "lora"}:
     raise ValueError(
-      f"mm1_sft has no '{spec}'; choose one of {list(MODELS)}, with ',mm1' or ',high_res' behind."
+      f"mm1_sft has no '{spec}'; choose one of {list(MODELS)}, with ',mm1', ',high_res' or ',lora' "
+      "behind."
     )
   config = common.sft(MODELS[model].get_config())
   if "mm1" in options:
@@ -38,4 +39,4 @@ def get_config(spec: str = "3b") -> ConfigDict:
   if "high_res" in options:
     common.high_resolution(config, grid=(2, 2), overview="first")
     config.data.images_per_row = 12  # two pictures of five sub-images, and a little more
-  return config
+  return common.lora(config) if "lora" in options else config

@@ -190,6 +190,11 @@ def init_from(path: epath.PathLike, params: Any) -> Any:
   loaded = {name: x for name, x in fresh.items() if saved.get(name) == x.shape}
   if not loaded:
     raise CheckpointError(f"'{where}' has no param of this model; is it another kind of model?")
+  if any(".lora." in name for name in saved.keys() - fresh.keys()):
+    raise CheckpointError(
+      f"'{where}' has LoRA adapters that this model lacks: what was trained would be lost. Merge "
+      "them: python -m mm1_jax.merge_lora --checkpoint=RUN --output=NEW_RUN; then start from that."
+    )
   other = {n: f"{saved[n]}, not {x.shape}" for n, x in fresh.items() if n in saved.keys() - loaded}
   logging.info(
     "init_from '%s': loaded %d params; skipped for their shape: %s; missing: %s; unused: %s",

@@ -4,7 +4,7 @@
 `configs/*.py` write an `ml_collections.ConfigDict`; `RunConfig.from_dict` turns its plain dict into
 the dataclasses below. No code past this point looks a key up by name or supplies a default.
 
-  RunConfig > ModelConfig > VisionConfig, ConnectorConfig, DecoderConfig > MoEConfig
+  RunConfig > ModelConfig > VisionConfig, ConnectorConfig, DecoderConfig > MoEConfig, LoRAConfig
             > DataConfig > SourceConfig
             > OptimizerConfig, TrainConfig, CheckpointConfig, MeshConfig
 """
@@ -22,6 +22,7 @@ PARTS = ("vit", "connector", "decoder")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp", "expert")  # that rows are split over
 FSDP_AXES = ("fsdp", "expert", "sequence")  # that dense weights are split over, beside `tensor`
+LORA_MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
 REMAT_NAMES = (
   "qkv",  # queries, keys and values, rotated
   "attention",  # its heads' outputs, with the softmax's normaliser
@@ -189,6 +190,24 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """Adapters of the decoder's matrices, which stand still beside them (arXiv 2106.09685)."""
+
+  rank: int = 16
+  alpha: float = 32.0  # the product of the adapters counts alpha / rank
+  matrices: tuple[str, ...] = LORA_MATRICES
+
+  def __post_init__(self):
+    _require_positive(self, "model.decoder.lora", "rank", "alpha")
+    _require(bool(self.matrices), "model.decoder.lora.matrices is empty; name one, or no lora.")
+    for name in self.matrices:
+      _require(
+        name in LORA_MATRICES and self.matrices.count(name) == 1,
+        f"model.decoder.lora.matrices {self.matrices} must be some of {LORA_MATRICES}, each once.",
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
   """Decoder-only LLM: pre-RMSNorm, RoPE, GQA, SwiGLU, no biases but Qwen 2's."""
 
@@ -206,6 +225,7 @@ class DecoderConfig:
   qkv_bias: bool = False
   tie_embeddings: bool = True
   moe: MoEConfig | None = None
+  lora: LoRAConfig | None = None  # trains these adapters instead of the decoder's own params
 
   @property
   def layers_per_unit(self) -> int:
@@ -482,7 +502,9 @@ class OptimizerConfig:
 
   name: Literal["adamw", "adafactor"] = "adamw"
   learning_rate: float | None = None  # peak; None takes MM1's law, see `train.optimizer`
-  connector_learning_rate: float | None = None  # peak of the connector; None is the same as above
+  # Peaks of these parts; None is the same as above, 0 computes gradients and trains nothing.
+  vit_learning_rate: float | None = None
+  connector_learning_rate: float | None = None
   warmup_steps: int = 2000
   final_fraction: float = 0.1
   weight_decay: float = 0.1  # times the current learning rate; never on norms and biases
@@ -495,7 +517,7 @@ class OptimizerConfig:
   frozen: tuple[str, ...] = ()  # parts with no gradient, no optimizer state and no decay
 
   def __post_init__(self):
-    for field in ("learning_rate", "connector_learning_rate"):
+    for field in ("learning_rate", "vit_learning_rate", "connector_learning_rate"):
       rate = getattr(self, field)
       _require(rate is None or rate >= 0, f"optimizer.{field} {rate} must not be negative.")
     for part in self.frozen:
@@ -662,6 +684,11 @@ class RunConfig:
         f"picture, but a row has {data.images_per_row} slots (data.images_per_row) and "
         f"{data.seq_len} positions (data.seq_len).",
       )
+    _require(
+      self.model.decoder.lora is None or "decoder" not in self.optimizer.frozen,
+      "optimizer.frozen names the decoder, whose adapters model.decoder.lora asks to train; leave "
+      "it out: with lora the decoder's own params stand still anyway.",
+    )
     _require(
       data.batch_size % train.accumulation_steps == 0,
       f"data.batch_size {data.batch_size} must be a multiple of train.accumulation_steps "

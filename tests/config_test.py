@@ -18,6 +18,7 @@ from configs import (
   common,
   mm1_3b,
   mm1_3b_moe,
+  mm1_5_continual,
   mm1_5_sft,
   mm1_7b,
   mm1_7b_moe,
@@ -69,6 +70,8 @@ CONFIGS = {
   },
   **{f"mm1_sft_{model}": functools.partial(mm1_sft.get_config, model) for model in mm1_sft.MODELS},
   "mm1_sft_3b_mm1_high_res": functools.partial(mm1_sft.get_config, "3b,mm1,high_res"),
+  "mm1_sft_3b_lora": functools.partial(mm1_sft.get_config, "3b,lora"),
+  "mm1_5_continual_3b": mm1_5_continual.get_config,
   "mm1_5_sft_3b": mm1_5_sft.get_config,
 }
 
@@ -117,6 +120,20 @@ def test_every_resolution_takes_144_tokens_and_the_same_params(size):
   with jax.set_mesh(make_mesh(RunConfig(model=larger))):
     tokens = jax.eval_shape(lambda model, images: model.embed_image(images), shapes(larger), images)
   assert tokens.shape == (8, 2 * 144, 3072)
+
+
+def test_continual_pretraining_is_mm1_5s():
+  """Documents at 1344 x 1344 (720 tokens), all text a target, and no room that is lost."""
+  run, first, last = load("mm1_5_continual_3b"), load("mm1_3b"), load("mm1_5_sft_3b")
+  assert [source.weight for source in run.data.leaves] == [0.25] * 4
+  assert run.data.tiling is not None
+  slots = run.data.tiling.max_slots
+  assert slots * run.model.connector.num_tokens == 720
+  assert run.data.images_per_row == 4 * slots
+  assert not run.data.chat
+  assert run.model.vision == last.model.vision
+  assert run.model.decoder == first.model.decoder
+  assert not run.optimizer.frozen
 
 
 # Every file of configs/.

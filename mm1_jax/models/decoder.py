@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from mm1_jax.config import DecoderConfig, ModelConfig
 from mm1_jax.models.attention import KV, Attention, packed_causal_mask
 from mm1_jax.models.layers import RMSNorm, normal, run_blocks, stack
+from mm1_jax.models.lora import LoRA, merge
 from mm1_jax.models.moe import MoE, MoEStats
 from mm1_jax.sharding import LAYOUT, gather, spec_of
 
@@ -79,6 +80,7 @@ class Layer(nnx.Module):
       self.mlp = MoE(mlp, cfg, cfg.moe, out_std)
     else:
       self.mlp = SwiGLU(mlp, cfg, out_std)
+    self.lora = LoRA(jax.random.fold_in(key, 2), self, cfg.lora) if cfg.lora else None
 
   def __call__(self, x, *, valid, cache: KV | None, **kwargs):
     """Returns the residual stream, the layer's MoE statistics (None if dense), and its cache.
@@ -108,7 +110,7 @@ class Unit(nnx.Module):
     stats, new_caches = None, []
     for i, layer in enumerate(self.layers):
       cache = caches[i] if caches is not None else None
-      x, stats, cache = layer(x, cache=cache, **kwargs)
+      x, stats, cache = merge(layer)(x, cache=cache, **kwargs)
       new_caches.append(cache)
     return x, (stats, new_caches if caches is not None else None)
 

@@ -2,11 +2,12 @@
 """Optimizer: what moves, how fast, and what is left alone.
 
 The gradient is clipped by its global norm, preconditioned (AdamW or Adafactor), decayed, and
-scaled by the schedule; the connector may have a peak of its own. Frozen parts are not in the trees
-that the optimizer sees (`split_frozen`), so they have no gradient, no state and no decay.
+scaled by the schedule; ViT and connector may have peaks of their own. What is frozen is not in the
+trees that the optimizer sees (`split_frozen`), so it has no gradient, no state and no decay.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -65,14 +66,14 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
       optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
     )
   peak = peak_learning_rate(run)
-  own = peak if cfg.connector_learning_rate is None else cfg.connector_learning_rate
-  connector = own / peak if peak else 1.0
+  own = {"vit": cfg.vit_learning_rate, "connector": cfg.connector_learning_rate}
+  factors = {part: rate / peak for part, rate in own.items() if rate is not None and peak}
   return optax.chain(
     optax.clip_by_global_norm(cfg.clip_norm),
     precondition,
     optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
     optax.scale_by_learning_rate(make_schedule(run)),
-    optax.stateless(lambda updates, _: _scale_part(updates, "connector", connector)),
+    optax.stateless(lambda updates, _: _scale_parts(updates, factors)),
   )
 
 
@@ -89,12 +90,17 @@ def decay_mask(params: Params) -> Any:
 def split_frozen(model: MM1, frozen: tuple[str, ...]) -> tuple[Params, Params]:
   """Returns the model twice: with only its trainable params, and with only its frozen ones.
 
-  What the one has, the other holds as None, which is no leaf to JAX.
+  What the one has, the other holds as None, which is no leaf to JAX. Of a decoder with adapters
+  (`models.lora`) only they are trainable.
   """
+  adapters = model.cfg.decoder.lora is not None
+
+  def is_frozen(part: str, *names: str) -> bool:
+    return part in frozen or (adapters and part == "decoder" and "lora" not in names)
 
   def pick(keep_frozen: bool) -> Params:
     return jax.tree_util.tree_map_with_path(
-      lambda path, x: x if (_names(path)[0] in frozen) == keep_frozen else None, model
+      lambda path, x: x if is_frozen(*_names(path)) == keep_frozen else None, model
     )
 
   return pick(False), pick(True)
@@ -112,9 +118,9 @@ def part_norms(tree: Params) -> dict[str, jax.Array]:
   return {part: optax.tree.norm(getattr(tree, part)) for part in PARTS}
 
 
-def _scale_part(updates: Any, part: str, factor: float) -> Any:
+def _scale_parts(updates: Any, factors: Mapping[str, float]) -> Any:
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: factor * x if _names(path)[0] == part else x, updates
+    lambda path, x: factors.get(_names(path)[0], 1.0) * x, updates
   )
 
 

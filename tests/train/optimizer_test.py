@@ -169,14 +169,15 @@ def test_adamw_is_optaxs(params):
     assert tiny.largest_difference(to_names(updates)[name], update) < 1e-6, name
 
 
-def test_the_connectors_rate_is_its_own(params):
-  """Also for its decay; twice is exact in binary."""
+def test_vit_and_connector_have_rates_of_their_own(params):
+  """Also for their decay; twice and half are exact in binary."""
   base, _ = updates_of(make_optimizer(with_optimizer(DECAYED)), params)
-  own = dataclasses.replace(DECAYED, connector_learning_rate=2 * DECAYED.learning_rate)
+  rate = DECAYED.learning_rate
+  own = dataclasses.replace(DECAYED, connector_learning_rate=2 * rate, vit_learning_rate=0.5 * rate)
   updates, _ = updates_of(make_optimizer(with_optimizer(own)), params)
   base, updates = to_names(base), to_names(updates)
   for name, update in base.items():
-    factor = 2 if name.startswith("connector.") else 1
+    factor = {"vit": 0.5, "connector": 2}.get(name.split(".")[0], 1)
     np.testing.assert_array_equal(updates[name], factor * np.asarray(update), err_msg=name)
 
 
