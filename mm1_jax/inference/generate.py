@@ -93,7 +93,9 @@ def add_answer_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) ->
   add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest")
   add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens")
   add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest P of all")
-  add("--num-beams", type=int, default=1, metavar="K", help="search with K beams; draws nothing (1)")
+  add(
+    "--num-beams", type=int, default=1, metavar="K", help="search with K beams; draws nothing (1)"
+  )
   add("--length-penalty", type=float, metavar="P", help="of beams: larger for longer answers (1)")
   add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
   add("--seed", type=int, default=0, help="of what is drawn (0)")

@@ -273,9 +273,7 @@ class Model:
         jnp.asarray(self._ends),
       )
       num_beams = how.num_beams
-      beams = beam.prefill(
-        self.params, *rows, search, num_slots=num_slots, num_beams=num_beams
-      )
+      beams = beam.prefill(self.params, *rows, search, num_slots=num_slots, num_beams=num_beams)
       # A stop text ends a beam, so its score counts no more: each token has to be looked at.
       at_once = 1 if says[0].stop else TOKENS_AT_ONCE
       until = 1

@@ -11,7 +11,6 @@ from mm1_jax.batch import Batch
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import PromptError
-from mm1_jax.inference.sampler import Sampling
 from mm1_jax.sharding import LAYOUT
 
 LIMIT = 4  # new tokens
@@ -26,7 +25,7 @@ def few(model):
   ranks = np.argsort(-start).tolist()
   at = ranks.index(one.tokenizer.eos_id)
   one._allowed = np.zeros_like(model._allowed)
-  one._allowed[[one.tokenizer.eos_id, *ranks[at - 2 : at], ranks[0], ranks[-1]]] = True
+  one._allowed[[one.tokenizer.eos_id, *ranks[at - 2 : at], *ranks[:2]]] = True
   return one
 
 
@@ -38,9 +37,7 @@ def prompts(pictures):
 @jax.jit
 def _logits(params, tokens, images):
   ones, rest = jnp.ones_like(tokens), [None] * 3
-  batch = Batch(
-    tokens, rest[0], rest[1], jnp.cumsum(ones, axis=1) - 1, ones, rest[2], images, None
-  )
+  batch = Batch(tokens, rest[0], rest[1], jnp.cumsum(ones, axis=1) - 1, ones, rest[2], images, None)
   return params.decoder.logits(params(batch).hidden, params.decoder.head_weight())
 
 
@@ -114,12 +111,40 @@ def test_enough_beams_find_the_best_of_all_answers(few, prompts, penalty):
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("stop", ["nothing says this", "found"])
-def test_few_beams_find_what_a_plain_loop_finds(model, few, prompts, penalty, stop):
+def test_few_beams_find_what_a_plain_loop_finds(model, few, prompts, penalty):
   how = BeamSearch(3, length_penalty=penalty)
-  for one, limit in ((model, 12), (few, 12)):
-    if stop == "found":
-      whole = one.generate(prompts[:1], max_new_tokens=limit, sampling=how)
-      print(whole)
-    said = one.generate(prompts, max_new_tokens=limit, sampling=how, stop=[stop])
-    assert said == [plain_search(one, prompt, how, limit, stop) for prompt in prompts]
+  for one in (model, few):
+    said = one.generate(prompts, max_new_tokens=12, sampling=how)
+    assert said == [plain_search(one, prompt, how, 12, "never said") for prompt in prompts]
+    if len(said[0]) > 2:
+      stop = said[0][1:3]
+      said = one.generate(prompts, max_new_tokens=12, sampling=how, stop=[stop])
+      assert said == [plain_search(one, prompt, how, 12, stop) for prompt in prompts]
+
+
+def test_devices_search_as_one_does(model, workdir, prompts):
+  how = BeamSearch(3)
+  shared = Model.load(workdir, data=2, tensor=2)
+  expected = model.generate(prompts, max_new_tokens=6, sampling=how)
+  assert shared.generate(prompts, max_new_tokens=6, sampling=how) == expected
+  assert model.generate(prompts, max_new_tokens=6, sampling=how, batch_size=1) == expected
+
+
+def test_a_search_is_at_least_as_likely_as_greedy_and_comes_whole(model, prompts):
+  how = BeamSearch(4, length_penalty=0.0)
+  (said,) = model.stream(prompts[0], max_new_tokens=6, sampling=how)
+  assert [said] == model.generate(prompts[:1], max_new_tokens=6, sampling=how)
+  assert said != model.generate(prompts[:1], max_new_tokens=6)[0]
+
+
+@pytest.mark.parametrize(
+  ("how", "message"),
+  [
+    (BeamSearch(1), "num_beams is 1; it must be from 2 to 64"),
+    (BeamSearch(65), "num_beams is 65"),
+    (BeamSearch(2, float("nan")), "length_penalty is nan; it must be finite"),
+  ],
+)
+def test_settings_out_of_range(model, how, message):
+  with pytest.raises(PromptError, match=message):
+    model.generate([["Hi"]], sampling=how)
