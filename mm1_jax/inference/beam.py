@@ -107,8 +107,8 @@ def decode(
   def body(beams: Beams) -> Beams:
     last = jax.lax.dynamic_index_in_dim(beams.tokens, beams.step - 1, axis=2, keepdims=False)
     positions = jnp.repeat(reshard(lengths, LAYOUT.replicated), last.shape[1]) + beams.step - 1
-    rows = (reshard(x.reshape(-1, 1), LAYOUT.act_b) for x in (last, positions))
-    out = model.decode(*rows, beams.cache)
+    tokens, positions = (reshard(x.reshape(-1, 1), LAYOUT.act_b) for x in (last, positions))
+    out = model.decode(tokens, positions, beams.cache)
     assert out.cache is not None
     return _grow(beams._replace(cache=out.cache), next_logits(model, out.hidden), search)
 

@@ -275,7 +275,7 @@ class Model:
       num_beams = how.num_beams
       beams = beam.prefill(self.params, *rows, search, num_slots=num_slots, num_beams=num_beams)
       # A stop text ends a beam, so its score counts no more: each token has to be looked at.
-      at_once = 1 if says[0].stop else TOKENS_AT_ONCE
+      at_once = 1 if any(say.stop for say in says) else TOKENS_AT_ONCE
       until = 1
       while not jax.device_get(beam.finished(beams, search)).all():
         stopped = np.zeros(beams.scores.shape, bool)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search finds what trying every answer finds, and what a plain loop over full forwards does."""
+"""Beam search finds what trying every answer finds, and what a loop over full forwards finds."""
 
 import jax
 import jax.numpy as jnp
@@ -130,11 +130,24 @@ def test_devices_search_as_one_does(model, workdir, prompts):
   assert model.generate(prompts, max_new_tokens=6, sampling=how, batch_size=1) == expected
 
 
-def test_a_search_is_at_least_as_likely_as_greedy_and_comes_whole(model, prompts):
-  how = BeamSearch(4, length_penalty=0.0)
+def test_an_answer_that_is_searched_for_comes_whole(model, prompts):
+  how = BeamSearch(3)
   (said,) = model.stream(prompts[0], max_new_tokens=6, sampling=how)
   assert [said] == model.generate(prompts[:1], max_new_tokens=6, sampling=how)
-  assert said != model.generate(prompts[:1], max_new_tokens=6)[0]
+
+
+def test_a_stop_text_of_one_row_counts_though_others_have_none(few, prompts, monkeypatch):
+  """A turn ends by the template's text where the tokenizer has no symbol for it; a document not."""
+  how = BeamSearch(3, length_penalty=2.0)
+  (whole,) = few.generate(prompts[:1], max_new_tokens=8, sampling=how, chat=True)
+  stop = whole[1:3]
+  assert len(stop) == 2
+  monkeypatch.setattr(few, "_stop", (stop,))
+  requests = [few.encode(prompts[0], chat=chat) for chat in (False, True)]
+  raw, said = few.generate(requests, max_new_tokens=8, sampling=how)
+  assert [raw] == few.generate(requests[:1], max_new_tokens=8, sampling=how)
+  assert [said] == few.generate(requests[1:], max_new_tokens=8, sampling=how)
+  assert stop not in said
 
 
 @pytest.mark.parametrize(
