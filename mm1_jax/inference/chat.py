@@ -110,13 +110,14 @@ def main(argv: list[str] | None = None) -> None:
   generate.add_model_flags(parser)
   generate.add_answer_flags(parser, max_new_tokens=512)
   args = parser.parse_args(argv)
+  settings = generate.how(args)
   model = generate.load(args)
   if not model.chat:
     generate.tell("this run was not trained on conversations (data.chat): do not expect answers")
   generate.tell("type a question, or /help; the first answer of a length compiles for a while")
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401  # arrow keys and earlier lines, where Python has it
-  chat = Chat(Conversation(model, seed=args.seed, **generate.how(args)))
+  chat = Chat(Conversation(model, seed=args.seed, **settings))
   while True:
     try:
       if not chat.read(input("> ")):

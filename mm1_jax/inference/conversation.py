@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import Item, fill_slots
 from mm1_jax.inference.sampler import GREEDY, Sampling
@@ -30,7 +31,7 @@ class Conversation:
     model: Model,
     *,
     max_new_tokens: int = 512,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | BeamSearch = GREEDY,
     stop: Sequence[str] = (),
     seed: int = 0,
   ):

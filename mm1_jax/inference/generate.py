@@ -27,10 +27,11 @@ from etils import epath
 from mm1_jax import cli
 from mm1_jax.config import UserError
 from mm1_jax.data.tokenizer import IMAGE
+from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import Item, PromptError, fill_slots
 from mm1_jax.inference.questions import answer_file
-from mm1_jax.inference.sampler import Sampling
+from mm1_jax.inference.sampler import GREEDY, Sampling
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -92,6 +93,10 @@ def add_answer_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) ->
   add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest")
   add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens")
   add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest P of all")
+  add(
+    "--num-beams", type=int, default=1, metavar="K", help="search with K beams; draws nothing (1)"
+  )
+  add("--length-penalty", type=float, metavar="P", help="of beams: larger for longer answers (1)")
   add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
   add("--seed", type=int, default=0, help="of what is drawn (0)")
 
@@ -124,15 +129,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _answer_one(args: argparse.Namespace) -> None:
-  content = content_of(args.content)
+  content, settings = content_of(args.content), how(args)
   model = load(args)
   start = time.perf_counter()
-  (answer,) = model.generate([content], chat=args.chat, seed=args.seed, **how(args))
+  (answer,) = model.generate([content], chat=args.chat, seed=args.seed, **settings)
   tell(f"compiled and answered in {time.perf_counter() - start:.1f} s")
   print(answer)
 
 
 def _answer_all(args: argparse.Namespace) -> None:
+  settings = how(args)
   tally = answer_file(
     load(args),
     args.input,
@@ -142,7 +148,7 @@ def _answer_all(args: argparse.Namespace) -> None:
     seed=args.seed,
     batch_size=args.batch_size,
     tell=tell,
-    **how(args),
+    **settings,
   )
   if tally.failed:
     raise UserError(
@@ -152,12 +158,20 @@ def _answer_all(args: argparse.Namespace) -> None:
 
 
 def how(args: argparse.Namespace) -> dict[str, Any]:
-  """Returns what `add_answer_flags` say, the seed aside, as `Model.generate` takes it."""
-  return {
-    "max_new_tokens": args.max_new_tokens,
-    "sampling": Sampling(args.temperature, args.top_k, args.top_p),
-    "stop": args.stop,
-  }
+  """Returns what `add_answer_flags` say, the seed aside, as `Model.generate` takes it.
+
+  Raises:
+    PromptError: flags that do not go together.
+  """
+  sampling = Sampling(args.temperature, args.top_k, args.top_p)
+  penalty = args.length_penalty
+  if args.num_beams == 1 and penalty is not None:
+    raise PromptError("--length-penalty is of beams; give --num-beams=K, too.")
+  if args.num_beams != 1:
+    if sampling != GREEDY:
+      raise PromptError("--num-beams searches and draws nothing; leave out --temperature, --top-*.")
+    sampling = BeamSearch(args.num_beams, 1.0 if penalty is None else penalty)
+  return {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
 
 
 def content_of(items: Sequence[Item]) -> Sequence[Item]:

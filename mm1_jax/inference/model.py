@@ -20,7 +20,8 @@ from mm1_jax import checkpoint
 from mm1_jax.config import BATCH_AXES, ConfigError, MeshConfig, RunConfig
 from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.tokenizer import Tokenizer
-from mm1_jax.inference import sampler
+from mm1_jax.inference import beam, sampler
+from mm1_jax.inference.beam import BeamSearch, Search
 from mm1_jax.inference.prompts import Prompt, PromptError, Request, read_prompt
 from mm1_jax.inference.sampler import GREEDY, Draw, Sampling
 from mm1_jax.models.mm1 import MM1
@@ -29,6 +30,7 @@ from mm1_jax.sharding import LAYOUT, abstract_state, make_mesh
 SHORTEST = 64  # positions that any prompt gets room for
 # Tokens between two looks of the host at what was said: a stop string, a listener, Ctrl-C.
 TOKENS_AT_ONCE = 8
+MOST_BEAMS = 64
 # Params that are computed with in float32 whatever `model.dtype` is; the others are cast before
 # they are used, so that casting them when they are read changes no result.
 IN_FLOAT32 = {"scale", "bias", "positions", "class_token", "class_position", "router"}
@@ -108,7 +110,7 @@ class Model:
     prompts: Sequence[Prompt | Request],
     *,
     max_new_tokens: int = 128,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | BeamSearch = GREEDY,
     stop: Sequence[str] = (),
     chat: bool | None = None,
     seed: int | Sequence[int] = 0,
@@ -123,7 +125,7 @@ class Model:
       prompts: texts and pictures in order, or turns of a conversation, for each prompt; or what
         `encode` made of it.
       max_new_tokens: tokens after which an answer is cut off.
-      sampling: how tokens are drawn.
+      sampling: how tokens are drawn, or how the likeliest answer is searched for.
       stop: texts that end an answer where they first appear; they are not part of it.
       chat: whether a prompt of texts and pictures is a user's turn that the assistant answers, or
         the beginning of a document to go on with; None goes by what the run was trained on,
@@ -156,14 +158,15 @@ class Model:
     prompt: Prompt | Request,
     *,
     max_new_tokens: int = 128,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | BeamSearch = GREEDY,
     stop: Sequence[str] = (),
     chat: bool | None = None,
     seed: int = 0,
   ) -> Iterator[str]:
     """Yields one answer as it grows, each time all of it so far; for the rest see `generate`.
 
-    What may turn out to be the beginning of a stop text, or half a character, waits.
+    What may turn out to be the beginning of a stop text, or half a character, waits. An answer that
+    is searched for comes whole.
 
     Raises:
       PromptError: as in `generate`; at once, not with the first token.
@@ -205,7 +208,7 @@ class Model:
     requests: list[Request],
     keys: np.ndarray,
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: Sampling | BeamSearch,
     stop: Sequence[str],
   ) -> Iterator[list[str]]:
     """Runs one batch, each row with its own random key, and yields the answers as they grow."""
@@ -218,6 +221,10 @@ class Model:
     keys = np.resize(keys, (num_rows, *keys.shape[1:]))
     num_slots = bucket(tokens.shape[1] + max_new_tokens)
     says = [_Says(self, request.chat, stop) for request in requests]
+    if isinstance(sampling, BeamSearch):
+      rows = jax.device_put((tokens, images, lengths), place)
+      yield self._search(rows, says, num_slots, max_new_tokens, sampling)
+      return
     with jax.set_mesh(self.mesh):
       # Of fixed types: a 1 for a 1.0 would compile anew.
       sampling = Sampling(float(sampling.temperature), int(sampling.top_k), float(sampling.top_p))
@@ -249,6 +256,41 @@ class Model:
       with jax.set_mesh(self.mesh):
         state = sampler.decode(self.params, state, draw, jax.device_put(stopped, place), until)
 
+  def _search(
+    self,
+    rows: tuple[jax.Array, jax.Array, jax.Array],
+    says: list["_Says"],
+    num_slots: int,
+    max_new_tokens: int,
+    how: BeamSearch,
+  ) -> list[str]:
+    """Returns the best answers that beam search finds to `rows`: tokens, images and lengths."""
+    with jax.set_mesh(self.mesh):
+      search = Search(
+        jnp.float32(how.length_penalty),
+        jnp.int32(max_new_tokens),
+        jnp.asarray(self._allowed),
+        jnp.asarray(self._ends),
+      )
+      num_beams = how.num_beams
+      beams = beam.prefill(self.params, *rows, search, num_slots=num_slots, num_beams=num_beams)
+      # A stop text ends a beam, so its score counts no more: each token has to be looked at.
+      at_once = 1 if any(say.stop for say in says) else TOKENS_AT_ONCE
+      until = 1
+      while not jax.device_get(beam.finished(beams, search)).all():
+        stopped = np.zeros(beams.scores.shape, bool)
+        if at_once == 1:
+          tokens = jax.device_get(beams.tokens)[:, :, :until].tolist()
+          for row, say in enumerate(says):
+            stopped[row] = [say.would_stop(ids) for ids in tokens[row]]
+        until = min(until + at_once, max_new_tokens)
+        beams = beam.decode(self.params, beams, rows[2], search, jnp.asarray(stopped), until)
+    best, lengths = jax.device_get((beams.best, beams.best_length))
+    return [
+      say(ids[:length].tolist(), last=True)
+      for say, ids, length in zip(says, best, lengths, strict=False)
+    ]
+
 
 class _Says:
   """One answer in the making: tokens to text, up to the first of its stop texts."""
@@ -256,7 +298,7 @@ class _Says:
   def __init__(self, model: Model, chat: bool, stop: Sequence[str]):
     self.stopped = False
     self._decode = model.tokenizer.decode
-    self._stop = (*stop, *model._stop) if chat else tuple(stop)
+    self.stop = (*stop, *model._stop) if chat else tuple(stop)
     # In a turn, the space between the role and the text is not the text's.
     self._space = " " if chat and model.encoder.template.assistant.before.endswith(" ") else ""
     self._text = ""
@@ -266,14 +308,19 @@ class _Says:
     if self.stopped:
       return self._text
     text = self._decode(ids).removeprefix(self._space)
-    found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+    found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
     if found:
       self.stopped, text = True, text[: min(found)]
     elif not last:
       text = text.rstrip("\ufffd")  # half a character
-      text = text[: len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)]
+      text = text[: len(text) - max((_overlap(text, stop) for stop in self.stop), default=0)]
     self._text = text
     return text
+
+  def would_stop(self, ids: list[int]) -> bool:
+    """Returns whether the text of some tokens has a stop text."""
+    text = self._decode(ids)
+    return any(stop in text for stop in self.stop)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -320,16 +367,27 @@ def _make_mesh(run: RunConfig, sizes: MeshConfig) -> Mesh:
   return make_mesh(fitted, here[:num])
 
 
-def _check(max_new_tokens: int, sampling: Sampling, stop: Sequence[str], batch_size: int) -> None:
+def _check(
+  max_new_tokens: int, sampling: Sampling | BeamSearch, stop: Sequence[str], batch_size: int
+) -> None:
   """Raises PromptError for the first setting that is out of range."""
   rules = [
     ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
     ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-    ("temperature", sampling.temperature, 0 <= sampling.temperature < math.inf, "at least 0"),
-    ("top_k", sampling.top_k, sampling.top_k >= 0, "at least 0"),
-    ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
     ("stop", stop, not isinstance(stop, str) and all(stop), "a list of texts, none of them empty"),
   ]
+  if isinstance(sampling, BeamSearch):
+    num, penalty = sampling
+    rules += [
+      ("num_beams", num, 2 <= num <= MOST_BEAMS, f"from 2 to {MOST_BEAMS}"),
+      ("length_penalty", penalty, math.isfinite(penalty), "finite"),
+    ]
+  else:
+    rules += [
+      ("temperature", sampling.temperature, 0 <= sampling.temperature < math.inf, "at least 0"),
+      ("top_k", sampling.top_k, sampling.top_k >= 0, "at least 0"),
+      ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+    ]
   for name, value, fits, rule in rules:
     if not fits:
       raise PromptError(f"{name} is {value!r}; it must be {rule}.")

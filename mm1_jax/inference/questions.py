@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from mm1_jax.config import UserError
+from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import Prompt, PromptError, Request, fill_slots
 from mm1_jax.inference.sampler import Sampling
@@ -55,7 +56,7 @@ def answer_file(
   *,
   images: epath.PathLike | None = None,
   max_new_tokens: int = 128,
-  sampling: Sampling,
+  sampling: Sampling | BeamSearch,
   stop: Sequence[str] = (),
   chat: bool | None = None,
   seed: int = 0,

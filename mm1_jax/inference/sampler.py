@@ -85,6 +85,32 @@ def sample(
   return jax.lax.cond(sampling.temperature > 0, drawn, likeliest)
 
 
+def read_prompts(
+  model: MM1,
+  tokens: Int[Array, "B S"],
+  images: UInt8[Array, "B N H W 3"],
+  lengths: Int[Array, " B"],
+  num_slots: int,
+) -> tuple[Float[Array, "B 1 D"], KVCache]:
+  """Returns the last hidden state of left-padded prompts, and the cache after them."""
+  num_rows, num_positions = tokens.shape
+  positions = jnp.arange(num_positions)[None] - (num_positions - lengths[:, None])
+  segment_ids = (positions >= 0).astype(jnp.int32)
+  cache = model.decoder.init_cache(num_rows, num_slots)
+  out = model.prefill(tokens, images, jnp.maximum(positions, 0), segment_ids, cache)
+  assert out.cache is not None
+  return out.hidden[:, -1:], out.cache
+
+
+def next_logits(model: MM1, hidden: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
+  """Returns what may come next, on every device for all rows.
+
+  Ranking tokens along a vocabulary that is split would cost more.
+  """
+  logits = model.decoder.logits(hidden)[:, 0]
+  return reshard(logits, LAYOUT.replicated)
+
+
 @functools.partial(jax.jit, static_argnames="num_slots")
 def prefill(
   model: MM1,
@@ -107,16 +133,12 @@ def prefill(
     draw: how rows go on.
     num_slots: of the cache (C): room for S and for the new tokens.
   """
-  num_rows, num_positions = tokens.shape
-  positions = jnp.arange(num_positions)[None] - (num_positions - lengths[:, None])
-  segment_ids = (positions >= 0).astype(jnp.int32)
-  cache = model.decoder.init_cache(num_rows, num_slots)
-  out = model.prefill(tokens, images, jnp.maximum(positions, 0), segment_ids, cache)
-  assert out.cache is not None
-  blank = jnp.full((num_rows, num_slots), draw.ends[0], jnp.int32, out_sharding=LAYOUT.act_b)
+  hidden, cache = read_prompts(model, tokens, images, lengths, num_slots)
+  shape = (len(tokens), num_slots)
+  blank = jnp.full(shape, draw.ends[0], jnp.int32, out_sharding=LAYOUT.act_b)
   zeros = jnp.zeros_like(lengths)
-  start = Decoding(blank, zeros, lengths == 0, jnp.array(0), zeros, lengths, out.cache)
-  return _write(model, start, out.hidden[:, -1:], draw)
+  start = Decoding(blank, zeros, lengths == 0, jnp.array(0), zeros, lengths, cache)
+  return _write(model, start, hidden, draw)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -149,10 +171,8 @@ def decode(
 
 def _write(model: MM1, state: Decoding, hidden: Float[Array, "B 1 D"], draw: Draw) -> Decoding:
   """Draws each row's next token from the last hidden state, and writes it down."""
-  # Every device draws for all rows: a sort along a sharded vocabulary would cost more.
-  logits = model.decoder.logits(hidden)[:, 0]
   keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys, state.step)
-  drawn = sample(reshard(logits, LAYOUT.replicated), draw.sampling, draw.allowed, keys)
+  drawn = sample(next_logits(model, hidden), draw.sampling, draw.allowed, keys)
   token = jnp.where(state.done, draw.ends[0], reshard(drawn, LAYOUT.act_b))
   done = state.done | jnp.any(token[:, None] == draw.ends[None], axis=1)
   return state._replace(

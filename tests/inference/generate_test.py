@@ -51,6 +51,10 @@ def test_settings_reach_the_model(model, workdir, capsys):
     [["Hi"]], max_new_tokens=5, sampling=generate.Sampling(2.0, 40, 0.9), seed=3
   )
   assert capsys.readouterr().out == drawn[0] + "\n"
+  flags = ["--num-beams=3", "--length-penalty=2"]
+  cli.run(generate.main, [f"--checkpoint={workdir}", "--prompt=Hi", "--max-new-tokens=5", *flags])
+  found = model.generate([["Hi"]], max_new_tokens=5, sampling=generate.BeamSearch(3, 2.0))
+  assert capsys.readouterr().out == found[0] + "\n"
 
 
 def test_a_mistake_ends_the_program_with_one_line():
@@ -72,6 +76,12 @@ def test_a_mistake_ends_the_program_with_one_line():
     ([f"--image={__file__}"], f"error: image '{__file__}' cannot be used: unreadable image."),
     (["--prompt=" + "word " * 300], "but the model was trained on 192."),
     (["--prompt=a", "--top-p=2"], "error: top_p is 2.0; it must be above 0 and at most 1."),
+    (["--prompt=a", "--num-beams=65"], "error: num_beams is 65; it must be from 2 to 64."),
+    (
+      ["--prompt=a", "--length-penalty=2"],
+      "--length-penalty is of beams; give --num-beams=K, too.",
+    ),
+    (["--prompt=a", "--num-beams=2", "--top-k=3"], "--num-beams searches and draws nothing"),
     (["--prompt=a", "--tensor=9"], "error: tensor 9 needs 9 devices; there are 8."),
   ],
 )
