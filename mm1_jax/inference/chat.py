@@ -10,6 +10,9 @@ Ctrl-C stops an answer, Ctrl-D ends the program.
 import argparse
 import contextlib
 import shlex
+import signal
+import threading
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -65,9 +68,12 @@ class Chat:
   def _ask(self, text: str) -> None:
     shown = ""
     try:
-      for answer in self._conversation.ask(text):
-        print(answer[len(shown) :], end="", flush=True)
-        shown = answer
+      with _noted_interrupts() as interrupted:
+        for answer in self._conversation.ask(text):
+          print(answer[len(shown) :], end="", flush=True)
+          shown = answer
+          if interrupted.is_set():
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
       print(" [stopped]", end="")
     print()
@@ -98,6 +104,17 @@ class Chat:
       items = [turn["content"]] if isinstance(turn["content"], str) else turn["content"]
       said = " ".join(i if isinstance(i, str) else f"[{epath.Path(i).name}]" for i in items)
       print(f"{turn['role']}: {said}" if turn["role"] else said)
+
+
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[threading.Event]:
+  """Notes Ctrl-C instead of raising it: raised in a callback of JAX's, it would be lost."""
+  interrupted = threading.Event()
+  before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+  try:
+    yield interrupted
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def main(argv: list[str] | None = None) -> None:
