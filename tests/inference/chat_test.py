@@ -157,7 +157,9 @@ def test_on_a_terminal(workdir, pictures, tmp_path):
     terminal.type("/history\n")
     terminal.wait_for(r"user: \[a.png\] What is this\?\r\nassistant: .")
     terminal.wait_for("> ")
-    terminal.type("half a line\x03")
+    terminal.type("half a line")
+    terminal.wait_for("half a line")  # Python loses a Ctrl-C just before it waits for a key
+    terminal.type("\x03")
     terminal.wait_for(r"\[Ctrl-D or /quit ends\]\r\n> ")
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0
