@@ -14,6 +14,7 @@ that was interrupted goes on where it was.
 import argparse
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from mm1_jax import cli
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import STEPS, restore_params
 from mm1_jax.config import RunConfig
-from mm1_jax.data.examples import make_encoder
+from mm1_jax.data.examples import Example, make_encoder
 from mm1_jax.data.image import decode_image
 from mm1_jax.data.packing import Segment, assemble, stack
 from mm1_jax.data.sources import Source
@@ -54,26 +55,34 @@ def held_out_captions(run: RunConfig) -> tuple[list[Batch], np.ndarray]:
     tokens_per_image=run.model.connector.num_tokens,
   )
   rows, names = [], []
-
-  def row(segments: list[Segment], pictures: list[np.ndarray]) -> Batch:
-    pixels = np.array(pictures, np.uint8).reshape(1, -1, *run.model.vision.image_size, 3)
-    shape = {"seq_len": data.seq_len, "images_per_row": 1, "pad_id": tokenizer.pad_id}
-    return assemble(segments, pixels, **shape)
-
   for record in (source[i] for i in range(len(source))):
     example = encoder.encode_record(record)
     if len(example) <= data.seq_len and len(example.images) == 1:
       picture = decode_image(example.images[0], run.model.vision.image_size)
-      rows.append(row([Segment(0, example)], [picture]))
+      rows.append(row_of(example, [picture], run, slots=1, pad_id=tokenizer.pad_id))
       names.append(record["source"])
   other = np.arange(len(rows))
   for name in set(names):
     order = np.random.default_rng(0).permutation(np.flatnonzero(np.array(names) == name))
     other[order] = np.roll(order, 1)
-  rows += [row([], [])] * (-len(rows) % ROWS)
+  rows += [row_of(None, [], run, slots=1, pad_id=tokenizer.pad_id)] * (-len(rows) % ROWS)
   batches = [stack(rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)]
   assert np.all(other != np.arange(len(other)))
   return batches, other
+
+
+def row_of(
+  example: Example | None,
+  pictures: Sequence[np.ndarray],
+  run: RunConfig,
+  *,
+  slots: int,
+  pad_id: int,
+) -> Batch:
+  """Returns a row of one example and its pictures, uint8[H, W, 3] each; or an empty row."""
+  pixels = np.array(pictures, np.uint8).reshape(1, -1, *run.model.vision.image_size, 3)
+  segments = [] if example is None else [Segment(0, example)]
+  return assemble(segments, pixels, seq_len=run.data.seq_len, images_per_row=slots, pad_id=pad_id)
 
 
 @jax.jit

@@ -22,13 +22,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from bench.looks_at_pictures import ROWS, caption_nll
+from bench.looks_at_pictures import ROWS, caption_nll, row_of
 from configs import common, mm1_debug_sft
 from mm1_jax import checkpoint, cli
+from mm1_jax.batch import Batch
 from mm1_jax.config import RunConfig
 from mm1_jax.data.build.conversations import llava_records
 from mm1_jax.data.build.options import Options
-from mm1_jax.data.packing import Segment, assemble
+from mm1_jax.data.examples import Example
+from mm1_jax.data.packing import stack
 from mm1_jax.data.sources import Record, Source, write_shards
 from mm1_jax.data.tiling import decode_pictures
 from mm1_jax.inference.model import Model
@@ -143,23 +145,17 @@ def answer_nll(model: Model, records: list[Record]) -> np.ndarray:
   fits = [i for i, e in enumerate(examples) if len(e) <= data.seq_len]
   slots = max(len(examples[i].images) for i in fits)
   nll = np.full(len(records), np.nan)
+
+  def row(example: Example | None) -> Batch:
+    images = () if example is None else example.images
+    pictures = decode_pictures(images, size, fit=data.image_fit, max_pixels=data.max_image_pixels)
+    return row_of(example, list(pictures), model.run, slots=slots, pad_id=model.tokenizer.pad_id)
+
   for start in range(0, len(fits), ROWS):
     rows = fits[start : start + ROWS]
-    segments = []
-    for i in rows:
-      pixels = decode_pictures(
-        examples[i].images, size, fit=data.image_fit, max_pixels=data.max_image_pixels
-      )
-      segments.append([Segment(0, examples[i], pixels)])
-    batch = assemble(
-      segments + [[]] * (ROWS - len(rows)),
-      seq_len=data.seq_len,
-      images_per_row=slots,
-      image_size=size,
-      pad_id=model.tokenizer.pad_id,
-    )
+    batch = [row(examples[i]) for i in rows] + [row(None)] * (ROWS - len(rows))
     with jax.set_mesh(model.mesh):
-      losses = caption_nll(model.params, device_batch(batch, model.mesh))
+      losses = caption_nll(model.params, device_batch(stack(batch), model.mesh))
     nll[rows] = np.asarray(losses)[: len(rows)]
   return nll
 

@@ -28,6 +28,7 @@ TOKENIZERS = {
   ".json": ("tokenizer.json", "tokenizer_config.json"),
 }
 PARAMS, TRAIN, DATA = "params", "train", "data"
+SAVED_AT_ONCE_GB = 1  # of params without the rest of a run, on their way to the disk
 SHOWN = 5  # names listed in a message before "and N more"
 
 
@@ -174,6 +175,14 @@ def restore_params(path: epath.PathLike, like: Any) -> Any:
   where = find_step(path) / PARAMS
   check_match(saved_shapes(where), to_names(like), where)
   return from_names(like, _restore(where, to_names(like)))
+
+
+def save_params(workdir: epath.PathLike, step: int, params: Mapping[str, jax.Array]) -> None:
+  """Writes params by name as a step of a run that has nothing else; little is in memory twice."""
+  path = absolute(workdir) / STEPS / str(step) / PARAMS
+  handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=SAVED_AT_ONCE_GB)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(path, args=ocp.args.PyTreeSave(params))
 
 
 def init_from(path: epath.PathLike, params: Any) -> Any:

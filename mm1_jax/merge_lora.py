@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from mm1_jax import checkpoint, cli
@@ -43,10 +42,8 @@ def merge_run(path: epath.PathLike, output: epath.PathLike) -> None:
   with jax.set_mesh(mesh):
     like = abstract_state(lambda: MM1(jax.random.key(0), run.model), mesh)
     params = jax.jit(merge)(checkpoint.restore_params(path, like))
-  step = checkpoint.find_step(path).name
-  target = checkpoint.absolute(output) / checkpoint.STEPS / step / checkpoint.PARAMS
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(target, checkpoint.to_names(params))
+  step = int(checkpoint.find_step(path).name)
+  checkpoint.save_params(output, step, checkpoint.to_names(params))
   decoder = dataclasses.replace(run.model.decoder, lora=None)
   model = dataclasses.replace(run.model, decoder=decoder)
   checkpoint.write_run_files(output, dataclasses.replace(run, model=model))

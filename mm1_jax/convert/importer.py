@@ -12,13 +12,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from absl import logging
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from mm1_jax import checkpoint
 from mm1_jax.config import (
-  MESH_AXES,
   ConfigError,
   ConnectorConfig,
   DataConfig,
@@ -33,11 +31,10 @@ from mm1_jax.convert.load import Report, load
 from mm1_jax.convert.tensors import Tensors
 from mm1_jax.convert.vocabulary import Vocabulary
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import abstract_state
+from mm1_jax.sharding import abstract_state, make_mesh
 
 REPORT = "import.json"
 OPEN_CLIP, HF = "open_clip_config.json", "config.json"
-SAVED_AT_ONCE_GB = 1  # of params on their way to the disk
 
 
 class Part(NamedTuple):
@@ -126,15 +123,7 @@ def write(imported: Imported, out: pathlib.Path) -> None:
   (out / checkpoint.CONFIG).write_text(json.dumps(run.to_dict(), indent=2) + "\n")
   reports = {name: dataclasses.asdict(report) for name, report in imported.reports.items()}
   (out / REPORT).write_text(json.dumps(reports, indent=2) + "\n")
-  save_params(out, imported.params)
-
-
-def save_params(out: pathlib.Path, params: dict[str, jax.Array]) -> None:
-  """Writes params by name as step 0 of the run at `out`; little of them is in memory twice."""
-  path = checkpoint.absolute(out) / checkpoint.STEPS / "0" / checkpoint.PARAMS
-  handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=SAVED_AT_ONCE_GB)
-  with ocp.Checkpointer(handler) as checkpointer:
-    checkpointer.save(path, args=ocp.args.PyTreeSave(params))
+  checkpoint.save_params(out, 0, imported.params)
 
 
 def _open(path: pathlib.Path) -> Part:
@@ -186,11 +175,9 @@ def _make_mesh(run: RunConfig, fsdp: int) -> Mesh:
   data = dataclasses.replace(run.data, batch_size=num)
   fitted = dataclasses.replace(run, mesh=MeshConfig(fsdp=num), data=data)
   try:
-    sizes = fitted.check_mesh(len(devices))
+    return make_mesh(fitted, devices)
   except ConfigError as e:
     raise ConvertError(f"{e} --fsdp=1 puts all params on one device.") from e
-  types = (AxisType.Explicit,) * len(MESH_AXES)
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
 
 
 def _random(run: RunConfig, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -27,12 +27,6 @@ class Layout(Protocol):
   def load(self, theirs: Sequence[np.ndarray], ours: Shape) -> np.ndarray: ...
 
 
-class Saved(Layout, Protocol):
-  """A layout that we write too."""
-
-  def save(self, ours: np.ndarray) -> list[np.ndarray]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Same:
   """A vector or a table, as it is."""
@@ -43,13 +37,10 @@ class Same:
   def load(self, theirs, ours):
     return theirs[0]
 
-  def save(self, ours):
-    return [ours]
-
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-  """[H h] <-> [H, h], a bias of heads."""
+  """[H h] -> [H, h], a bias of heads."""
 
   def shapes(self, ours):
     return [(math.prod(ours),)]
@@ -57,13 +48,10 @@ class Flat:
   def load(self, theirs, ours):
     return theirs[0].reshape(ours)
 
-  def save(self, ours):
-    return [ours.reshape(-1)]
-
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-  """[out, in] <-> [in, out]; the first `num_in` of our dims are `in`, the others `out`."""
+  """[out, in] -> [in, out]; the first `num_in` of our dims are `in`, the others `out`."""
 
   num_in: int = 1
 
@@ -73,13 +61,10 @@ class Linear:
   def load(self, theirs, ours):
     return theirs[0].T.reshape(ours)
 
-  def save(self, ours):
-    return [ours.reshape(math.prod(ours.shape[: self.num_in]), -1).T]
-
 
 @dataclasses.dataclass(frozen=True)
 class PerExpert:
-  """E times [out, in] <-> [E, in, out]."""
+  """E times [out, in] -> [E, in, out]."""
 
   def shapes(self, ours):
     return [(ours[2], ours[1])] * ours[0]
@@ -87,13 +72,10 @@ class PerExpert:
   def load(self, theirs, ours):
     return np.stack([x.T for x in theirs])
 
-  def save(self, ours):
-    return [x.T for x in ours]
-
 
 @dataclasses.dataclass(frozen=True)
 class PatchConvolution:
-  """[D, 3, w, w] <-> [w w 3, D]: the patch embedding as a convolution."""
+  """[D, 3, w, w] -> [w w 3, D]: the patch embedding as a convolution."""
 
   def shapes(self, ours):
     side = math.isqrt(ours[0] // 3)
@@ -101,24 +83,6 @@ class PatchConvolution:
 
   def load(self, theirs, ours):
     return theirs[0].transpose(2, 3, 1, 0).reshape(ours)
-
-  def save(self, ours):
-    side = math.isqrt(ours.shape[0] // 3)
-    return [ours.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Depthwise:
-  """[C, 1, r, s] <-> [r, s, C], a convolution of each channel alone."""
-
-  def shapes(self, ours):
-    return [(ours[2], 1, *ours[:2])]
-
-  def load(self, theirs, ours):
-    return theirs[0][:, 0].transpose(1, 2, 0)
-
-  def save(self, ours):
-    return [ours.transpose(2, 0, 1)[:, None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,4 +176,4 @@ class Rows:
 
 
 SAME, FLAT, LINEAR, FROM_HEADS, PER_EXPERT = Same(), Flat(), Linear(), Linear(2), PerExpert()
-PATCH, DEPTHWISE = PatchConvolution(), Depthwise()
+PATCH = PatchConvolution()

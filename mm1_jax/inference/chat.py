@@ -30,7 +30,7 @@ HELP = f"""\
 /clear            begin anew
 /help             this list
 /quit             the end; Ctrl-D too
-Ctrl-C stops an answer; what was said of it stays in the conversation."""
+Ctrl-C stops an answer, twice at once; what was said of it stays in the conversation."""
 
 
 class Chat:
@@ -108,9 +108,18 @@ class Chat:
 
 @contextlib.contextmanager
 def _noted_interrupts() -> Iterator[threading.Event]:
-  """Notes Ctrl-C instead of raising it: raised in a callback of JAX's, it would be lost."""
+  """Notes Ctrl-C instead of raising it: raised in a callback of JAX's, it would be lost.
+
+  The second one is raised: what is compiled or searched for may yield nothing for long.
+  """
   interrupted = threading.Event()
-  before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+
+  def note(*_) -> None:
+    if interrupted.is_set():
+      raise KeyboardInterrupt
+    interrupted.set()
+
+  before = signal.signal(signal.SIGINT, note)
   try:
     yield interrupted
   finally:
