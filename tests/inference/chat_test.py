@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +96,23 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat, conversation, mod
   assert conversation.turns[-1] == {"role": "assistant", "content": first}
   monkeypatch.setattr(sampler, "decode", decode)
   assert chat("/clear", "Hi").endswith(f"{whole}\n")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_next_part(chat, conversation, monkeypatch):
+  reached = []
+
+  def ask(_):
+    yield "one part"
+    os.kill(os.getpid(), signal.SIGINT)
+    reached.append("after the first")
+    os.kill(os.getpid(), signal.SIGINT)
+    reached.append("after the second")
+
+  monkeypatch.setattr(conversation, "ask", ask)
+  before = signal.getsignal(signal.SIGINT)
+  assert chat("Hi") == "one part [stopped]\n"
+  assert reached == ["after the first"]
+  assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_answers_get_as_much_room_as_there_is(model):
