@@ -61,7 +61,7 @@ def markdown_table(plans: list[dict[str, Any]]) -> str:
       f"{memory['share']:.0%}" + ("" if plan["fits"] else ", does not fit"),
       *_times(plan),
       f"{plan['compile']['seconds']:.0f}" + ", no code" * plan["quick"],
-      f"{plan['compile']['gib']:.1f}",
+      "-" if plan["quick"] else f"{plan['compile']['gib']:.1f}",
     ]
     lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines)
