@@ -2,8 +2,11 @@
 """Folders of tiny open weights, as other libraries save them."""
 
 import pathlib
+import sys
 
 import pytest
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "models"))  # their tiny model
 
 WEIGHTS = pathlib.Path(__file__).parent.parent / "goldens" / "convert"
 TOKENIZER = (
