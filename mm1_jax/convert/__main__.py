@@ -2,6 +2,7 @@
 r"""Open weights in, trained params out.
 
 python -m mm1_jax.convert import --vit=CLIP_FOLDER --decoder=LLM_FOLDER --out=runs/open
+python -m mm1_jax.convert export --checkpoint=runs/sft --format=huggingface --out=exports/sft
 """
 
 import argparse
@@ -9,6 +10,8 @@ import pathlib
 
 from mm1_jax import cli
 from mm1_jax.convert import importer
+from mm1_jax.convert.export import exporter
+from mm1_jax.convert.export.format import Options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,6 +28,7 @@ def _parse(argv):
   )
   verbs = parser.add_subparsers(required=True, metavar="VERB")
   _add_import(verbs)
+  _add_export(verbs)
   return parser.parse_args(argv)
 
 
@@ -57,6 +61,23 @@ def _import(args) -> None:
     f"wrote '{args.out}'. Train from it:\n"
     f"  python -m mm1_jax.main --config=configs/from_weights.py:{args.out} --workdir=..."
   )
+
+
+def _add_export(verbs) -> None:
+  verb = verbs.add_parser("export", help="a trained run to files that others can run")
+  add = verb.add_argument
+  add("--checkpoint", required=True, metavar="RUN", help="a run, or one of its checkpoints/STEP")
+  add("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where the files go")
+  add("--format", choices=tuple(exporter.FORMATS), required=True, help="see docs/convert.md")
+  add("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16", help="of weights")
+  add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="of a file of weights (5)")
+  verb.set_defaults(run=_export)
+
+
+def _export(args) -> None:
+  options = Options(dtype=args.dtype, max_shard_gb=args.max_shard_gb)
+  compared = exporter.export(args.checkpoint, args.out, args.format, options)
+  print(f"exported '{args.out}': {compared}.")
 
 
 if __name__ == "__main__":
