@@ -14,6 +14,7 @@ REQUIRES = [
   "jaxtyping",
   "matplotlib",
   "ml-collections",
+  "ml-dtypes",
   "msgpack",
   "numpy",
   "optax",
@@ -24,6 +25,7 @@ REQUIRES = [
   "simplejpeg",
   "tensorboardX",
   "tensorflow-datasets",
+  "tensorstore",
   "tokenizers",
 ]
 

@@ -5,6 +5,7 @@ python -m mm1_jax.convert import --vit=CLIP_FOLDER --decoder=LLM_FOLDER --out=ru
 python -m mm1_jax.convert upcycle --checkpoint=runs/dense --config=configs/mm1_debug.py:moe \
     --out=runs/upcycled
 python -m mm1_jax.convert merge_lora --checkpoint=runs/lora --out=runs/merged
+python -m mm1_jax.convert export --checkpoint=runs/sft --format=huggingface --out=exports/sft
 """
 
 import argparse
@@ -12,6 +13,8 @@ import pathlib
 
 from mm1_jax import cli
 from mm1_jax.convert import importer, merge_lora, upcycle
+from mm1_jax.convert.export import exporter
+from mm1_jax.convert.export.format import Options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,6 +33,7 @@ def _parse(argv):
   _add_import(verbs)
   _add_upcycle(verbs)
   _add_merge_lora(verbs)
+  _add_export(verbs)
   return parser.parse_args(argv)
 
 
@@ -103,6 +107,23 @@ def _add_fsdp(verb) -> None:
   verb.add_argument(
     "--fsdp", type=int, default=-1, metavar="N", help="devices to split over (all there are)"
   )
+
+
+def _add_export(verbs) -> None:
+  verb = verbs.add_parser("export", help="a trained run to files that others can run")
+  add = verb.add_argument
+  add("--checkpoint", required=True, metavar="RUN", help="a run, or one of its checkpoints/STEP")
+  add("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where the files go")
+  add("--format", choices=tuple(exporter.FORMATS), required=True, help="see docs/convert.md")
+  add("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16", help="of weights")
+  add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="of a file of weights (5)")
+  verb.set_defaults(run=_export)
+
+
+def _export(args) -> None:
+  options = Options(dtype=args.dtype, max_shard_gb=args.max_shard_gb)
+  compared = exporter.export(args.checkpoint, args.out, args.format, options)
+  print(f"exported '{args.out}': {compared}.")
 
 
 if __name__ == "__main__":
