@@ -8,6 +8,7 @@ REQUIRES = [
   "clu",
   "cykooz-resizer",
   "etils[epath]",
+  "flatbuffers",  # of jax.export
   "flax>=0.12",
   "grain>=0.2.18",
   "jax>=0.10",

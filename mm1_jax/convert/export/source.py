@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from etils import epath
+from jax.sharding import Mesh
 
 from mm1_jax import checkpoint
 from mm1_jax.config import MeshConfig, RunConfig
@@ -20,7 +22,8 @@ from mm1_jax.convert import ConvertError
 from mm1_jax.data.examples import Encoder, make_encoder
 from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.inference.model import IN_FLOAT32, abstract_params
-from mm1_jax.sharding import make_mesh
+from mm1_jax.models.mm1 import MM1
+from mm1_jax.sharding import abstract_state, make_mesh
 
 STACKS = ("decoder.units", "vit.blocks")
 # Bytes of a stacked param that are read at once, or of one block of it if that is more. As many
@@ -87,6 +90,23 @@ class Source:
   @property
   def num_params(self) -> int:
     return sum(int(np.prod(part.shape)) for part in self.parts)
+
+  def num_blocks(self, name: str) -> int:
+    """Returns how many parts a param has."""
+    return sum(part.name == name for part in self.parts)
+
+  def abstract(self, mesh: Mesh, dtype: str) -> MM1:
+    """Returns the model's shapes on a mesh, in a dtype of params that float32 is not needed for."""
+    cfg = dataclasses.replace(self.run.model, remat="none")
+    model = abstract_state(lambda: MM1(jax.random.key(0), cfg), mesh)
+    whole = {part.name for part in self.parts if part.in_float32}
+    leaves = {
+      name: jax.ShapeDtypeStruct(
+        x.shape, jnp.float32 if name in whole else jnp.dtype(dtype), sharding=x.sharding
+      )
+      for name, x in checkpoint.to_names(model).items()
+    }
+    return checkpoint.from_names(model, leaves)
 
   def encoder(self) -> Encoder:
     """Returns what makes ids of texts and pictures, as training had it."""
