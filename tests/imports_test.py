@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mm1_jax.data",
     "mm1_jax.checkpoint",
     "mm1_jax.inference",
+    "mm1_jax.metrics",
   },
   "mm1_jax.plan": CONTRACTS
   | {

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "models"))  # their tiny model
+# Their tiny models.
+sys.path += [str(pathlib.Path(__file__).parents[1] / name) for name in ("models", "inference")]
 
 WEIGHTS = pathlib.Path(__file__).parent.parent / "goldens" / "convert"
 TOKENIZER = (

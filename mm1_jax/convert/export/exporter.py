@@ -11,13 +11,18 @@ from absl import logging
 from etils import epath
 
 from mm1_jax.convert import ConvertError
-from mm1_jax.convert.export import folder, manifest, orbax, stablehlo
+from mm1_jax.convert.export import folder, huggingface, manifest, orbax, stablehlo
 from mm1_jax.convert.export.format import Format, Options
 from mm1_jax.convert.export.source import Source
 
 UNFINISHED = ".unfinished"  # behind the name of a folder until it is compared
 
-FORMATS: dict[str, Format] = {"safetensors": folder, "stablehlo": stablehlo, "orbax": orbax}
+FORMATS: dict[str, Format] = {
+  "safetensors": folder,
+  "huggingface": huggingface,
+  "stablehlo": stablehlo,
+  "orbax": orbax,
+}
 
 
 def export(path: epath.PathLike, out: pathlib.Path, name: str, options: Options) -> str:

@@ -17,13 +17,25 @@ import numpy as np
 from mm1_jax import checkpoint
 from mm1_jax.config import RunConfig
 from mm1_jax.convert import ConvertError
-from mm1_jax.convert.export import int8, shards
+from mm1_jax.convert.export import card, int8, shards
 from mm1_jax.convert.export.format import Options
 from mm1_jax.convert.export.source import Part, Source
 from mm1_jax.convert.tensors import Tensors
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "int8")
 SCALE = ".int8_scale"
+USE = """\
+Names, shapes and orientation are mm1_jax's own; `config.json` and the tokenizer are beside them. To
+run or train it there:
+
+```
+python -m mm1_jax.convert import --export=FOLDER --out=runs/mine
+python -m mm1_jax.inference.generate --checkpoint=runs/mine --image=photo.jpg --prompt="..."
+```
+
+Anywhere else, read `model.safetensors` (or its shards, by the index). In int8, a matrix is NAME
+times NAME.int8_scale, float32, which has one number for each output channel.
+"""
 
 
 def check(source: Source, options: Options) -> None:
@@ -33,6 +45,7 @@ def check(source: Source, options: Options) -> None:
 def write(source: Source, out: pathlib.Path, options: Options) -> None:
   checkpoint.write_run_files(out, published(source.run))
   (out / checkpoint.TEMPLATE).write_text(source.encoder().template.to_json())
+  (out / card.NAME).write_text(card.text(source, options, USE))
   shards.write(_tensors(source, options.dtype), out, options.max_shard_gb, {"format": "mm1_jax"})
 
 

@@ -11,12 +11,21 @@ import numpy as np
 
 from mm1_jax import checkpoint
 from mm1_jax.convert import ConvertError
+from mm1_jax.convert.export import card
 from mm1_jax.convert.export.folder import published
 from mm1_jax.convert.export.format import Options
 from mm1_jax.convert.export.source import Source
 from mm1_jax.convert.placement import params_mesh
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
+USE = """\
+A run of mm1_jax, without what only training needs:
+
+```
+python -m mm1_jax.inference.generate --checkpoint=FOLDER --image=photo.jpg --prompt="..."
+python -m mm1_jax.main --config=... --config.train.init_from=FOLDER
+```
+"""
 
 
 def check(source: Source, options: Options) -> None:
@@ -28,6 +37,7 @@ def write(source: Source, out: pathlib.Path, options: Options) -> None:
   params = checkpoint.restore_params(source.params.parent, like)
   checkpoint.save_params(out, source.step, checkpoint.to_names(params))
   checkpoint.write_run_files(out, published(source.run))
+  (out / card.NAME).write_text(card.text(source, options, USE))
 
 
 def compare(source: Source, out: pathlib.Path, options: Options) -> str:

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from mm1_jax import checkpoint
 from mm1_jax.convert import ConvertError
-from mm1_jax.convert.export import shards, stablehlo_run
+from mm1_jax.convert.export import card, shards, stablehlo_run
 from mm1_jax.convert.export.format import Options
 from mm1_jax.convert.export.source import Source
 from mm1_jax.convert.placement import params_mesh
@@ -51,6 +51,16 @@ SHORTEST = 64  # positions of the shortest prefill, if the model has more
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 NUM_DECODED = 3  # tokens of the comparison
 WORD = 8  # positions
+USE = """\
+Programs of `jax.export` for CPU, CUDA and TPU; nothing of mm1_jax is needed:
+
+```
+pip install -r requirements.txt
+python run.py --image=photo.jpg --prompt="..."
+```
+
+`run.py` shows how the programs in `programs/` are called: prefill, then decode for each token.
+"""
 REQUIREMENTS = ("flatbuffers", "jax", "numpy", "pillow", "safetensors")
 
 Cache = list[tuple[Float[Array, "U 1 C K h"], Float[Array, "U 1 C K h"]]]
@@ -91,6 +101,7 @@ def write(source: Source, out: pathlib.Path, options: Options) -> None:
   (out / stablehlo_run.DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
   library = "tokenizers" if own.endswith(".json") else "sentencepiece"
   (out / "requirements.txt").write_text("\n".join((*REQUIREMENTS, library)) + "\n")
+  (out / card.NAME).write_text(card.text(source, options, USE))
   (out / "run.py").write_bytes(pathlib.Path(stablehlo_run.__file__).read_bytes())
 
 

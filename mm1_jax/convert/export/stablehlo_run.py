@@ -80,7 +80,7 @@ class Exported:
   def answer(self, text: str, images: list[pathlib.Path], max_new_tokens: int = 128) -> str:
     """Returns what the model says to a question about pictures."""
     ids = self.prompt(len(images), text)
-    size = tuple(self.about["image_size"])
+    size = (self.about["image_size"][0], self.about["image_size"][1])
     pixels = [read_image(path, size, self.about) for path in images]
     said: list[int] = []
     for logits in self.logits(ids, np.array(pixels, np.uint8).reshape(-1, *size, 3)):
@@ -137,7 +137,7 @@ class _Tokenizer:
 def read_image(path: pathlib.Path, size: tuple[int, int], about: dict) -> np.ndarray:
   """Returns a picture's pixels uint8[H, W, 3], as training had them up to the last rounding."""
   with PIL.Image.open(path) as file:
-    file.draft("RGB", (2 * max(size),) * 2)
+    file.draft("RGB", (2 * max(size), 2 * max(size)))
     image = PIL.ImageOps.exif_transpose(file)
   if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
     image = image.convert("RGBA")
