@@ -294,5 +294,5 @@ def test_the_pytorch_model_computes_what_ours_does(name):
     rows = jax.device_put((tokens, images), NamedSharding(mesh, LAYOUT.act_b))
     logits = forward(checkpoint.from_names(like, placed), *rows)
   wanted = golden["logits"]
-  ours = np.asarray(logits)[0, ::6]
+  ours = np.asarray(logits)[0, ::24]
   assert np.abs(ours - wanted).max() <= 1e-4 * np.abs(wanted).max()

@@ -7,7 +7,7 @@ no PyTorch. The runs are those of `tests/convert/small_run.py`. To renew them:
   pip install -c constraints.txt -e '.[convert]'
   python tests/goldens/make_export.py
 
-An .npz holds `tokens`, `images` (uint8), every sixth position's `logits`, and `tensors`, a line
+An .npz holds `tokens`, `images` (uint8), every 24th position's `logits`, and `tensors`, a line
 NAME SHAPE for each.
 """
 
@@ -27,7 +27,7 @@ import small_run  # noqa: E402
 from mm1_jax.convert.export import exporter  # noqa: E402
 from mm1_jax.convert.export.format import Options  # noqa: E402
 
-EVERY = 6
+EVERY = 24
 TURN = {"type": "text", "text": "What is this? It stands in front of a house, as dogs do."}
 
 
