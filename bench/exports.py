@@ -136,7 +136,8 @@ def compare(
     allowed = np.where(model._allowed, ours, -np.inf)
     tokens += bool((allowed.argmax(axis=1) == ids).all())
   num = len(said)
-  assert (texts, tokens) == (num, num) and worst <= LARGEST, (texts, tokens, worst)
+  assert (texts, tokens) == (num, num), (texts, tokens, worst)
+  assert worst <= LARGEST, worst
   return texts, tokens, f"{worst:.1e}"
 
 
@@ -173,7 +174,8 @@ def compare_imported(
       imported.generate(prompts(questions), max_new_tokens=MAX_NEW_TOKENS), said, strict=True
     )
   )
-  assert equal and same == len(said), (equal, same)
+  assert equal
+  assert same == len(said), same
   return same, same, "0, params are equal"
 
 
