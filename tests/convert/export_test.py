@@ -243,6 +243,16 @@ def test_runs_that_cannot_be_exported_are_refused(workdir, params, tmp_path):
     export(tmp_path / "other", tmp_path / "out")
 
 
+def test_what_llava_has_not_is_refused_by_name(workdir, tmp_path):
+  from mm1_jax.convert import ConvertError
+
+  with pytest.raises(ConvertError, match=r"no model\.connector\.kind 'c_abstractor'") as error:
+    export(workdir, tmp_path / "out", "llava")
+  for name in ("model.decoder.moe", "model.decoder.qk_norm", "data.tiling", "data.image_fit"):
+    assert f"no {name}" in str(error.value)
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_options_that_a_format_lacks_are_refused(workdir, tmp_path):
   from mm1_jax.convert import ConvertError
 
@@ -252,20 +262,21 @@ def test_options_that_a_format_lacks_are_refused(workdir, tmp_path):
     export(workdir, tmp_path / "out", max_shard_gb=0)
 
 
-@pytest.mark.parametrize("name", ["moe", "dense"])
+@pytest.mark.parametrize("name", ["moe", "dense", "llava"])
 def test_tensors_are_those_of_the_pytorch_model(name, tmp_path):
   from small_run import make_params, run_config, save_run
 
   run = run_config(name)
   save_run(tmp_path / "run", run, make_params(run))
-  export(tmp_path / "run", tmp_path / "out", "huggingface", dtype="float32")
+  form = "llava" if name == "llava" else "huggingface"
+  export(tmp_path / "run", tmp_path / "out", form, dtype="float32")
   tensors = read_all(tmp_path / "out")
   written = [f"{key} {x.shape}" for key, x in sorted(tensors.items())]
   assert written == np.load(GOLDENS / f"{name}.npz")["tensors"].tolist()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["moe", "dense"])
+@pytest.mark.parametrize("name", ["moe", "dense", "llava"])
 def test_the_pytorch_model_computes_what_ours_does(name):
   import jax
   import jax.numpy as jnp

@@ -92,6 +92,17 @@ MODELS = {
 }
 
 
+# Exactly LLaVA: CLIP's encoder, two layers, Llama.
+LLAVA = ModelConfig(
+  dataclasses.replace(VISION, image_size=(24, 24), position_grid=(6, 6), feature_layer=-1),
+  ConnectorConfig("mlp", token_grid=(6, 6)),
+  dataclasses.replace(DECODER, qk_norm=False),
+  dtype="float32",
+  remat="none",
+)
+MODELS["llava"] = LLAVA, {}
+
+
 def run_config(name: str = "moe") -> RunConfig:
   model, reading = MODELS[name]
   sources = (SourceConfig("captions", str(SAMPLE / "captions-train-*")),)

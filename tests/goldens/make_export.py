@@ -39,7 +39,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
       workdir, out = pathlib.Path(folder) / "run", pathlib.Path(folder) / "out"
       small_run.save_run(workdir, run, small_run.make_params(run))
-      exporter.export(workdir, out, "huggingface", Options("float32"))
+      form = "llava" if name == "llava" else "huggingface"
+      exporter.export(workdir, out, form, Options("float32"))
       model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
       processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
     turns = [{"role": "user", "content": [{"type": "image", "image": image}, TURN]}]

@@ -12,13 +12,13 @@ from absl import logging
 from etils import epath
 
 from mm1_jax.convert import ConvertError
-from mm1_jax.convert.export import folder, huggingface, manifest
+from mm1_jax.convert.export import folder, huggingface, llava, manifest
 from mm1_jax.convert.export.format import Format, Options
 from mm1_jax.convert.export.source import Source
 
 UNFINISHED = ".unfinished"  # behind the name of a folder until it is compared
 
-FORMATS: dict[str, Format] = {"safetensors": folder, "huggingface": huggingface}
+FORMATS: dict[str, Format] = {"safetensors": folder, "huggingface": huggingface, "llava": llava}
 
 
 def export(path: epath.PathLike, out: pathlib.Path, name: str, options: Options) -> str:
