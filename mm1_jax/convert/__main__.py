@@ -12,7 +12,7 @@ import argparse
 import pathlib
 
 from mm1_jax import cli
-from mm1_jax.convert import importer, merge_lora, upcycle
+from mm1_jax.convert import ConvertError, importer, merge_lora, upcycle
 from mm1_jax.convert.export import exporter
 from mm1_jax.convert.export.format import Options
 
@@ -42,6 +42,7 @@ def _add_import(verbs) -> None:
   add = verb.add_argument
   add("--vit", type=pathlib.Path, metavar="FOLDER", help="CLIP, open_clip or SigLIP weights")
   add("--decoder", type=pathlib.Path, metavar="FOLDER", help="weights of a Llama-like LLM")
+  add("--export", type=pathlib.Path, metavar="FOLDER", help="instead: an export of ours, whole")
   add("--tokenizer", type=pathlib.Path, metavar="FILE", help="if not in the decoder's folder")
   add("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
   add("--feature-layer", type=int, default=-1, metavar="N", help="-2: the last but one block (-1)")
@@ -52,6 +53,13 @@ def _add_import(verbs) -> None:
 
 
 def _import(args) -> None:
+  if args.export is not None:
+    if args.vit or args.decoder or args.tokenizer or args.fill:
+      raise ConvertError("--export is a whole model; leave --vit, --decoder and the like out.")
+    imported = importer.import_export(args.export, dtype=args.dtype, fsdp=args.fsdp)
+    importer.write(imported, args.out)
+    print(f"wrote '{args.out}': python -m mm1_jax.inference.generate --checkpoint={args.out} ...")
+    return
   imported = importer.import_weights(
     vit=args.vit,
     decoder=args.decoder,

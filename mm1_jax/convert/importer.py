@@ -24,6 +24,8 @@ from mm1_jax.config import (
   VisionConfig,
 )
 from mm1_jax.convert import ConvertError, families, vocabulary
+from mm1_jax.convert.export import folder as export
+from mm1_jax.convert.export import source
 from mm1_jax.convert.load import Report, load
 from mm1_jax.convert.placement import params_mesh
 from mm1_jax.convert.tensors import Tensors
@@ -107,6 +109,32 @@ def import_weights(
   return Imported(run, params, reports, words)
 
 
+def import_export(folder: pathlib.Path, *, dtype: str = "float32", fsdp: int = -1) -> Imported:
+  """Reads what `python -m mm1_jax.convert export --format=safetensors` wrote, onto a mesh.
+
+  Args:
+    folder: of the export.
+    dtype: what params are kept in; of int8, what its scales make of it.
+    fsdp: devices that params are split over; -1 takes all.
+
+  Raises:
+    CheckpointError, ConvertError: the folder is no such export, or damaged.
+  """
+  run = checkpoint.read_run(folder)
+  mesh = params_mesh(run, fsdp)
+  model = abstract_state(lambda: MM1(jax.random.key(0), run.model), mesh)
+  abstract = {
+    name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
+    for name, x in checkpoint.to_names(model).items()
+  }
+  tensors = Tensors(folder)
+  parts = [part for name, x in abstract.items() for part in source.parts(name, x.shape)]
+  with jax.set_mesh(mesh):
+    params, report = load(tensors, [export.piece(tensors, part) for part in parts], abstract)
+  logging.info("%s: %s", folder, report)
+  return Imported(run, params, {"model": report}, None)
+
+
 def write(imported: Imported, out: pathlib.Path) -> None:
   """Writes the folder; raises CheckpointError if `out` is a run already."""
   checkpoint.refuse_run(out)
@@ -117,7 +145,10 @@ def write(imported: Imported, out: pathlib.Path) -> None:
       (out / name).write_bytes(data)
     path = str(out / next(iter(imported.vocabulary.files)))
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=path))
-  (out / checkpoint.CONFIG).write_text(json.dumps(run.to_dict(), indent=2) + "\n")
+  if imported.vocabulary is None and run.data.tokenizer:
+    checkpoint.write_run_files(out, run)  # a whole model, with the tokenizer it was exported with
+  else:
+    (out / checkpoint.CONFIG).write_text(json.dumps(run.to_dict(), indent=2) + "\n")
   reports = {name: dataclasses.asdict(report) for name, report in imported.reports.items()}
   (out / REPORT).write_text(json.dumps(reports, indent=2) + "\n")
   checkpoint.save_params(out, 0, imported.params)

@@ -12,6 +12,7 @@ import safetensors
 from mm1_jax.convert import ConvertError
 
 INDEX = "model.safetensors.index.json"
+INT8_SCALE = ".int8_scale"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SHOWN = 5  # names listed in a message before "and N more"
 
@@ -55,12 +56,10 @@ class Tensors:
   def file(self, name: str) -> pathlib.Path:
     return self._files[name]
 
-  def read(self, name: str, *, int8: bool = False) -> np.ndarray:
+  def read(self, name: str) -> np.ndarray:
     """Returns a tensor's values; the file is closed again, so its pages can leave the memory.
 
-    Args:
-      name: of the tensor.
-      int8: whether it may be one of int8, whose scale the caller knows.
+    One of int8 only where its scales are beside it, as NAME.int8_scale: our own exports have them.
 
     Raises:
       ConvertError: there is no such tensor, or its type is none that NumPy knows.
@@ -73,7 +72,8 @@ class Tensors:
       except Exception as e:  # of several kinds, for types unknown to NumPy
         raise ConvertError(f"tensor '{name}' of '{self._files[name]}' cannot be read: {e}.") from e
       known = value.dtype.kind in "fV" or value.dtype.name == "bfloat16"
-      if not known and not (int8 and value.dtype == np.int8):
+      ours = value.dtype == np.int8 and name + INT8_SCALE in self
+      if not known and not ours:
         raise ConvertError(
           f"tensor '{name}' of '{self._files[name]}' is {value.dtype}, of quantised weights "
           "perhaps; give the ones in float32, float16 or bfloat16."

@@ -5,13 +5,14 @@ What differs from form to form is in a module of each, as `format.py` asks for i
 """
 
 import pathlib
+import shutil
 import time
 
 from absl import logging
 from etils import epath
 
 from mm1_jax.convert import ConvertError
-from mm1_jax.convert.export import folder, huggingface, manifest, orbax, stablehlo
+from mm1_jax.convert.export import folder, huggingface, llava, manifest, orbax, stablehlo
 from mm1_jax.convert.export.format import Format, Options
 from mm1_jax.convert.export.source import Source
 
@@ -20,6 +21,7 @@ UNFINISHED = ".unfinished"  # behind the name of a folder until it is compared
 FORMATS: dict[str, Format] = {
   "safetensors": folder,
   "huggingface": huggingface,
+  "llava": llava,
   "stablehlo": stablehlo,
   "orbax": orbax,
 }
@@ -50,14 +52,24 @@ def export(path: epath.PathLike, out: pathlib.Path, name: str, options: Options)
   source = Source(path)
   form.check(source, options)
   logging.info("exporting step %d, %.3g params, as %s", source.step, source.num_params, name)
-  start = time.perf_counter()
   working.mkdir(parents=True)
-  form.write(source, working, options)
-  logging.info("written in %.0f s; reading it back", time.perf_counter() - start)
-  compared = form.compare(source, working, options)
-  facts = {"format": name, "dtype": options.dtype, "run": source.run.name, "step": source.step}
-  manifest.write(working, {**facts, "compared": compared})
+  try:
+    compared = _write(source, working, name, options)
+  except BaseException:
+    shutil.rmtree(working)
+    raise
   if out.exists():
     out.rmdir()
   working.rename(out)
+  return compared
+
+
+def _write(source: Source, out: pathlib.Path, name: str, options: Options) -> str:
+  """Writes, compares and signs; returns what was compared."""
+  form, start = FORMATS[name], time.perf_counter()
+  form.write(source, out, options)
+  logging.info("written in %.0f s; reading it back", time.perf_counter() - start)
+  compared = form.compare(source, out, options)
+  facts = {"format": name, "dtype": options.dtype, "run": source.run.name, "step": source.step}
+  manifest.write(out, {**facts, "compared": compared})
   return compared

@@ -20,10 +20,11 @@ from mm1_jax.convert import ConvertError
 from mm1_jax.convert.export import card, int8, shards
 from mm1_jax.convert.export.format import Options
 from mm1_jax.convert.export.source import Part, Source
-from mm1_jax.convert.tensors import Tensors
+from mm1_jax.convert.families import Piece
+from mm1_jax.convert.layouts import SAME
+from mm1_jax.convert.tensors import INT8_SCALE, Tensors
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "int8")
-SCALE = ".int8_scale"
 USE = """\
 Names, shapes and orientation are mm1_jax's own; `config.json` and the tokenizer are beside them. To
 run or train it there:
@@ -50,15 +51,16 @@ def write(source: Source, out: pathlib.Path, options: Options) -> None:
 
 
 def compare(source: Source, out: pathlib.Path, options: Options) -> str:
-  tensors, largest = Tensors(out), 0.0
+  tensors = Tensors(out)
   for part, value in source.read():
-    read, value = read_part(tensors, part), value.astype(np.float32)
+    made_of = piece(tensors, part)
+    read = made_of.layout.load([tensors.read(name) for name in made_of.theirs], part.shape)
+    read, value = read.astype(np.float32), value.astype(np.float32)
     dims = int8.summed_dims(part) if options.dtype == "int8" else None
     if dims is not None:
       # Half a scale, and what float32 rounds.
       bound = np.max(np.abs(value), axis=dims, keepdims=True) / 127 * 0.5001
       wrong = bool((np.abs(read - value) > bound).any())
-      largest = max(largest, float(np.max(np.abs(read - value) / np.max(bound, initial=1e-38))))
     else:
       wrong = not np.array_equal(read, _cast(part, value, options.dtype).astype(np.float32))
     if wrong:
@@ -73,20 +75,13 @@ def published(run: RunConfig) -> RunConfig:
   return dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, init_from=None))
 
 
-def read_part(tensors: Tensors, part: Part) -> np.ndarray:
-  """Returns a part of such a folder, float32.
-
-  Raises:
-    ConvertError: it is missing, has another shape, or cannot be read.
-  """
-  if part.path in tensors and tensors.shapes[part.path] != part.shape:
-    raise ConvertError(
-      f"tensor '{part.path}' of '{tensors.path}' has shape {tensors.shapes[part.path]}, but "
-      f"config.json asks for {part.shape}."
-    )
-  if part.path + SCALE not in tensors:
-    return tensors.read(part.path).astype(np.float32)
-  return int8.dequantize(tensors.read(part.path, int8=True), tensors.read(part.path + SCALE))
+def piece(tensors: Tensors, part: Part) -> Piece:
+  """Returns what a part of ours is made of in such a folder."""
+  at = () if part.block is None else (part.block,)
+  dims = int8.summed_dims(part)
+  if dims is None or part.path + INT8_SCALE not in tensors:
+    return Piece(part.name, at, (part.path,), SAME)
+  return Piece(part.name, at, (part.path, part.path + INT8_SCALE), int8.Quantized(dims))
 
 
 def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -97,7 +92,7 @@ def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     else:
       quantized, scale = int8.quantize(value, dims)
       yield part.path, quantized
-      yield part.path + SCALE, scale
+      yield part.path + INT8_SCALE, scale
 
 
 def _cast(part: Part, value: np.ndarray, dtype: str) -> np.ndarray:

@@ -5,6 +5,9 @@ An output channel is all that one number of a matrix product depends on: a colum
 one head dim of a projection, a row of the embedding (which is the head, too).
 """
 
+import dataclasses
+from collections.abc import Sequence
+
 import numpy as np
 
 from mm1_jax.convert.export.source import Part
@@ -44,6 +47,16 @@ def quantize(x: np.ndarray, dims: tuple[int, ...]) -> tuple[np.ndarray, np.ndarr
   return np.clip(np.rint(x / scale), -127, 127).astype(np.int8), scale
 
 
-def dequantize(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
-  """Returns float32 of `quantize`'s results."""
-  return q.astype(np.float32) * scale
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+  """int8 and its scales to our array: a layout, as `mm1_jax.convert.layouts` has them."""
+
+  dims: tuple[int, ...]
+
+  def shapes(self, ours: tuple[int, ...]) -> list[tuple[int, ...]]:
+    shared = {dim % len(ours) for dim in self.dims}
+    return [ours, tuple(1 if i in shared else size for i, size in enumerate(ours))]
+
+  def load(self, theirs: Sequence[np.ndarray], ours: tuple[int, ...]) -> np.ndarray:
+    quantized, scale = theirs
+    return quantized.astype(np.float32) * scale

@@ -84,7 +84,7 @@ class Source:
     self.step = int(self.params.parent.name)
     wanted = checkpoint.to_names(_abstract(self.run))
     checkpoint.check_match(checkpoint.saved_shapes(self.params), wanted, self.params)
-    self.parts = [part for name, x in wanted.items() for part in _parts(name, x.shape)]
+    self.parts = [part for name, x in wanted.items() for part in parts(name, x.shape)]
     self.tokenizer = Tokenizer(self.run.data.tokenizer)
 
   @property
@@ -126,12 +126,12 @@ class Source:
     """
     names = dict.fromkeys(part.name for part in self.parts)
     for name in names:
-      parts = [part for part in self.parts if part.name == name]
+      blocks = [part for part in self.parts if part.name == name]
       array = self._open(name)
-      size = max(1, int(np.prod(parts[0].shape)) * array.dtype.numpy_dtype.itemsize)
+      size = max(1, int(np.prod(blocks[0].shape)) * array.dtype.numpy_dtype.itemsize)
       at_once = max(1, READ_BYTES // size)
-      for start in range(0, len(parts), at_once):
-        group = parts[start : start + at_once]
+      for start in range(0, len(blocks), at_once):
+        group = blocks[start : start + at_once]
         for part, value in zip(group, self._read(array, name, group), strict=True):
           if not np.isfinite(value.astype(np.float32)).all():
             raise ConvertError(f"'{self.params}': {part.path} has values that are not finite.")
@@ -162,7 +162,8 @@ def _abstract(run: RunConfig) -> Any:
   return abstract_params(run, make_mesh(one, jax.devices()[:1]))
 
 
-def _parts(name: str, shape: tuple[int, ...]) -> list[Part]:
+def parts(name: str, shape: tuple[int, ...]) -> list[Part]:
+  """Returns the parts of a param of a checkpoint: one for each block, where it is stacked."""
   if not name.startswith(tuple(f"{stack}." for stack in STACKS)):
     return [Part(name, None, shape)]
   return [Part(name, i, shape[1:]) for i in range(shape[0])]

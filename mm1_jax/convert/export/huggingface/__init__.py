@@ -52,14 +52,14 @@ print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 
 def check(source: Source, options: Options) -> None:
   """Raises ConvertError if the tokenizer cannot be written as tokenizer.json with the same ids."""
-  _vocabulary(source)
+  tokenizer_files(source)
 
 
 def write(source: Source, out: pathlib.Path, options: Options) -> None:
   for name in CODE:
     shutil.copyfile(pathlib.Path(__file__).parent / name, out / name)
   template = source.encoder().template
-  for name, data in _vocabulary(source).items():
+  for name, data in tokenizer_files(source).items():
     (out / name).write_bytes(data)
   (out / "chat_template.jinja").write_text(to_jinja(template))
   _write_json(out / "config.json", names.config(source.run, options.dtype))
@@ -123,7 +123,8 @@ def processor_config(source: Source, template: ChatTemplate) -> dict[str, Any]:
   }
 
 
-def _vocabulary(source: Source) -> dict[str, bytes]:
+def tokenizer_files(source: Source) -> dict[str, bytes]:
+  """Returns tokenizer.json and tokenizer_config.json of a run."""
   path = epath.Path(source.run.data.tokenizer)
   beside = path.parent / TOKENIZER_CONFIG
   config = beside.read_bytes() if beside.exists() else b""
@@ -133,15 +134,16 @@ def _vocabulary(source: Source) -> dict[str, bytes]:
 def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
   for part, value in source.read():
     theirs, layout = names.tensors(part, source.run.model)
-    stored = layout.store(value.astype(_type(dtype)))
+    stored = layout.store(value.astype(numpy_type(dtype)))
     yield from zip(theirs, stored, strict=True)
 
 
 def _rounded(value: np.ndarray, dtype: str) -> np.ndarray:
-  return value.astype(_type(dtype)).astype(np.float32)
+  return value.astype(numpy_type(dtype)).astype(np.float32)
 
 
-def _type(dtype: str) -> Any:
+def numpy_type(dtype: str) -> Any:
+  """Returns what weights of a --dtype are for NumPy."""
   return np.float32 if dtype == "float32" else ml_dtypes.bfloat16
 
 

@@ -39,8 +39,8 @@ _TEMPLATE = """\
 """
 
 
-def to_jinja(template: ChatTemplate) -> str:
-  """Returns the template as Jinja; `<image>` stands for a picture."""
+def to_jinja(template: ChatTemplate, picture: str = IMAGE) -> str:
+  """Returns the template as Jinja, with `picture` where one stands."""
   markup = {}
   for role in ROLES:
     own = template.markup(role)
@@ -56,5 +56,5 @@ def to_jinja(template: ChatTemplate) -> str:
     markup=json.dumps(markup),
     bos="{{- bos_token -}}\n" if template.bos else "",
     default_system=default,
-    image=IMAGE,
+    image=picture,
   )

@@ -557,7 +557,7 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
     if labels is not None:
       targets = labels[:, 1:].flatten().to(logits.device)
       loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
-    return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+    return CausalLMOutputWithPast(loss, logits, cache)
 
   def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
     inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)

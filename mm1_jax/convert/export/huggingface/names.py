@@ -15,7 +15,12 @@ SPARSE: families.Table = {
   "mlp.up": ("mlp.experts.{}.up_proj.weight", PER_EXPERT),
   "mlp.down": ("mlp.experts.{}.down_proj.weight", PER_EXPERT),
 }
-DENSE = families.LLAMA | families.QKV_BIAS | families.QK_NORM | families.DENSE
+DENSE: families.Table = {
+  **families.LLAMA,
+  **families.QKV_BIAS,
+  **families.QK_NORM,
+  **families.DENSE,
+}
 WHOLE: families.Table = {
   "vit.patch": (f"{VISION}.embeddings.patch_embedding.weight", PATCH),
   "vit.positions": (f"{VISION}.embeddings.position_embedding", SAME),
