@@ -59,6 +59,7 @@ def figures(plan: Plan, price: float | None = None) -> dict[str, Any]:
     "model_flops": plan.model_flops,
     "compile": {
       "seconds": result.seconds,
+      "cpu_seconds": result.cpu_seconds,
       "gib": result.process_gib,
       "rematerializations": result.rematerializations,
       **result.versions,
@@ -131,7 +132,8 @@ def table(plan: Plan, price: float | None = None) -> str:
     lines += ["", f"! {compile_['rematerializations']} arrays are wholly rematerialized"]
   lines += [
     "",
-    f"compiled in {format_seconds(compile_['seconds'])} with {compile_['gib']:.1f} GiB "
+    f"compiled in {format_seconds(compile_['seconds'])} ({compile_['cpu_seconds']:.0f} s of CPU) "
+    f"with {compile_['gib']:.1f} GiB "
     f"(jax {compile_['jax']}, libtpu {compile_['libtpu']})",
     *(f"- {note}" for note in plan.notes),
   ]

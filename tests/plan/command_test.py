@@ -66,6 +66,7 @@ def a_plan(
     memory=None if refusal else memory,
     refusal=refusal,
     seconds=100.0,
+    cpu_seconds=150.0,
     process_gib=3.0,
   )
   return read_plan(Compiled(result, "" if refusal else hlo), run_3b(**model), topology, "train")
@@ -231,10 +232,10 @@ def test_two_plans_side_by_side(tmp_path):
 def test_the_table_quotes_no_time_that_was_never_checked():
   plans = [a_plan(), a_plan(topology=find_topology("v6e-64")), a_plan(temporaries=100 * GIB)]
   rows = [line.split(" | ") for line in markdown_table([figures(p) for p in plans]).splitlines()]
-  assert {len(row) for row in (rows[0], *rows[2:])} == {14}
+  assert {len(row) for row in (rows[0], *rows[2:])} == {17}
   assert rows[2][5:7] == ["14.0", "15%"]
   assert rows[2][7] != "-"
-  assert rows[3][7:12] == rows[4][7:12] == ["-"] * 5
+  assert rows[3][7:14] == rows[4][7:14] == ["-"] * 7
   assert rows[4][6] == "109%, does not fit"
 
 
