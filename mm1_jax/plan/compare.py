@@ -78,17 +78,17 @@ def _times(plan: dict[str, Any]) -> list[str]:
   if not (plan["fits"] and plan.get("calibrated")):
     return ["-"] * _NUM_TIMES
   step, run = plan["step_seconds"], plan.get("run")
-  if plan["quick"]:
-    bounds = [f"at least {step['lower']:.3g}", f"at most {plan['mfu']['upper']:.1%}"]
-    return bounds + ["-"] * (_NUM_TIMES - len(bounds))
+  # A quick plan knows the lower bound of the time alone.
+  least, most = ("at least ", "at most ") if plan["quick"] else ("", "")
+  bounds = "" if plan["quick"] else f" ({step['lower']:.3g} to {step['upper']:.3g})"
   return [
-    f"{step['expected']:.3g} ({step['lower']:.3g} to {step['upper']:.3g})",
-    f"{plan['mfu']['expected']:.1%}",
-    f"{plan['tokens_a_second']:,.0f}",
-    f"{plan['collective_share']:.1%}",
-    f"{run['days']:.1f}" if run else "-",
-    f"{run['chip_hours']:,.0f}" if run else "-",
-    f"{run['cost']:,.0f}" if run and "cost" in run else "-",
+    f"{least}{step['expected']:.3g}{bounds}",
+    f"{most}{plan['mfu']['expected']:.1%}",
+    f"{most}{plan['tokens_a_second']:,.0f}",
+    "-" if plan["quick"] else f"{plan['collective_share']:.1%}",
+    f"{least}{run['days']:.1f}" if run else "-",
+    f"{least}{run['chip_hours']:,.0f}" if run else "-",
+    f"{least}{run['cost']:,.0f}" if run and "cost" in run else "-",
   ]
 
 

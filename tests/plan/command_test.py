@@ -239,6 +239,16 @@ def test_the_table_quotes_no_time_that_was_never_checked():
   assert rows[4][6] == "109%, does not fit"
 
 
+def test_the_table_marks_what_a_quick_plan_knows_as_bounds():
+  plan = a_plan()
+  whole = markdown_table([figures(plan, 2.5)]).splitlines()[2].split(" | ")
+  plan.compiled.result.quick = True
+  quick = markdown_table([figures(plan, 2.5)]).splitlines()[2].split(" | ")
+  for column, bound in ((8, "most"), (9, "most"), (11, "least"), (12, "least"), (13, "least")):
+    assert quick[column] == f"at {bound} {whole[column]}"
+  assert quick[10] == quick[15] == "-" != whole[10]
+
+
 def test_a_file_that_is_no_plan(tmp_path):
   with pytest.raises(PlanError, match="cannot be read"):
     read_figures(str(tmp_path / "missing.json"))

@@ -99,7 +99,7 @@ def test_what_a_loop_keeps():
 
 
 def test_a_gradient_that_is_not_yet_summed_is_among_what_loops_keep():
-  """As with `mesh.sequence`: its type says over which axes, and refuses to be read as a plain spec."""
+  """As with `mesh.sequence`: its type says over which axes, and cannot be read as a plain spec."""
   mesh = jax.make_mesh((4, 2), ("data", "sequence"))
 
   def loss(w, x):
