@@ -92,12 +92,12 @@ def attend(
   if segment_ids is not None:
     rows, parts, *_ = spec_of(queries)
     whole = jax.sharding.reshard(segment_ids, P(rows))
-    keys, values = (jax.sharding.reshard(x, P(rows, None, *spec_of(x)[2:])) for x in (keys, values))
     num_parts = jax.sharding.get_abstract_mesh().shape[parts] if parts else 1
     num_positions, chip = whole.shape[1] // num_parts, tpu_kind()
     if chip is not None and num_positions % LANES == 0:
       block = block_size(num_positions, chip, causal=causal)
       return splash_attention(queries, keys, values, whole, causal=causal, block=block)
+    keys, values = (jax.sharding.reshard(x, P(rows, None, *spec_of(x)[2:])) for x in (keys, values))
     if causal:
       mask = packed_causal_mask(segment_ids, whole, 0)
     else:

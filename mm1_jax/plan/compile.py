@@ -74,6 +74,7 @@ class Result:
   memory: dict[str, int] | None = None  # bytes on a device, by kind; None if it was refused
   refusal: str = ""  # the compiler's message where it is out of memory
   seconds: float = 0.0  # of compiling
+  cpu_seconds: float = 0.0  # of these, on all cores; what else the machine does is not in them
   process_gib: float = 0.0  # peak memory of the worker
   rematerializations: int = 0  # of whole arrays, that the partitioner could not avoid
   quick: bool = False  # stopped before code was generated: no estimates of time
