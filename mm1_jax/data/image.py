@@ -218,7 +218,14 @@ def _pad(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  source = cykooz_resizer.ImageData(pixels.shape[1], pixels.shape[0], _RGB, pixels.tobytes())
+  height, width = pixels.shape[:2]
+  image = cykooz_resizer.ImageData(width, height, _RGB, pixels.tobytes())
+  if height < size[0]:
+    # The resizer would begin with the height, as suits pictures that become smaller. The other
+    # way round, the width, which costs more, is resized in fewer rows.
+    wide = cykooz_resizer.ImageData(size[1], height, _RGB)
+    _scratch.resizer.resize(image, wide, _BICUBIC)
+    image = wide
   resized = _scratch.for_resizing(size)
-  _scratch.resizer.resize(source, resized, _BICUBIC)
+  _scratch.resizer.resize(image, resized, _BICUBIC)
   return np.frombuffer(resized.get_buffer(), np.uint8).reshape(*size, 3)
