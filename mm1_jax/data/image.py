@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image bytes to pixels.
 
-Nearly all pictures are plain JPEGs: libjpeg-turbo decodes those by itself. Pillow reads all else, and
-a vectorised convolution resizes them all. Together that is three times as fast as Pillow alone, and
-within a rounding error of it.
+Nearly all pictures are plain JPEGs: libjpeg-turbo decodes those by itself. Pillow reads all else,
+and a vectorised convolution resizes them all. Together that is three times as fast as Pillow alone,
+and within a rounding error of it.
 """
 
 import io
@@ -41,7 +41,7 @@ _APP1, _START_OF_SCAN = 0xE1, 0xDA
 
 
 class _Scratch(threading.local):
-  """What a thread uses for picture after picture: memory that is new each time costs a third more."""
+  """What a thread uses for picture after picture: new memory each time costs a third more."""
 
   MAX_BYTES = 1 << 24  # larger pictures are rare, and would stay in memory
 
