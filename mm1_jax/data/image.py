@@ -153,6 +153,7 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], max_pixels: int) -> np.ndar
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     if colors not in ("YCbCr", "RGB", "Gray"):
       return None
+    height, width = int(height), int(width)
     _check_pixels(height, width, max_pixels)
     return simplejpeg.decode_jpeg(
       data,
