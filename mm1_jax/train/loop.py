@@ -274,7 +274,8 @@ def _when_ready(metrics: Metrics) -> float:
 
 
 def _merge(sums: Metrics, metrics: Metrics) -> Metrics:
-  return {name: sums[name].merge(metric) for name, metric in metrics.items()}
+  with np.errstate(invalid="ignore"):  # clu divides 0 by 0 where a source has no position yet
+    return {name: sums[name].merge(metric) for name, metric in metrics.items()}
 
 
 class Stop:
