@@ -21,7 +21,7 @@ from mm1_jax.config import UserError
 from mm1_jax.data.tokenizer import IMAGE
 from mm1_jax.inference import generate
 from mm1_jax.inference.conversation import Conversation
-from mm1_jax.inference.prompts import PromptError, check_image
+from mm1_jax.inference.prompts import PromptError
 
 HELP = f"""\
 /image FILE ...   pictures for the next question; in front of it, or at each {IMAGE} in it
@@ -87,8 +87,7 @@ class Chat:
       raise PromptError("/image needs a file, such as /image photo.jpg.")
     for file in files:
       file = file.expanduser()
-      height, width = check_image(file, self._conversation.run)
-      self._conversation.images.append(file)
+      height, width = self._conversation.show(file)
       print(f"[image {len(self._conversation.images)}: {file.name}, {width} x {height}]")
 
   def _system(self, rest: str) -> None:
