@@ -241,7 +241,7 @@ def _error(error: UserError, files: Sequence[Any] = ()) -> gr.Error:
   for file in files:
     message = message.replace(os.fspath(file), epath.Path(file).name)
   return gr.Error(
-    html.escape(message),
+    html.escape(message, quote=False),
     title="Not answered",
     duration=SECONDS_OF_AN_ERROR,
     print_exception=False,

@@ -64,7 +64,7 @@ def test_a_conversation_with_pictures(page, model, pictures):
   turns = [
     first,
     {"role": "assistant", "content": answer},
-    {"role": "user", "content": ["Is ", b, "like it?"]},
+    {"role": "user", "content": ["Is ", b, " like it?"]},
   ]
   (answer,) = model.generate([turns], max_new_tokens=5)
   visit, shown = say(page, visit, "Is <image> like it?", b, tokens=5)
@@ -97,7 +97,7 @@ class TestMistakes:
     "no picture": ("?", ["bad.png"], "image 'bad.png' cannot be used: unreadable image."),
     "half a picture": ("?", ["half.png"], "image 'half.png' cannot be used: truncated image."),
     "gone": ("?", ["gone.png"], "image 'gone.png' cannot be read: No such file or directory."),
-    "too many": ("?", ["a.png"] * 60, "(60 x 4 of them for images)"),
+    "too many": ("?", ["a.png"] * 60, "(60 x 6 of them for images)"),
     "too few": ("<image> and <image>?", ["a.png"], "2 &lt;image&gt; slots, but there is 1 image"),
     "too long": ("word " * 300, [], "but the model was trained on 192"),
   }
@@ -174,9 +174,13 @@ class Visitor:
     self.page.fill("#question textarea", text)
     self.page.click("#question [data-testid=submit-button]")
 
-  def wait_for_the_end(self) -> list[str]:
-    """Returns the answers on the page, when the last has ended."""
-    self.page.wait_for_selector("#question [data-testid=submit-button]")
+  def wait_for_answers(self, num: int) -> list[str]:
+    """Returns the answers on the page, when there are so many and the last has ended."""
+    self.page.wait_for_function(
+      """num => document.querySelectorAll('#chat [data-testid=bot]').length === num
+        && document.querySelector('#question [data-testid=submit-button]')""",
+      arg=num,
+    )
     return [said.inner_text() for said in self.page.query_selector_all("#chat [data-testid=bot]")]
 
   def error(self) -> str:
@@ -253,7 +257,7 @@ def test_a_visit(visitor, long_run, pictures, tmp_path):
     }).observe(document.body, {subtree: true, childList: true, characterData: true});
   }""")
   visitor.ask("What is this?", a)
-  (first,) = visitor.wait_for_the_end()
+  (first,) = visitor.wait_for_answers(1)
   turns = [{"role": "user", "content": [a, "What is this?"]}]
   (answer,) = model.generate([turns], max_new_tokens=40)
   assert words(first) == words(answer)
@@ -261,7 +265,7 @@ def test_a_visit(visitor, long_run, pictures, tmp_path):
   assert visitor.page.query_selector("#chat [data-testid=user] img") is not None
 
   visitor.ask("And this?", b)
-  _, second = visitor.wait_for_the_end()
+  _, second = visitor.wait_for_answers(2)
   turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": [b, "And this?"]}]
   assert words(second) == words(model.generate([turns], max_new_tokens=40)[0])
 
@@ -277,16 +281,17 @@ def test_a_visit(visitor, long_run, pictures, tmp_path):
   assert "size" in visitor.error().lower()
   visitor.ask("word " * 9000)
   assert "but the model was trained on 4096" in visitor.error()
-  assert len(visitor.wait_for_the_end()) == 2
+  visitor.wait_for_answers(2)
   visitor.ask("And now?")
-  assert len(visitor.wait_for_the_end()) == 3
+  visitor.wait_for_answers(3)
 
   visitor.page.click("#new")
   visitor.page.wait_for_function("() => !document.querySelector('#chat [data-testid=bot]')")
   visitor.page.click("text=Settings")
   visitor.page.fill("#length input[type=number]", "3900")
   visitor.ask("Tell me everything.")
+  visitor.page.wait_for_selector("#chat [data-testid=bot]")
   visitor.page.click("#question [data-testid=stop-button]")
-  (stopped,) = visitor.wait_for_the_end()
+  (stopped,) = visitor.wait_for_answers(1)
   assert len(model.tokenizer.encode(stopped)) < 3000
   assert visitor.hosts == {visitor.page.url.split("/")[2]}  # no other server was asked
