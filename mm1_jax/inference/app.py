@@ -211,7 +211,8 @@ class Page:
 
     One answer at a time is drawn, whoever asks; the others wait. Stopping waits for nothing.
     """
-    private: dict[str, Any] = {"api_visibility": "private"}
+    # A badge of progress, or of an error, would cover the conversation.
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     taken = box.submit(self.begin, [visit, box, system], visit, **private)
     shown = taken.success(
       lambda visit: (
@@ -224,7 +225,8 @@ class Page:
       **private,
     )
     answered = shown.then(self.answer, [visit, *settings], chatbot, **private)
-    answered.then(self.end, visit, [chatbot, box], queue=False, **private)
+    answered.success(self.end, visit, [chatbot, box], queue=False, **private)
+    answered.failure(self.end, visit, [chatbot, box], queue=False, **private)
     box.stop(lambda visit: visit.stopped.set(), visit, None, queue=False, **private)
     new.click(self.new, visit, [visit, chatbot], queue=False, **private)
 
