@@ -23,6 +23,7 @@ from mm1_jax.data.build import official_documents, official_grounding, official_
 from mm1_jax.data.build.official_rows import (
   CAPTION,
   OCR_CAPTION,
+  ROLES,
   SHORT,
   Row,
   choice,
@@ -131,6 +132,35 @@ def nlvr2(*statements: Any) -> Iterator[Row]:
     yield row(s["identifier"], images, (question, s["label"]))
 
 
+def instructions(*samples: Any) -> Iterator[Row]:
+  """Text alone, JSON lines, a list or Parquet: a question, what it is about, and an answer.
+
+  OpenOrca, OrcaMath, MathInstruct, Dolly and WizardCoder name these differently; Code-Feedback has
+  `messages`.
+  """
+
+  def first(sample: Any, *names: str) -> str:
+    if not (there := [name for name in names if name in sample]):
+      raise KeyError(" or ".join(names))
+    return sample[there[0]]
+
+  for i, s in enumerate(samples):
+    id = str(s.get("id", i))
+    if "messages" in s:
+      said = [{"from": ROLES[m["role"]], "value": m["content"]} for m in s["messages"]]
+    else:
+      about = s.get("context") or s.get("input")
+      question = first(s, "instruction", "question", "query")
+      turn = (
+        f"{about}\n\n{question}" if about else question,
+        first(s, "response", "output", "answer"),
+      )
+      said = row(id, [], turn)["conversations"]
+      if s.get("system_prompt"):
+        said.insert(0, {"from": "system", "value": s["system_prompt"]})
+    yield {"id": id, "image": [], "conversations": said}
+
+
 def uniform_frames(names: list[str], num: int = FRAMES) -> list[str]:
   """Returns `num` of a video's frames, the middles of as many equal parts; all if they are few."""
   if len(names) <= num:
@@ -182,9 +212,10 @@ SETS: dict[str, Callable[..., Iterator[Row]]] = {
   "refcoco": official_grounding.refcoco,
   "flickr30k": official_grounding.flickr30k,
   "video": video,
+  "instructions": instructions,
 }
 # Read object by object: JSON lines, or a list.
-OF_ROWS = ("nlvr2", "video", "arxivqa", "synthdog", "doc_downstream")
+OF_ROWS = ("nlvr2", "video", "arxivqa", "synthdog", "doc_downstream", "instructions")
 # These read what they are given themselves.
 OF_PATHS = ("iconqa", "flickr30k", "cauldron", "mantis", "synthdog_parquet")
 # A folder that a set needs besides, by the name of its flag.
@@ -211,6 +242,8 @@ def read_file(path: pathlib.Path, name: str) -> list[Any]:
     if path.suffix == ".p":
       with path.open("rb") as file:
         return [_Plain(file, encoding="utf-8").load()]
+    if name in OF_ROWS and path.suffix == ".parquet":
+      return [value for _, value in official_parquet.rows_of((path,))]
     text = path.read_text()
     if name in OF_ROWS and not text.lstrip().startswith("["):
       return [json.loads(line) for line in text.splitlines() if line.strip()]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from mm1_jax.data.build.official_rows import LETTER, Row, choice, row, short
+from mm1_jax.data.build.official_rows import LETTER, ROLES, Row, choice, row, short
 from mm1_jax.data.tokenizer import IMAGE
 
 READ = "Read all the text in the image."
@@ -69,15 +69,14 @@ def synthdog(*documents: Any) -> Iterator[Row]:
 
 
 def doc_downstream(*samples: Any) -> Iterator[Row]:
-  """mPLUG's DocDownstream and DocStruct4M: JSON lines with `messages` and `<|image|>`.
+  """mPLUG's DocDownstream: JSON lines with `messages` and `<|image|>`.
 
   They hold DocVQA, InfographicsVQA, DeepForm, Kleister Charity, WikiTableQuestions, TabFact,
   ChartQA, TextVQA, TextCaps and VisualMRC, forms and tables drawn as pictures.
   """
-  roles = {"user": "human", "assistant": "gpt", "system": "system"}
   for i, s in enumerate(samples):
     said = [
-      {"from": roles[m["role"]], "value": m["content"].replace("<|image|>", IMAGE)}
+      {"from": ROLES[m["role"]], "value": m["content"].replace("<|image|>", IMAGE)}
       for m in s["messages"]
     ]
     id = f"{s['dataset_name']}/{i}" if "dataset_name" in s else str(i)

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet
 
 from mm1_jax.data.build.official_documents import READ
-from mm1_jax.data.build.official_rows import Row, row
+from mm1_jax.data.build.official_rows import ROLES, Row, row
 from mm1_jax.data.image import read_header
 from mm1_jax.data.sources import DataError
 
@@ -27,7 +27,7 @@ def cauldron(*paths: pathlib.Path, pictures: str) -> Iterator[Row]:
   tat_qa, vistext, visualmrc, websight and more.
   """
   folder = _empty_folder(pictures)
-  for name, value in _rows(paths):
+  for name, value in rows_of(paths):
     images = [_write(folder, f"{name}-{i}", image) for i, image in enumerate(value["images"])]
     yield row(name, images, *((text["user"], text["assistant"]) for text in value["texts"]))
 
@@ -38,9 +38,8 @@ def mantis(*paths: pathlib.Path) -> Iterator[Row]:
   MM1.5's sets of several pictures: birds-to-words, coinstruct, dreamsim, iconqa, multi_vqa, nextqa,
   nlvr2, spot-the-diff, star.
   """
-  roles = {"user": "human", "assistant": "gpt"}
-  for name, value in _rows(paths):
-    said = [{"from": roles[t["role"]], "value": t["content"]} for t in value["conversation"]]
+  for name, value in rows_of(paths):
+    said = [{"from": ROLES[t["role"]], "value": t["content"]} for t in value["conversation"]]
     images = [image["path"] for image in value["images"] or ()]
     yield {"id": str(value.get("id") or name), "image": images, "conversations": said}
 
@@ -48,13 +47,17 @@ def mantis(*paths: pathlib.Path) -> Iterator[Row]:
 def synthdog_parquet(*paths: pathlib.Path, pictures: str) -> Iterator[Row]:
   """SynthDoG's published files: `image`, and `ground_truth` as in `metadata.jsonl`."""
   folder = _empty_folder(pictures)
-  for name, value in _rows(paths):
+  for name, value in rows_of(paths):
     text = json.loads(value["ground_truth"])["gt_parse"]["text_sequence"]
     yield row(name, _write(folder, name, value["image"]), (READ, text.strip()))
 
 
-def _rows(paths: tuple[pathlib.Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields a name that no other row has, and the row."""
+def rows_of(paths: tuple[pathlib.Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields a name that no other row has, and the row.
+
+  Raises:
+    DataError: a file is not Parquet, or is damaged.
+  """
   for i, path in enumerate(paths):
     count = 0
     try:

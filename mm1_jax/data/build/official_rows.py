@@ -11,6 +11,7 @@ SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
 OCR_CAPTION = "Provide a one-sentence caption for the provided image, with the text that it shows."
+ROLES = {"system": "system", "user": "human", "assistant": "gpt"}  # theirs -> LLaVA's
 BINS = 1000  # of a coordinate
 
 

@@ -366,6 +366,7 @@ def test_official_form(tmp_path, name):
 
 OTHERS = {  # not JSON, or more than a file
   "video",
+  "instructions",
   "refcoco",
   "flickr30k",
   "iconqa",
@@ -543,6 +544,31 @@ def test_synthdog_as_published(tmp_path, jpeg):
   (found,) = convert(tmp_path, "synthdog_parquet", file, f"--pictures={tmp_path}/p")
   assert (tmp_path / "p" / found["image"][0]).read_bytes() == jpeg(0)
   assert texts(found) == [f"<image>\n{READ}", "of the year"]
+
+
+def test_instructions_of_text_alone(tmp_path):
+  dolly = {"instruction": "When did it begin?", "context": "It began in 2000.", "response": "2000"}
+  maths = {"instruction": "1 + 1?", "output": "2", "source": "CoT"}
+  messages = [
+    {"role": "user", "content": "Sort it."},
+    {"role": "assistant", "content": "sorted(x)"},
+  ]
+  lines = tmp_path / "a.jsonl"
+  lines.write_text("\n".join(map(json.dumps, [dolly, maths, {"id": 7, "messages": messages}])))
+  orca = {"id": "niv.1", "system_prompt": "Be brief.", "question": "Hi", "response": "Hello"}
+  rows = convert(tmp_path, "instructions", lines, parquet(tmp_path / "orca.parquet", [orca]))
+  assert [texts(row) for row in rows] == [
+    ["It began in 2000.\n\nWhen did it begin?", "2000"],
+    ["1 + 1?", "2"],
+    ["Sort it.", "sorted(x)"],
+    ["Be brief.", "Hi", "Hello"],
+  ]
+  assert [row["id"] for row in rows] == ["0", "1", "7", "niv.1"]
+  build(["llava", f"--input={tmp_path}/out.jsonl", f"--output={tmp_path}/built"])
+  assert len(Source(SourceConfig("text", f"{tmp_path}/built-*.arrayrecord"))) == 4
+  lines.write_text(json.dumps({"instruction": "1 + 1?"}))
+  with pytest.raises(DataError, match="'response or output or answer'"):
+    convert(tmp_path, "instructions", lines)
 
 
 def test_choices_of_tables_and_labels_that_are_no_letters(tmp_path):
