@@ -169,6 +169,7 @@ class Page:
         height="60vh",
         # Answers are shown as they are: a picture's address in one would be a call to its server.
         render_markdown=False,
+        buttons=["copy"],
         allow_file_downloads=False,
         elem_id="chat",
       )
