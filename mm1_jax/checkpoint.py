@@ -177,6 +177,13 @@ def restore_params(path: epath.PathLike, like: Any) -> Any:
   return from_names(like, _restore(where, to_names(like)))
 
 
+def refuse_run(workdir: epath.PathLike) -> None:
+  """Raises CheckpointError if there is a run at `workdir` already, so that none is overwritten."""
+  workdir = epath.Path(workdir)
+  if (workdir / CONFIG).exists() or (workdir / STEPS).exists():
+    raise CheckpointError(f"'{workdir}' is a run already; give another --out.")
+
+
 def save_params(workdir: epath.PathLike, step: int, params: Mapping[str, jax.Array]) -> None:
   """Writes params by name as a step of a run that has nothing else; little is in memory twice."""
   path = absolute(workdir) / STEPS / str(step) / PARAMS
@@ -202,7 +209,8 @@ def init_from(path: epath.PathLike, params: Any) -> Any:
   if any(".lora." in name for name in saved.keys() - fresh.keys()):
     raise CheckpointError(
       f"'{where}' has LoRA adapters that this model lacks: what was trained would be lost. Merge "
-      "them: python -m mm1_jax.merge_lora --checkpoint=RUN --output=NEW_RUN; then start from that."
+      "them: python -m mm1_jax.convert merge_lora --checkpoint=RUN --out=NEW_RUN; then start from "
+      "that."
     )
   other = {n: f"{saved[n]}, not {x.shape}" for n, x in fresh.items() if n in saved.keys() - loaded}
   logging.info(

@@ -42,6 +42,22 @@ def load_config(flag: flags.FlagHolder) -> RunConfig:
   return RunConfig.from_dict(values)
 
 
+def read_config(path: str) -> RunConfig:
+  """Returns the run that a config file describes, such as "configs/mm1_proxy.py:85m".
+
+  Raises:
+    ConfigError: the file cannot be loaded, or its values do not fit.
+  """
+  values = flags.FlagValues()
+  argv = ["", f"--config={path}"]
+  flag = config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+  try:
+    values(argv)
+  except Exception as e:  # a config file is a program, and may raise anything
+    raise ConfigError(f"--config={path}: {_reason(e)}") from e
+  return load_config(flag)
+
+
 def parse(argv: list[str]) -> list[str]:
   """Parses flags; a config file or an override that is wrong is a ConfigError like any other."""
   try:

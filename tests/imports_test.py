@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mm1_jax.data",
     "mm1_jax.checkpoint",
     "mm1_jax.inference",
+    "mm1_jax.metrics",
   },
   "mm1_jax.plan": CONTRACTS
   | {
@@ -69,8 +70,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mm1_jax.inference",
     "mm1_jax.metrics",
   },
-  "mm1_jax.merge_lora": CONTRACTS
-  | {"mm1_jax.cli", "mm1_jax.checkpoint", "mm1_jax.models", "mm1_jax.sharding"},
   "mm1_jax.main": {"mm1_jax"},
 }
 # Prefix -> libraries it must not import, under the general ban below.

@@ -2,13 +2,19 @@
 r"""Open weights in, trained params out.
 
 python -m mm1_jax.convert import --vit=CLIP_FOLDER --decoder=LLM_FOLDER --out=runs/open
+python -m mm1_jax.convert upcycle --checkpoint=runs/dense --config=configs/mm1_debug.py:moe \
+    --out=runs/upcycled
+python -m mm1_jax.convert merge_lora --checkpoint=runs/lora --out=runs/merged
+python -m mm1_jax.convert export --checkpoint=runs/sft --format=huggingface --out=exports/sft
 """
 
 import argparse
 import pathlib
 
 from mm1_jax import cli
-from mm1_jax.convert import importer
+from mm1_jax.convert import importer, merge_lora, upcycle
+from mm1_jax.convert.export import exporter
+from mm1_jax.convert.export.format import Options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,6 +31,9 @@ def _parse(argv):
   )
   verbs = parser.add_subparsers(required=True, metavar="VERB")
   _add_import(verbs)
+  _add_upcycle(verbs)
+  _add_merge_lora(verbs)
+  _add_export(verbs)
   return parser.parse_args(argv)
 
 
@@ -37,7 +46,7 @@ def _add_import(verbs) -> None:
   add("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
   add("--feature-layer", type=int, default=-1, metavar="N", help="-2: the last but one block (-1)")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of what is written")
-  add("--fsdp", type=int, default=-1, metavar="N", help="devices to split over (all there are)")
+  _add_fsdp(verb)
   add("--fill", action="store_true", help="random params for what is not imported: a whole model")
   verb.set_defaults(run=_import)
 
@@ -57,6 +66,64 @@ def _import(args) -> None:
     f"wrote '{args.out}'. Train from it:\n"
     f"  python -m mm1_jax.main --config=configs/from_weights.py:{args.out} --workdir=..."
   )
+
+
+def _add_upcycle(verbs) -> None:
+  verb = verbs.add_parser("upcycle", help="a dense run to the start of one with experts")
+  add = verb.add_argument
+  add("--checkpoint", required=True, metavar="RUN", help="a dense run, or imported weights")
+  add("--config", required=True, metavar="FILE", help="of the same model with experts")
+  add("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
+  _add_fsdp(verb)
+  verb.set_defaults(run=_upcycle)
+
+
+def _upcycle(args) -> None:
+  upcycle.upcycle_run(args.checkpoint, cli.read_config(args.config), args.out, fsdp=args.fsdp)
+  print(
+    f"wrote '{args.out}'. Train from it:\n"
+    f"  python -m mm1_jax.main --config={args.config} --workdir=... "
+    f"--config.train.init_from={args.out}"
+  )
+
+
+def _add_merge_lora(verbs) -> None:
+  verb = verbs.add_parser("merge_lora", help="a run with adapters to one without")
+  add = verb.add_argument
+  add("--checkpoint", required=True, metavar="RUN", help="a run with adapters")
+  add(
+    "--out", type=pathlib.Path, required=True, metavar="NEW_RUN", help="where the merged run goes"
+  )
+  _add_fsdp(verb)
+  verb.set_defaults(run=_merge_lora)
+
+
+def _merge_lora(args) -> None:
+  merge_lora.merge_run(args.checkpoint, args.out, fsdp=args.fsdp)
+  print(f"wrote '{args.out}'")
+
+
+def _add_fsdp(verb) -> None:
+  verb.add_argument(
+    "--fsdp", type=int, default=-1, metavar="N", help="devices to split over (all there are)"
+  )
+
+
+def _add_export(verbs) -> None:
+  verb = verbs.add_parser("export", help="a trained run to files that others can run")
+  add = verb.add_argument
+  add("--checkpoint", required=True, metavar="RUN", help="a run, or one of its checkpoints/STEP")
+  add("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where the files go")
+  add("--format", choices=tuple(exporter.FORMATS), required=True, help="see docs/convert.md")
+  add("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16", help="of weights")
+  add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="of a file of weights (5)")
+  verb.set_defaults(run=_export)
+
+
+def _export(args) -> None:
+  options = Options(dtype=args.dtype, max_shard_gb=args.max_shard_gb)
+  compared = exporter.export(args.checkpoint, args.out, args.format, options)
+  print(f"exported '{args.out}': {compared}.")
 
 
 if __name__ == "__main__":

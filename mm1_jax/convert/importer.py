@@ -13,25 +13,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import Mesh
 
 from mm1_jax import checkpoint
 from mm1_jax.config import (
-  ConfigError,
   ConnectorConfig,
   DataConfig,
   DecoderConfig,
-  MeshConfig,
   ModelConfig,
   RunConfig,
   VisionConfig,
 )
 from mm1_jax.convert import ConvertError, families, vocabulary
 from mm1_jax.convert.load import Report, load
+from mm1_jax.convert.placement import params_mesh
 from mm1_jax.convert.tensors import Tensors
 from mm1_jax.convert.vocabulary import Vocabulary
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import abstract_state, make_mesh
+from mm1_jax.sharding import abstract_state
 
 REPORT = "import.json"
 OPEN_CLIP, HF = "open_clip_config.json", "config.json"
@@ -87,7 +85,7 @@ def import_weights(
   parts = {name: _open(path) for name, path in parts.items() if path is not None}
   words = _vocabulary(decoder, tokenizer)
   run = _run_config(parts, words, feature_layer)
-  mesh = _make_mesh(run, fsdp)
+  mesh = params_mesh(run, fsdp)
   model = abstract_state(lambda: MM1(jax.random.key(0), run.model), mesh)
   abstract = {
     name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
@@ -110,9 +108,8 @@ def import_weights(
 
 
 def write(imported: Imported, out: pathlib.Path) -> None:
-  """Writes the folder; raises ConvertError if `out` has a checkpoint already."""
-  if (out / checkpoint.STEPS).exists():
-    raise ConvertError(f"'{out}' has a checkpoint already; give another --out.")
+  """Writes the folder; raises CheckpointError if `out` is a run already."""
+  checkpoint.refuse_run(out)
   out.mkdir(parents=True, exist_ok=True)
   run = imported.run
   if imported.vocabulary is not None:
@@ -166,18 +163,6 @@ def _run_config(parts: dict[str, Part], words: Vocabulary | None, feature_layer:
   image_id = words.image_id if words else ModelConfig.image_token_id
   model = ModelConfig(vision, connector, decoder, image_token_id=image_id)
   return RunConfig(name="imported", model=model, data=DataConfig())
-
-
-def _make_mesh(run: RunConfig, fsdp: int) -> Mesh:
-  num = jax.device_count() if fsdp == -1 else fsdp
-  devices = jax.devices()[:num]
-  # Rows are not of interest, only the params have to divide.
-  data = dataclasses.replace(run.data, batch_size=num)
-  fitted = dataclasses.replace(run, mesh=MeshConfig(fsdp=num), data=data)
-  try:
-    return make_mesh(fitted, devices)
-  except ConfigError as e:
-    raise ConvertError(f"{e} --fsdp=1 puts all params on one device.") from e
 
 
 def _random(run: RunConfig, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one array of ours lies in their tensors.
+"""How one array of ours lies in their tensors, and the way back for those that are exported.
 
 Theirs are PyTorch's: a linear map is [out, in], and heads are folded into its rows or columns.
 Letters as in `models`: D width, H heads, h head dim, F mlp, E experts, V vocabulary; w x w patches.
@@ -27,6 +27,14 @@ class Layout(Protocol):
   def load(self, theirs: Sequence[np.ndarray], ours: Shape) -> np.ndarray: ...
 
 
+class Reversible(Layout, Protocol):
+  """A layout that our array can be written in."""
+
+  def store(self, ours: np.ndarray) -> list[np.ndarray]:
+    """Returns the tensors that `load` makes `ours` of."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Same:
   """A vector or a table, as it is."""
@@ -36,6 +44,9 @@ class Same:
 
   def load(self, theirs, ours):
     return theirs[0]
+
+  def store(self, ours):
+    return [ours]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +58,9 @@ class Flat:
 
   def load(self, theirs, ours):
     return theirs[0].reshape(ours)
+
+  def store(self, ours):
+    return [ours.reshape(-1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +75,9 @@ class Linear:
   def load(self, theirs, ours):
     return theirs[0].T.reshape(ours)
 
+  def store(self, ours):
+    return [ours.reshape(math.prod(ours.shape[: self.num_in]), -1).T]
+
 
 @dataclasses.dataclass(frozen=True)
 class PerExpert:
@@ -71,6 +88,9 @@ class PerExpert:
 
   def load(self, theirs, ours):
     return np.stack([x.T for x in theirs])
+
+  def store(self, ours):
+    return [x.T for x in ours]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +103,24 @@ class PatchConvolution:
 
   def load(self, theirs, ours):
     return theirs[0].transpose(2, 3, 1, 0).reshape(ours)
+
+  def store(self, ours):
+    side = math.isqrt(ours.shape[0] // 3)
+    return [ours.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthwiseConvolution:
+  """[C, 1, r, s] -> [r, s, C]: one kernel for each channel."""
+
+  def shapes(self, ours):
+    return [(ours[2], 1, *ours[:2])]
+
+  def load(self, theirs, ours):
+    return theirs[0][:, 0].transpose(1, 2, 0)
+
+  def store(self, ours):
+    return [ours.transpose(2, 0, 1)[:, None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,4 +214,4 @@ class Rows:
 
 
 SAME, FLAT, LINEAR, FROM_HEADS, PER_EXPERT = Same(), Flat(), Linear(), Linear(2), PerExpert()
-PATCH = PatchConvolution()
+PATCH, DEPTHWISE = PatchConvolution(), DepthwiseConvolution()

@@ -55,8 +55,12 @@ class Tensors:
   def file(self, name: str) -> pathlib.Path:
     return self._files[name]
 
-  def read(self, name: str) -> np.ndarray:
+  def read(self, name: str, *, int8: bool = False) -> np.ndarray:
     """Returns a tensor's values; the file is closed again, so its pages can leave the memory.
+
+    Args:
+      name: of the tensor.
+      int8: whether it may be one of int8, whose scale the caller knows.
 
     Raises:
       ConvertError: there is no such tensor, or its type is none that NumPy knows.
@@ -68,7 +72,8 @@ class Tensors:
         value = tensors.get_tensor(name)
       except Exception as e:  # of several kinds, for types unknown to NumPy
         raise ConvertError(f"tensor '{name}' of '{self._files[name]}' cannot be read: {e}.") from e
-      if value.dtype.kind not in "fV" and value.dtype.name != "bfloat16":
+      known = value.dtype.kind in "fV" or value.dtype.name == "bfloat16"
+      if not known and not (int8 and value.dtype == np.int8):
         raise ConvertError(
           f"tensor '{name}' of '{self._files[name]}' is {value.dtype}, of quantised weights "
           "perhaps; give the ones in float32, float16 or bfloat16."

@@ -85,10 +85,10 @@ class Tokenizer:
 
     Only for templates: of what comes from data or users, `encode` makes text.
     """
-    if not self._symbols:
+    if not self.symbols:
       return self.encode(text)
-    parts = re.split("(" + "|".join(map(re.escape, self._symbols)) + ")", text)
-    ids = [[self._symbols[p]] if p in self._symbols else self.encode(p) for p in parts]
+    parts = re.split("(" + "|".join(map(re.escape, self.symbols)) + ")", text)
+    ids = [[self.symbols[p]] if p in self.symbols else self.encode(p) for p in parts]
     return [i for part in ids for i in part]
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -102,7 +102,7 @@ class Tokenizer:
     self._load(state)
 
   @functools.cached_property
-  def _symbols(self) -> dict[str, int]:
+  def symbols(self) -> dict[str, int]:
     """Control symbols by their names, the longest first; without those of pictures."""
     names = {self._backend.id_to_piece(i): i for i in self.special_ids}
     for picture in (IMAGE, IMAGE_START, IMAGE_END):

@@ -30,6 +30,7 @@ from mm1_jax.data.tokenizer import IMAGE
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import Item, PromptError, fill_slots
+from mm1_jax.inference.quantize import KINDS
 from mm1_jax.inference.questions import answer_file
 from mm1_jax.inference.sampler import GREEDY, Sampling
 
@@ -76,6 +77,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
   add("--fsdp", type=int, default=1, metavar="N", help="to split rows and params over (1)")
   add("--expert", type=int, default=1, metavar="N", help="the same, and experts (1)")
   add("--tensor", type=int, default=1, metavar="N", help="to split heads and mlp over (1)")
+  add("--quantize", choices=KINDS, help="keeps matrices in fewer bits; needs qwix")
   add("--max-tiles", type=int, metavar="N", help="sub-images of a picture (as in training)")
   add("--cut-last", type=int, metavar="N", help="cut the last N pictures alone: mixed resolution")
 
@@ -107,7 +109,7 @@ def load(args: argparse.Namespace) -> Model:
   axes = {axis: getattr(args, axis) for axis in ("data", "fsdp", "expert", "tensor")}
   tiling = {"max_tiles": args.max_tiles, "last": args.cut_last}
   tiling = {key: value for key, value in tiling.items() if value is not None}
-  model = Model.load(args.checkpoint, **axes, tiling=tiling)
+  model = Model.load(args.checkpoint, **axes, tiling=tiling, quantize=args.quantize)
   tell(f"loaded '{args.checkpoint}' in {time.perf_counter() - start:.1f} s")
   return model
 

@@ -21,6 +21,7 @@ from mm1_jax.config import BATCH_AXES, ConfigError, MeshConfig, RunConfig
 from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.inference import beam, sampler
+from mm1_jax.inference import quantize as quantization
 from mm1_jax.inference.beam import BeamSearch, Search
 from mm1_jax.inference.prompts import Prompt, PromptError, Request, check_room, read_prompt
 from mm1_jax.inference.sampler import GREEDY, Draw, Sampling
@@ -78,6 +79,7 @@ class Model:
     expert: int = 1,
     tensor: int = 1,
     tiling: Mapping[str, Any] | None = None,
+    quantize: str | None = None,
   ) -> "Model":
     """Reads a run's newest checkpoint, or the one of its steps that `path` is.
 
@@ -89,6 +91,7 @@ class Model:
       tensor: devices that heads, mlp and vocabulary are split over.
       tiling: what differs from how pictures were cut in training, such as `{"max_tiles": 16}`, or
         `{"last": 1}` for examples in low and a question in high resolution; see `TilingConfig`.
+      quantize: "int8" or "int4", what the blocks' matrices are kept in; see `inference.quantize`.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is damaged.
@@ -103,6 +106,8 @@ class Model:
       run = _with_tiling(run, tiling)
     mesh = _make_mesh(run, MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor))
     params = checkpoint.restore_params(path, abstract_params(run, mesh))
+    if quantize is not None:
+      params = quantization.quantize(params, quantize, mesh)
     return cls(params, run, mesh)
 
   def generate(

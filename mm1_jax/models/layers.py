@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from mm1_jax.models.quantized import dequantize
 from mm1_jax.sharding import LAYOUT, gather
 
 
@@ -120,9 +121,9 @@ def stack(make: Callable[[jax.Array], Any], key: jax.Array, num: int) -> Any:
 
 
 def run_blocks(
-  body: Callable[[Any, Any], tuple[Any, Any]], x: Any, blocks: Any, *, remat: str, scan: bool
+  block_fn: Callable[[Any, Any], tuple[Any, Any]], x: Any, blocks: Any, *, remat: str, scan: bool
 ) -> tuple[Any, Any]:
-  """Runs `body(x, block) -> (x, out)` over stacked blocks.
+  """Runs `block_fn(x, block) -> (x, out)` over stacked blocks, dequantised where they run.
 
   `remat` names what the backward pass keeps of a block (see `ModelConfig.remat`). With `scan` the
   block is compiled once, whatever the depth; without, it is unrolled, with the same result.
@@ -130,6 +131,10 @@ def run_blocks(
   Returns:
     The last x, and the outs stacked along a leading dim.
   """
+
+  def body(x, block):
+    return block_fn(x, dequantize(block))
+
   if remat != "none":
     # Inside a scan the barrier against common-subexpression elimination is not needed.
     body = jax.checkpoint(body, policy=remat_policy(remat), prevent_cse=not scan)

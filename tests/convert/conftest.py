@@ -2,8 +2,12 @@
 """Folders of tiny open weights, as other libraries save them."""
 
 import pathlib
+import sys
 
 import pytest
+
+# Their tiny models.
+sys.path += [str(pathlib.Path(__file__).parents[1] / name) for name in ("models", "inference")]
 
 WEIGHTS = pathlib.Path(__file__).parent.parent / "goldens" / "convert"
 TOKENIZER = (

@@ -12,7 +12,7 @@ import tiny
 from mm1_jax import checkpoint
 from mm1_jax.checkpoint import CheckpointError, to_names
 from mm1_jax.config import CheckpointConfig, ConfigError, LoRAConfig, RunConfig
-from mm1_jax.merge_lora import merge, merge_run
+from mm1_jax.convert.merge_lora import merge, merge_run
 from mm1_jax.models.decoder import Decoder
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The story of an export: look at the run, write, read back, compare, sign.
+
+What differs from form to form is in a module of each, as `format.py` asks for it.
+"""
+
+import pathlib
+import time
+
+from absl import logging
+from etils import epath
+
+from mm1_jax.convert import ConvertError
+from mm1_jax.convert.export import folder, huggingface, manifest, orbax, stablehlo
+from mm1_jax.convert.export.format import Format, Options
+from mm1_jax.convert.export.source import Source
+
+UNFINISHED = ".unfinished"  # behind the name of a folder until it is compared
+
+FORMATS: dict[str, Format] = {
+  "safetensors": folder,
+  "huggingface": huggingface,
+  "stablehlo": stablehlo,
+  "orbax": orbax,
+}
+
+
+def export(path: epath.PathLike, out: pathlib.Path, name: str, options: Options) -> str:
+  """Exports a run, or one of its steps, and returns what was compared.
+
+  `out` has its name only when it is whole, compared and signed.
+
+  Raises:
+    ConvertError: the format cannot express the run, or `out` is not empty, or what was written
+      differs from the run.
+    CheckpointError, ConfigError, DataError: the run cannot be read.
+  """
+  form = FORMATS[name]
+  if options.dtype not in form.DTYPES:
+    raise ConvertError(
+      f"--format={name} has no --dtype={options.dtype}; it has {', '.join(form.DTYPES)}."
+    )
+  if options.max_shard_gb <= 0:
+    raise ConvertError(f"--max-shard-gb={options.max_shard_gb:g} must be positive.")
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise ConvertError(f"'{out}' is there already; name another --out.")
+  working = out.with_name(out.name + UNFINISHED)
+  if working.exists():
+    raise ConvertError(f"'{working}' is left of an export that was cut off; delete it.")
+  source = Source(path)
+  form.check(source, options)
+  logging.info("exporting step %d, %.3g params, as %s", source.step, source.num_params, name)
+  start = time.perf_counter()
+  working.mkdir(parents=True)
+  form.write(source, working, options)
+  logging.info("written in %.0f s; reading it back", time.perf_counter() - start)
+  compared = form.compare(source, working, options)
+  facts = {"format": name, "dtype": options.dtype, "run": source.run.name, "step": source.step}
+  manifest.write(working, {**facts, "compared": compared})
+  if out.exists():
+    out.rmdir()
+  working.rename(out)
+  return compared

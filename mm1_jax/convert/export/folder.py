@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors under our own names, with what it takes to use them: `--format=safetensors`.
+
+The folder is laid out like a run whose params are in model.safetensors instead of `checkpoints/`:
+`config.json`, the tokenizer, `chat_template.json`, and a model card. A tensor has the name and
+shape of ours, a stack's blocks apart: `decoder.units.3.layers.0.mlp.gate`. In bfloat16, what is
+computed with in float32 stays float32. In int8 a matrix is NAME (int8) and NAME.int8_scale.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from mm1_jax import checkpoint
+from mm1_jax.config import RunConfig
+from mm1_jax.convert import ConvertError
+from mm1_jax.convert.export import card, int8, shards
+from mm1_jax.convert.export.format import Options
+from mm1_jax.convert.export.source import Part, Source
+from mm1_jax.convert.tensors import Tensors
+
+DTYPES: tuple[str, ...] = ("float32", "bfloat16", "int8")
+SCALE = ".int8_scale"
+USE = """\
+Names, shapes and orientation are mm1_jax's own; `config.json` and the tokenizer are beside them. To
+run or train it there:
+
+```
+python -m mm1_jax.convert import --export=FOLDER --out=runs/mine
+python -m mm1_jax.inference.generate --checkpoint=runs/mine --image=photo.jpg --prompt="..."
+```
+
+Anywhere else, read `model.safetensors` (or its shards, by the index). In int8, a matrix is NAME
+times NAME.int8_scale, float32, which has one number for each output channel.
+"""
+
+
+def check(source: Source, options: Options) -> None:
+  """Raises nothing: every model of ours can be written."""
+
+
+def write(source: Source, out: pathlib.Path, options: Options) -> None:
+  checkpoint.write_run_files(out, published(source.run))
+  (out / checkpoint.TEMPLATE).write_text(source.encoder().template.to_json())
+  (out / card.NAME).write_text(card.text(source, options, USE))
+  shards.write(_tensors(source, options.dtype), out, options.max_shard_gb, {"format": "mm1_jax"})
+
+
+def compare(source: Source, out: pathlib.Path, options: Options) -> str:
+  tensors, largest = Tensors(out), 0.0
+  for part, value in source.read():
+    read, value = read_part(tensors, part), value.astype(np.float32)
+    dims = int8.summed_dims(part) if options.dtype == "int8" else None
+    if dims is not None:
+      # Half a scale, and what float32 rounds.
+      bound = np.max(np.abs(value), axis=dims, keepdims=True) / 127 * 0.5001
+      wrong = bool((np.abs(read - value) > bound).any())
+      largest = max(largest, float(np.max(np.abs(read - value) / np.max(bound, initial=1e-38))))
+    else:
+      wrong = not np.array_equal(read, _cast(part, value, options.dtype).astype(np.float32))
+    if wrong:
+      raise ConvertError(f"'{out}': {part.path} is not what was written; is the disk full?")
+  how = "equal to the run's" if options.dtype != "int8" else "within half a step of the run's"
+  return f"{len(source.parts)} tensors read back, {how}"
+
+
+def published(run: RunConfig) -> RunConfig:
+  """Returns a run's config without where its data and its ancestors lay."""
+  data = dataclasses.replace(run.data, sources=(), eval_sources=(), reweight=())
+  return dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, init_from=None))
+
+
+def read_part(tensors: Tensors, part: Part) -> np.ndarray:
+  """Returns a part of such a folder, float32.
+
+  Raises:
+    ConvertError: it is missing, has another shape, or cannot be read.
+  """
+  if part.path in tensors and tensors.shapes[part.path] != part.shape:
+    raise ConvertError(
+      f"tensor '{part.path}' of '{tensors.path}' has shape {tensors.shapes[part.path]}, but "
+      f"config.json asks for {part.shape}."
+    )
+  if part.path + SCALE not in tensors:
+    return tensors.read(part.path).astype(np.float32)
+  return int8.dequantize(tensors.read(part.path, int8=True), tensors.read(part.path + SCALE))
+
+
+def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+  for part, value in source.read():
+    dims = int8.summed_dims(part) if dtype == "int8" else None
+    if dims is None:
+      yield part.path, _cast(part, value, dtype)
+    else:
+      quantized, scale = int8.quantize(value, dims)
+      yield part.path, quantized
+      yield part.path + SCALE, scale
+
+
+def _cast(part: Part, value: np.ndarray, dtype: str) -> np.ndarray:
+  """Returns what is written of a part that is not quantised."""
+  whole = dtype != "bfloat16" or part.in_float32
+  return value.astype(np.float32 if whole else ml_dtypes.bfloat16)

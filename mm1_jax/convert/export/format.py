@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a form that a run can be exported in has to have."""
+
+import pathlib
+from typing import NamedTuple, Protocol
+
+from mm1_jax.convert.export.source import Source
+
+
+class Options(NamedTuple):
+  """What the command line says besides the run and the folder."""
+
+  dtype: str = "bfloat16"  # float32, bfloat16 or int8
+  max_shard_gb: float = 5.0  # of a file of weights
+
+
+class Format(Protocol):
+  """A module with these; it is listed in `exporter.FORMATS`."""
+
+  DTYPES: tuple[str, ...]  # those that weights can have
+
+  def check(self, source: Source, options: Options) -> None:
+    """Raises ConvertError naming what of the run this format cannot express; writes nothing."""
+    ...
+
+  def write(self, source: Source, out: pathlib.Path, options: Options) -> None:
+    """Writes all files but the manifest into the empty folder `out`."""
+    ...
+
+  def compare(self, source: Source, out: pathlib.Path, options: Options) -> str:
+    """Reads `out` back and returns in a line what was compared and how it agrees.
+
+    Raises:
+      ConvertError: it does not agree.
+    """
+    ...

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder that `transformers` loads: `--format=huggingface`.
+
+The model and its processor are ours, in PyTorch, and travel with the weights:
+
+  AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
+  AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from mm1_jax.config import RunConfig
+from mm1_jax.convert import ConvertError
+from mm1_jax.convert.export import card, shards, vocabulary
+from mm1_jax.convert.export.format import Options
+from mm1_jax.convert.export.huggingface import names
+from mm1_jax.convert.export.huggingface.jinja import to_jinja
+from mm1_jax.convert.export.source import Source
+from mm1_jax.convert.tensors import Tensors
+from mm1_jax.data.template import ChatTemplate
+from mm1_jax.data.tokenizer import TOKENIZER_CONFIG
+
+DTYPES: tuple[str, ...] = ("float32", "bfloat16")
+CODE = ("configuration_mm1.py", "modeling_mm1.py", "processing_mm1.py")
+USE = """\
+It needs torch, transformers and pillow; nothing is downloaded.
+
+```python
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+turns = [{"role": "user", "content": [
+  {"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "Describe the image."}]}]
+inputs = processor.apply_chat_template(
+  turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]
+print(processor.batch_decode(answer, skip_special_tokens=True)[0])
+```
+"""
+
+
+def check(source: Source, options: Options) -> None:
+  """Raises ConvertError if the tokenizer cannot be written as tokenizer.json with the same ids."""
+  _vocabulary(source)
+
+
+def write(source: Source, out: pathlib.Path, options: Options) -> None:
+  for name in CODE:
+    shutil.copyfile(pathlib.Path(__file__).parent / name, out / name)
+  template = source.encoder().template
+  for name, data in _vocabulary(source).items():
+    (out / name).write_bytes(data)
+  (out / "chat_template.jinja").write_text(to_jinja(template))
+  _write_json(out / "config.json", names.config(source.run, options.dtype))
+  _write_json(out / "generation_config.json", generation_config(source))
+  _write_json(out / "processor_config.json", processor_config(source, template))
+  (out / card.NAME).write_text(card.text(source, options, USE))
+  shards.write(_tensors(source, options.dtype), out, options.max_shard_gb, {"format": "pt"})
+
+
+def compare(source: Source, out: pathlib.Path, options: Options) -> str:
+  tensors, unread = Tensors(out), 0
+  for part, value in source.read():
+    theirs, layout = names.tensors(part, source.run.model)
+    read = layout.load([tensors.read(name) for name in theirs], part.shape)
+    if not np.array_equal(read.astype(np.float32), _rounded(value, options.dtype)):
+      raise ConvertError(f"'{out}': {part.path} is not what was written; is the disk full?")
+    unread += len(theirs)
+  if unread != len(list(tensors)):
+    raise ConvertError(f"'{out}' has {len(list(tensors))} tensors, but {unread} were written.")
+  return f"{unread} tensors read back, equal to the run's"
+
+
+def generation_config(source: Source) -> dict[str, Any]:
+  """Returns how the model answers: greedily, never with a symbol that is not the end."""
+  tokenizer, end = source.tokenizer, source.encoder().answer_end
+  ends = sorted({tokenizer.eos_id, *(end if len(end) == 1 else ())})
+  size = source.run.model.decoder.vocab_size
+  never = (set(tokenizer.special_ids) | set(range(tokenizer.vocab_size, size))) - set(ends)
+  return {
+    "bos_token_id": tokenizer.bos_id,
+    "eos_token_id": ends,
+    "pad_token_id": tokenizer.pad_id,
+    "suppress_tokens": sorted(never),
+    "max_new_tokens": 128,
+    "do_sample": False,
+  }
+
+
+def processor_config(source: Source, template: ChatTemplate) -> dict[str, Any]:
+  """Returns what the processor has to know besides the tokenizer."""
+  run: RunConfig = source.run
+  tokenizer, tiling = source.tokenizer, run.data.tiling
+  settings = {
+    "image_size": list(run.model.vision.image_size),
+    "image_fit": run.data.image_fit,
+    "max_pixels": run.data.max_image_pixels,
+    "tiling": vars(tiling) if tiling else None,
+    "tokens_per_image": run.model.connector.num_tokens,
+    "image_delimiters": run.data.image_delimiters,
+    "image_token_id": tokenizer.image_id,
+    "image_start_id": tokenizer.image_start_id,
+    "image_end_id": tokenizer.image_end_id,
+    "space_mark_ids": vocabulary.space_mark_ids(tokenizer),
+    "symbols": tokenizer.symbols,
+    "template": json.loads(template.to_json()),
+  }
+  return {
+    "processor_class": "MM1Processor",
+    "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"},
+    "settings": settings,
+  }
+
+
+def _vocabulary(source: Source) -> dict[str, bytes]:
+  path = epath.Path(source.run.data.tokenizer)
+  beside = path.parent / TOKENIZER_CONFIG
+  config = beside.read_bytes() if beside.exists() else b""
+  return vocabulary.files(source.tokenizer, path.read_bytes(), config)
+
+
+def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+  for part, value in source.read():
+    theirs, layout = names.tensors(part, source.run.model)
+    stored = layout.store(value.astype(_type(dtype)))
+    yield from zip(theirs, stored, strict=True)
+
+
+def _rounded(value: np.ndarray, dtype: str) -> np.ndarray:
+  return value.astype(_type(dtype)).astype(np.float32)
+
+
+def _type(dtype: str) -> Any:
+  return np.float32 if dtype == "float32" else ml_dtypes.bfloat16
+
+
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+  path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight-only int8: symmetric, one scale for each output channel of a matrix.
+
+An output channel is all that one number of a matrix product depends on: a column of a linear map,
+one head dim of a projection, a row of the embedding (which is the head, too).
+"""
+
+import numpy as np
+
+from mm1_jax.convert.export.source import Part
+
+# Dims that are summed over, of a part's matrix; an expert's come behind the dim of experts.
+_SUMMED = {
+  "query": (0,),
+  "key": (0,),
+  "value": (0,),
+  "out": (0, 1),
+  "gate": (-2,),
+  "up": (-2,),
+  "down": (-2,),
+  "weight": (0,),
+  "patch": (0,),
+  "embedding": (1,),
+  "head": (1,),
+}
+
+
+def summed_dims(part: Part) -> tuple[int, ...] | None:
+  """Returns the dims of a part that share a scale; None for what stays as it is."""
+  dims = _SUMMED.get(part.name.split(".")[-1])
+  if dims is None or len(part.shape) < 2 or part.in_float32:
+    return None
+  return dims
+
+
+def quantize(x: np.ndarray, dims: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns int8 of the shape of x, and float32 scales with `dims` of size 1: x ~ q scale.
+
+  No number is further from x than half a scale. A channel of zeros has the scale 1.
+  """
+  x = x.astype(np.float32)
+  largest = np.max(np.abs(x), axis=dims, keepdims=True)
+  scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+  return np.clip(np.rint(x / scale), -127, 127).astype(np.int8), scale
+
+
+def dequantize(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
+  """Returns float32 of `quantize`'s results."""
+  return q.astype(np.float32) * scale

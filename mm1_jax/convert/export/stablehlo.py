@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled by anyone who has JAX: `--format=stablehlo`, programs of `jax.export` and their params.
+
+The folder needs nothing of this package:
+
+  programs/prefill_S_N.PLATFORM  reads a prompt of up to S positions with up to N pictures
+  programs/decode.PLATFORM       reads one more token
+  model.safetensors              the programs' first argument, arrays by name; or shards of it
+  program.json                   what stands around a question, and the shapes above
+  run.py, requirements.txt       answers about pictures
+  tokenizer.*
+
+  prefill(params, tokens int32[1, S], images uint8[1, N, H, W, 3], length int32)
+    -> logits float32[V] of what comes after the first `length` tokens, cache
+  decode(params, token int32, length int32, cache) -> logits float32[V], cache
+
+The cache has room for the positions that the model was trained on; `length` of them are filled.
+Tokens that are never said, such as a picture's placeholder, have logits of -inf.
+PLATFORM is cpu, cuda or tpu; `jax.export.deserialize` reads the files.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, UInt8
+
+from mm1_jax import checkpoint
+from mm1_jax.convert import ConvertError
+from mm1_jax.convert.export import card, shards, stablehlo_run
+from mm1_jax.convert.export.format import Options
+from mm1_jax.convert.export.source import Source
+from mm1_jax.convert.placement import params_mesh
+from mm1_jax.convert.tensors import Tensors
+from mm1_jax.data.image import PAD_COLOR
+from mm1_jax.models.decoder import KV, KVCache
+from mm1_jax.models.mm1 import MM1
+from mm1_jax.sharding import LAYOUT
+
+DTYPES: tuple[str, ...] = ("float32", "bfloat16")
+PLATFORMS = ("cpu", "cuda", "tpu")
+SHORTEST = 64  # positions of the shortest prefill, if the model has more
+# Of the largest logit: what adding in another order may change. Measured: 1e-6 and 1e-2.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+NUM_DECODED = 3  # tokens of the comparison
+WORD = 8  # positions
+USE = """\
+Programs of `jax.export` for CPU, CUDA and TPU; nothing of mm1_jax is needed:
+
+```
+pip install -r requirements.txt
+python run.py --image=photo.jpg --prompt="..."
+```
+
+`run.py` shows how the programs in `programs/` are called: prefill, then decode for each token.
+"""
+REQUIREMENTS = ("flatbuffers", "jax", "numpy", "pillow", "safetensors")
+
+Cache = list[tuple[Float[Array, "U 1 C K h"], Float[Array, "U 1 C K h"]]]
+
+
+def check(source: Source, options: Options) -> None:
+  """Raises ConvertError if pictures are cut into sub-images, which run.py does not do."""
+  if source.run.data.tiling is not None:
+    raise ConvertError(
+      "the run cuts pictures into sub-images (data.tiling), which --format=stablehlo has not; "
+      "--format=huggingface has."
+    )
+
+
+def write(source: Source, out: pathlib.Path, options: Options) -> None:
+  shards.write(_arrays(source, options.dtype), out, options.max_shard_gb, {"format": "mm1_jax"})
+  programs = Programs(source, options.dtype)
+  (out / "programs").mkdir()
+  for name, program, args in programs.all():
+    # Each platform on its own: what experts run on differs from one to the other.
+    for platform in PLATFORMS:
+      with jax.set_mesh(programs.mesh):
+        exported = jax.export.export(jax.jit(program), platforms=(platform,))(*args)
+      (out / "programs" / f"{name}.{platform}").write_bytes(bytes(exported.serialize()))
+    logging.info("lowered %s", name)
+  tokenizer = pathlib.Path(str(source.run.data.tokenizer))
+  own = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
+  (out / own).write_bytes(tokenizer.read_bytes())
+  described = {
+    "image_size": source.run.model.vision.image_size,
+    "image_fit": source.run.data.image_fit,
+    "pad_color": PAD_COLOR,
+    **programs.asked,
+    "num_positions": programs.room,
+    "prefill": programs.shapes,
+    "tokenizer": own,
+  }
+  (out / stablehlo_run.DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
+  library = "tokenizers" if own.endswith(".json") else "sentencepiece"
+  (out / "requirements.txt").write_text("\n".join((*REQUIREMENTS, library)) + "\n")
+  (out / card.NAME).write_text(card.text(source, options, USE))
+  (out / "run.py").write_bytes(pathlib.Path(stablehlo_run.__file__).read_bytes())
+
+
+def compare(source: Source, out: pathlib.Path, options: Options) -> str:
+  tensors = Tensors(out)
+  for name, value in _arrays(source, options.dtype):
+    if not np.array_equal(tensors.read(name), value):
+      raise ConvertError(f"'{out}': {name} is not what was written; is the disk full?")
+  programs, exported = Programs(source, options.dtype), stablehlo_run.Exported(out)
+  model = programs.place(exported.params)
+  words = sorted(set(range(source.tokenizer.vocab_size)) - source.tokenizer.special_ids)
+  rng, worst = np.random.default_rng(0), 0.0
+  for num_positions, num_images in programs.shapes:
+    length = num_positions - NUM_DECODED
+    ids = exported.prompt(num_images, "")
+    ids += rng.choice(words, length - len(ids)).tolist()
+    size = source.run.model.vision.image_size
+    images = rng.integers(0, 256, (num_images, *size, 3)).astype(np.uint8)
+    extra = rng.choice(words, NUM_DECODED).tolist()
+    theirs = list(exported.logits(ids, images, extra))
+    ours = programs.logits(model, ids + extra, images)[len(ids) - 1 :]
+    for a, b in zip(theirs, ours, strict=True):
+      said = np.isfinite(a)
+      worst = max(worst, float(np.abs(a - b)[said].max() / np.abs(b[said]).max()))
+  if worst > TOLERANCE[source.run.model.dtype]:
+    raise ConvertError(
+      f"'{out}': logits of the programs differ from the model's by {worst:.1e} of the largest."
+    )
+  return (
+    f"params equal to the run's; {len(programs.shapes)} prefills and {NUM_DECODED} decoded tokens "
+    f"of each on {jax.default_backend()}: logits differ by {worst:.1e} of the largest"
+  )
+
+
+class Programs:
+  """The functions that are exported, and their arguments' shapes.
+
+  Args:
+    source: the run.
+    dtype: of its params.
+  """
+
+  def __init__(self, source: Source, dtype: str):
+    self.run = source.run
+    self.mesh = params_mesh(source.run, fsdp=1)
+    self.abstract = source.abstract(self.mesh, dtype)
+    self._params = checkpoint.to_names(self.abstract)
+    self.asked = _asked(source)
+    # As in `inference.model`: no special token is said but those that end an answer.
+    allowed = np.arange(source.run.model.decoder.vocab_size) < source.tokenizer.vocab_size
+    allowed[sorted(source.tokenizer.special_ids)] = False
+    allowed[self.asked["ends"]] = True
+    self._allowed = allowed
+    self.shapes = _shapes(source, len(self.asked["before"] + self.asked["after"]))
+
+  def all(self) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """Yields name, function and abstract arguments."""
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    params = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in self._params.items()}
+    size = self.run.model.vision.image_size
+    for num_positions, num_images in self.shapes:
+      tokens = jax.ShapeDtypeStruct((1, num_positions), jnp.int32)
+      images = jax.ShapeDtypeStruct((1, num_images, *size, 3), jnp.uint8)
+      name = f"prefill_{num_positions}_{num_images}"
+      yield name, self.prefill, (params, tokens, images, scalar)
+    with jax.set_mesh(self.mesh):
+      cache = jax.eval_shape(lambda: self.abstract.decoder.init_cache(1, self.room))
+    kvs = [tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kv) for kv in cache.layers]
+    yield "decode", self.decode, (params, scalar, scalar, kvs)
+
+  @property
+  def room(self) -> int:
+    """Positions of the cache."""
+    return self.run.data.seq_len
+
+  def prefill(
+    self,
+    params: dict[str, jax.Array],
+    tokens: Int[Array, "1 S"],
+    images: UInt8[Array, "1 N H W 3"],
+    length: Int[Array, ""],
+  ) -> tuple[Float[Array, " V"], Cache]:
+    model = self._model(params)
+    positions = jnp.arange(tokens.shape[1])[None]
+    segment_ids = (positions < length).astype(jnp.int32)
+    tokens, images, positions, segment_ids = _rows(tokens, images, positions, segment_ids)
+    cache = model.decoder.init_cache(1, self.room)
+    out = model.prefill(tokens, images, positions, segment_ids, cache)
+    last = jax.lax.dynamic_slice_in_dim(out.hidden, length - 1, 1, axis=1)
+    return self._said(model, last), _pairs(out.cache)
+
+  def decode(
+    self,
+    params: dict[str, jax.Array],
+    token: Int[Array, ""],
+    length: Int[Array, ""],
+    cache: Cache,
+  ) -> tuple[Float[Array, " V"], Cache]:
+    model = self._model(params)
+    # The prompt's padding, behind its end, is written over.
+    segment_ids = (jnp.arange(self.room)[None] < length).astype(jnp.int32)
+    token, position, segment_ids = _rows(token.reshape(1, 1), length.reshape(1, 1), segment_ids)
+    layers = [KV(*(jax.sharding.reshard(x, LAYOUT.cache_ubckh) for x in kv)) for kv in cache]
+    out = model.decode(token, position, KVCache(layers, segment_ids, length))
+    return self._said(model, out.hidden), _pairs(out.cache)
+
+  def logits(self, model: MM1, ids: list[int], images: np.ndarray) -> Float[np.ndarray, "S V"]:
+    """Returns the logits of all positions, without a cache."""
+
+    @jax.jit
+    def forward(model, tokens, images):
+      positions, segment_ids = jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
+      tokens, images, positions, segment_ids = _rows(tokens, images, positions, segment_ids)
+      hidden = model.embed(tokens, images)
+      cache = model.decoder.init_cache(1, tokens.shape[1])  # so that no expert drops a token
+      out = model.decoder(hidden, positions, segment_ids, cache)
+      return model.decoder.logits(out.hidden)[0]
+
+    with jax.set_mesh(self.mesh):
+      return np.asarray(forward(model, np.array([ids], np.int32), images[None]))
+
+  def place(self, params: dict[str, jax.Array]) -> MM1:
+    """Returns the model of params that are on a device."""
+    return checkpoint.from_names(
+      self.abstract, {k: jax.device_put(x, self._params[k].sharding) for k, x in params.items()}
+    )
+
+  def _model(self, params: dict[str, jax.Array]) -> MM1:
+    """Returns the model of params that come without a sharding, as from those who have no mesh."""
+    placed = {
+      name: jax.sharding.reshard(x, self._params[name].sharding.spec) for name, x in params.items()
+    }
+    return checkpoint.from_names(self.abstract, placed)
+
+  def _said(self, model: MM1, hidden: Float[Array, "1 1 D"]) -> Float[Array, " V"]:
+    logits = jax.sharding.reshard(model.decoder.logits(hidden)[0, 0], P())
+    return jnp.where(self._allowed, logits, -jnp.inf)
+
+
+def _rows(*arrays: jax.Array) -> list[jax.Array]:
+  return [jax.sharding.reshard(x, LAYOUT.act_b) for x in arrays]
+
+
+def _pairs(cache: KVCache | None) -> Cache:
+  assert cache is not None
+  return [
+    (jax.sharding.reshard(kv.keys, P()), jax.sharding.reshard(kv.values, P()))
+    for kv in cache.layers
+  ]
+
+
+def _shapes(source: Source, num_around: int) -> list[tuple[int, int]]:
+  """Returns positions and pictures of each prefill.
+
+  Positions are all that the model was trained on, a quarter, a quarter of that, ...; pictures 0, 1,
+  2, 4, ... up to those that a row had, as far as they fit with what stands around them and a word.
+  """
+  data, shapes, positions = source.run.data, [], source.run.data.seq_len
+  while positions >= min(SHORTEST, data.seq_len):
+    num = 0
+    while num * source.run.image_positions + num_around + WORD <= positions:
+      shapes.append((positions, num))
+      if num >= data.images_per_row:
+        break
+      num = max(1, 2 * num)
+    positions //= 4
+  return sorted(shapes)
+
+
+def _asked(source: Source) -> dict[str, Any]:
+  """Returns what stands around a question and ends its answer."""
+  data, encoder, tokenizer = source.run.data, source.encoder(), source.tokenizer
+  template, stop = encoder.template, []
+  ends = [tokenizer.eos_id]
+  before, after, space = [tokenizer.bos_id], [], ["", ""]
+  if data.chat:
+    # What stands around a picture that is all that is asked.
+    ids = encoder.encode_prompt([{"role": "user", "content": [{"image": b""}]}]).ids
+    start = next(
+      i for i in range(len(ids)) if ids[i:][: len(encoder.image_ids)] == encoder.image_ids
+    )
+    before, after = ids[:start], ids[start + len(encoder.image_ids) :]
+    space = [" " * part.before.endswith(" ") for part in (template.user, template.assistant)]
+    end = encoder.answer_end
+    ends += end if len(end) == 1 else []
+    stop = [] if len(end) == 1 else [template.assistant.end]
+  return {
+    "image_ids": encoder.image_ids,
+    "before": before,
+    "after": after,
+    "space_before_text": space[0],
+    "space_before_answer": space[1],
+    "ends": sorted(set(ends)),
+    "stop": stop,
+  }
+
+
+def _arrays(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields the params by name, one of them in memory, blocks stacked as the programs take them."""
+  blocks: list[np.ndarray] = []
+  for part, value in source.read():
+    value = value.astype(jnp.float32 if part.in_float32 else jnp.dtype(dtype))
+    if part.block is None:
+      yield part.name, value
+      continue
+    blocks.append(value)
+    if len(blocks) == source.num_blocks(part.name):
+      yield part.name, np.stack(blocks)
+      blocks = []

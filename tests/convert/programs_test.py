@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports that JAX alone runs, and runs of params alone: what they say is what the model says."""
+
+import io
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from mm1_jax import checkpoint
+from mm1_jax.config import TilingConfig
+from mm1_jax.convert import ConvertError
+from mm1_jax.convert.export import exporter, manifest, stablehlo, stablehlo_run
+from mm1_jax.convert.export.format import Options
+from mm1_jax.convert.export.source import Source
+from mm1_jax.data.image import decode_image
+from mm1_jax.inference.model import Model
+
+QUESTION = "What is this?"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+  """A sparse run at step 1."""
+  from tiny_model import make_params, run_config, save_run
+
+  run, path = run_config(moe=True), tmp_path_factory.mktemp("export") / "run"
+  save_run(path, run, make_params(run), steps=(1,))
+  return path
+
+
+def photo(kind: str, size=(90, 120)) -> bytes:
+  """Returns a smooth picture, as photos are; noise would hide how a resize rounds."""
+  rng = np.random.default_rng(0)
+  small = PIL.Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+  data = io.BytesIO()
+  small.resize(size[::-1], PIL.Image.Resampling.BICUBIC).save(data, kind)
+  return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+def test_standalone_pixels_are_those_of_training(kind, fit, tmp_path):
+  file = tmp_path / "a"
+  file.write_bytes(photo(kind))
+  about = {"image_fit": fit, "pad_color": stablehlo.PAD_COLOR}
+  ours = decode_image(file.read_bytes(), size=(24, 32), fit=fit, max_pixels=10**9)
+  theirs = stablehlo_run.read_image(file, (24, 32), about)
+  # Of 256: how the two libraries round, and which JPEG decoder there is.
+  assert np.abs(ours.astype(int) - theirs).max() <= (1 if kind == "PNG" else 4)
+
+
+@pytest.mark.slow
+def test_programs_say_what_the_model_says(run_folder, tmp_path):
+  out = tmp_path / "programs"
+  compared = exporter.export(run_folder, out, "stablehlo", Options(dtype="float32"))
+  assert "params equal" in compared
+  assert {path.suffix for path in (out / "programs").iterdir()} == {".cpu", ".cuda", ".tpu"}
+  manifest.check(out)
+  pictures = [tmp_path / "a.png", tmp_path / "b.png"]
+  for number, path in enumerate(pictures):
+    path.write_bytes(photo("PNG", (16 + number * 20, 16)))
+  # Elsewhere, with nothing of ours to be found: -I leaves out the current folder.
+  moved = shutil.move(out, tmp_path / "moved")
+  command = [sys.executable, "-I", str(moved / "run.py"), f"--prompt={QUESTION}"]
+  command += ["--max-new-tokens=8", *(f"--image={path}" for path in pictures)]
+  said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+  assert "mm1_jax" not in (moved / "run.py").read_text()
+  # What the standalone reader makes of the pictures, so that rounding does not decide.
+  size = Source(run_folder).run.model.vision.image_size
+  about = json.loads((moved / stablehlo_run.DESCRIPTION).read_text())
+  pixels = [stablehlo_run.read_image(path, size, about) for path in pictures]
+  (expected,) = Model.load(run_folder).generate([[*pixels, QUESTION]], max_new_tokens=8)
+  assert said.rstrip("\n") == expected
+
+
+def test_pictures_in_parts_are_refused(run_folder):
+  source = Source(run_folder)
+  object.__setattr__(source.run.data, "tiling", TilingConfig())
+  with pytest.raises(ConvertError, match=r"data\.tiling.*stablehlo"):
+    stablehlo.check(source, Options())
+
+
+def test_prefills_fit_their_pictures(run_folder):
+  """The longest first; no shape whose pictures leave no room for a word."""
+  source = Source(run_folder)
+  around = 3
+  shapes = stablehlo._shapes(source, around)
+  assert max(shapes) == (source.run.data.seq_len, 2)
+  for positions, num in shapes:
+    assert num * source.run.image_positions + around + stablehlo.WORD <= positions
+
+
+def test_params_alone_in_bfloat16(run_folder, tmp_path):
+  out = tmp_path / "params"
+  exporter.export(run_folder, out, "orbax", Options(dtype="bfloat16"))
+  assert [path.name for path in (out / "checkpoints" / "1").iterdir()] == ["params"]
+  manifest.check(out)
+  run = checkpoint.read_run(out)
+  assert run.train.init_from is None
+  source = Source(run_folder)
+  for (part, whole), (_, half) in zip(source.read(), Source(out).read(), strict=True):
+    assert half.dtype.name == ("float32" if part.in_float32 else "bfloat16")
+    np.testing.assert_array_equal(whole.astype(half.dtype), half, err_msg=part.path)
+  # Both ways to use it.
+  from tiny_model import make_params
+
+  started = checkpoint.init_from(out, make_params(run))
+  assert {x.dtype.name for x in jax.tree.leaves(started)} == {"float32"}
+  (answer,) = Model.load(out).generate([["Once"]], max_new_tokens=4)
+  assert isinstance(answer, str)
+
+
+def test_what_changed_on_its_way_to_the_disk_is_found(run_folder, tmp_path, monkeypatch):
+  read = exporter.orbax.checkpoint.restore_params
+  monkeypatch.setattr(
+    exporter.orbax.checkpoint, "restore_params", lambda *a: jax.tree.map(lambda x: x * 2, read(*a))
+  )
+  with pytest.raises(ConvertError, match="is not what was written"):
+    exporter.export(run_folder, tmp_path / "wrong", "orbax", Options(dtype="float32"))
+  assert not pathlib.Path(tmp_path / "wrong").exists()
