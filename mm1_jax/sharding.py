@@ -106,9 +106,9 @@ def gather(weight: jax.Array, dtype: jax.typing.DTypeLike, *, rows: jax.Array) -
     rows: what it is to be multiplied with, or picked by; split along anything but width. Where
       that is over `tensor` too, as pictures are, the weight is gathered over that as well.
   """
-  spec, over = spec_of(weight), _axes(*spec_of(rows))
-  stored = _axes(*spec)
-  kept = [None if _axes(entry) & (over | set(FSDP_AXES)) else entry for entry in spec]
+  spec, over = spec_of(weight), set(axes_of(*spec_of(rows)))
+  stored = set(axes_of(*spec))
+  kept = [None if (over | set(FSDP_AXES)) & set(axes_of(entry)) else entry for entry in spec]
   weight = jax.sharding.reshard(weight.astype(dtype), P(*spec, reduced=frozenset(over - stored)))
   return jax.sharding.reshard(weight, P(*kept, reduced=frozenset(over)))
 
@@ -118,9 +118,9 @@ def spec_of(x: jax.Array) -> P:
   return jax.typeof(x).sharding.spec
 
 
-def _axes(*entries: str | tuple[str, ...] | None) -> set[str]:
-  """Returns the mesh axes in entries of a PartitionSpec."""
-  return {axis for e in entries if e for axis in ((e,) if isinstance(e, str) else e)}
+def axes_of(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes in entries of a PartitionSpec, in their order."""
+  return tuple(axis for e in entries if e for axis in ((e,) if isinstance(e, str) else e))
 
 
 def device_batch(batch: Batch, mesh: Mesh) -> Batch:
