@@ -7,10 +7,12 @@ line asks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -127,6 +129,32 @@ def device_batch(batch: Batch, mesh: Mesh) -> Batch:
   """Puts a process's rows on the mesh as one global batch, split by rows."""
   sharding = NamedSharding(mesh, LAYOUT.act_b)
   return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(x)) for x in batch))
+
+
+def abstract_batch(run: RunConfig, mesh: Mesh) -> Batch:
+  """Returns the shapes of a global batch, and how it is split: what `device_batch` makes."""
+  rows = functools.partial(abstract_rows, mesh)
+  numabstract_rows, positions, slots = (
+    run.data.batch_size,
+    run.data.seq_len,
+    run.data.images_per_row,
+  )
+  ids = rows(jnp.int32, numabstract_rows, positions)
+  return Batch(
+    tokens=ids,
+    targets=ids,
+    loss_mask=rows(jnp.float32, numabstract_rows, positions),
+    positions=ids,
+    segment_ids=ids,
+    source_ids=ids,
+    images=rows(jnp.uint8, numabstract_rows, slots, *run.model.vision.image_size, 3),
+    image_mask=rows(jnp.bool_, numabstract_rows, slots),
+  )
+
+
+def abstract_rows(mesh: Mesh, dtype: jax.typing.DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+  """Returns the type of an array that is split by rows."""
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, LAYOUT.act_b))
 
 
 def abstract_state(make, mesh: Mesh):

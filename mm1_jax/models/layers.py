@@ -5,8 +5,8 @@ Modules are `nnx.Module`s used as plain pytrees. Params are float32 and cast whe
 module computes in the dtype of its input, except for norms and softmaxes, which run in float32.
 """
 
+import itertools
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +66,8 @@ def multiply(
   if jax.sharding.get_abstract_mesh().size != 1 or tpu_kind() is not None:
     return jnp.einsum(subscripts, x, weight, out_sharding=out_sharding, **kwargs)
   taken, result = subscripts.split(",")[0], subscripts.split("->")[1]
-  lead = os.path.commonprefix([taken, result])
+  equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(taken, result, strict=False))
+  lead = "".join(letter for letter, _ in equal)
   num = x.ndim - len(taken.removeprefix(lead))
   dims, spec = x.shape[:num], spec_of(x)[:num]
   flat = (math.prod(dims), *x.shape[num:])

@@ -46,9 +46,7 @@ class MLP(nnx.Module):
     h = multiply("ipd,df->ipf", x, gather(self.up[...], x.dtype, rows=x))
     h = checkpoint_name(h + broadcast(self.up_bias[...], h), "mlp_up")
     h = ACTIVATIONS[self.activation](h)
-    y = multiply(
-      "ipf,fd->ipd", h, gather(self.down[...], x.dtype, rows=x), out_sharding=spec_of(x)
-    )
+    y = multiply("ipf,fd->ipd", h, gather(self.down[...], x.dtype, rows=x), out_sharding=spec_of(x))
     return y + broadcast(self.down_bias[...], y)
 
 
