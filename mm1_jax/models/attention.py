@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.config import RopeScaling
-from mm1_jax.models.layers import RMSNorm, broadcast, constant, normal
+from mm1_jax.models.layers import RMSNorm, broadcast, constant, multiply, normal
 from mm1_jax.models.splash import LANES, block_size, splash_attention, tpu_kind
 from mm1_jax.sharding import LAYOUT, gather, spec_of
 
@@ -169,7 +169,7 @@ class Attention(nnx.Module):
       )
       keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
     heads = attend(queries, keys, values, mask=mask, segment_ids=segment_ids, causal=causal)
-    out = jnp.einsum(
+    out = multiply(
       "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype, rows=x), out_sharding=spec_of(x)
     )
     if self.out_bias is not None:
@@ -177,7 +177,7 @@ class Attention(nnx.Module):
     return out, cache
 
   def _project(self, x, weight, bias, norm=None, positions=None) -> Float[Array, "B S H h"]:
-    heads = jnp.einsum("bsd,dhk->bshk", x, gather(weight[...], x.dtype, rows=x))
+    heads = multiply("bsd,dhk->bshk", x, gather(weight[...], x.dtype, rows=x))
     if bias is not None:
       heads += bias[...].astype(x.dtype)[None, None]
     if norm is not None:

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 from absl import logging
 
-from mm1_jax.config import RunConfig, UserError
+from mm1_jax.config import ConfigError, RunConfig, UserError
 from mm1_jax.plan.memory import Buffer
 from mm1_jax.plan.topology import Topology
 
@@ -94,6 +94,14 @@ class Compiled:
 
   result: Result
   hlo: str
+
+
+def parse_option(text: str) -> tuple[str, str | bool]:
+  """Returns the name and value of a compiler option, `name=value`; raises ConfigError."""
+  name, equals, value = text.strip().removeprefix("--").partition("=")
+  if not equals:
+    raise ConfigError(f"--compiler_options has '{text}'; options look like xla_tpu_x=true.")
+  return name, {"true": True, "false": False}.get(value, value)
 
 
 def default_cache() -> pathlib.Path:
