@@ -39,11 +39,13 @@ EXTRAS = {
   "bench": ["tensorflow-cpu", "torch", "webdataset"],  # peers of bench/data.py, in a venv of theirs
   "convert": ["torch", "transformers"],  # makes the files that imports are compared with
   "quant": ["qwix"],  # generate --quantize
-  "serve": ["gradio"],
+  "serve": ["gradio"],  # python -m mm1_jax.inference.app
   "dev": [
     "apache-beam",
+    "gradio",
     "ipykernel",
     "nbclient",
+    "playwright",  # drives the web page with the machine's chromium; brings no browser
     "pre-commit",
     "psutil",
     "pyright[nodejs]",

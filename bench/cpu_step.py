@@ -14,27 +14,30 @@ import os
 import statistics
 import sys
 import tempfile
-
-import jax
+from collections.abc import Sequence
 
 from bench.ours import save_work
 from bench.workers import Worker, by_turns
 from configs import mm1_debug
 from mm1_jax.config import RunConfig
+from mm1_jax.metrics import PEAK_FLOPS, model_flops
 from mm1_jax.sharding import make_mesh
 from mm1_jax.train.feed import training_batches
 
 
-def report(workers: dict[str, Worker], turns: int, tokens: int, images: int) -> None:
-  """Lets the workers take steps by turns, and prints what they did."""
+def report(workers: dict[str, Worker], turns: int, run: RunConfig, images: int) -> None:
+  """Lets the workers take steps by turns, and prints what they did; ours is the first."""
+  tokens = run.data.batch_size * run.data.seq_len
   for worker in workers.values():
     worker.ask(do="steps", num=2)  # compiles
   seconds = by_turns(workers, turns, do="steps", num=3)
   middle = {name: statistics.median(times) for name, times in seconds.items()}
   print("| | params | ms a step | fastest | tokens/s | images/s | peak GiB | loss | with |")
   print("|---|---|---|---|---|---|---|---|---|")
+  devices = []
   for name, worker in workers.items():
     facts, loss = worker.ask(do="facts"), worker.ask(do="steps", num=1)["loss"]
+    devices.append(facts.get("device"))
     print(
       f"| {name} | {facts['params'] / 1e6:.2f}M | {1e3 * middle[name]:.0f} | "
       f"{1e3 * min(seconds[name]):.0f} | {tokens / middle[name]:,.0f} | "
@@ -43,6 +46,30 @@ def report(workers: dict[str, Worker], turns: int, tokens: int, images: int) -> 
   ours, *peers = middle
   for peer in peers:
     print(f"{ours} is {middle[peer] / middle[ours]:.2f} times as fast as {peer}")
+  if peak := PEAK_FLOPS.get(devices[0]):
+    share = model_flops(run)["total"] / middle[ours] / peak
+    print(f"{ours} on one {devices[0]}: {share:.1%} MFU")
+
+
+def beside(run: RunConfig, python: str, peer: Sequence[str], turns: int) -> None:
+  """Takes the steps of a run beside the peer's: the interpreter `python`, with arguments `peer`."""
+  mesh = make_mesh(run)
+  with contextlib.closing(training_batches(run, None, mesh)) as batches:
+    batch, stats = next(batches)
+  threads = len(os.sched_getaffinity(0))
+  print(
+    f"{run.name}, {batch.tokens.shape} positions, {stats.num_images} pictures in "
+    f"{batch.image_mask.size} slots, {run.model.dtype}, {threads} threads"
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    save_work(folder, run, batch)
+    workers = {
+      "mm1_jax": Worker("bench.ours", folder),
+      "torch": Worker("bench.torch_peer", folder, *peer, python=python, threads=threads),
+    }
+    report(workers, turns, run, int(stats.num_images))
+    for worker in workers.values():
+      worker.close()
 
 
 def main() -> None:
@@ -54,23 +81,7 @@ def main() -> None:
   parser.add_argument("--turns", type=int, default=5, help="of three steps each")
   args = parser.parse_args()
   run = RunConfig.from_dict(mm1_debug.get_config(args.kind).to_dict())
-  mesh = make_mesh(run)
-  with contextlib.closing(training_batches(run, None, mesh)) as batches:
-    batch, stats = next(batches)
-  threads = len(os.sched_getaffinity(0))
-  print(
-    f"mm1_debug {args.kind}, {batch.tokens.shape} positions, {stats.num_images} pictures, "
-    f"{threads} threads, {jax.default_backend()}"
-  )
-  with tempfile.TemporaryDirectory() as folder:
-    save_work(folder, run, batch)
-    workers = {
-      "mm1_jax": Worker("bench.ours", folder),
-      "torch": Worker("bench.torch_peer", folder, python=args.peer, threads=threads),
-    }
-    report(workers, args.turns, batch.tokens.size, int(stats.num_images))
-    for worker in workers.values():
-      worker.close()
+  beside(run, args.peer, [], args.turns)
 
 
 if __name__ == "__main__":

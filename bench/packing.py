@@ -4,9 +4,9 @@
   python -m bench.packing --data=FOLDER
 
 FOLDER has `captions-`, `interleaved-` and `text-train-*.arrayrecord`; see `bench/raw_dump.py`.
-Plans `--rows` rows of 4096 positions with 146 of a picture, at 45:45:10, and prints a table of both
-ways to pack for several numbers of image slots (N). Nothing is decoded. A cut document stands in
-more than one row; a part is what stands in one.
+Plans `--rows` rows of 4096 positions with 146 of a picture, at MM1's 45:45:10 (`--mixture=MM1_5`:
+50:10:40), and prints a table of both ways to pack for several numbers of image slots (N). Nothing
+is decoded. A cut document stands in more than one row; a part is what stands in one.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from mm1_jax.data.tokenizer import Tokenizer
 
 TOKENS_PER_IMAGE = 144
 SLOTS = (8, 9, 10, 11, 12, 16)
+MIXTURES = {"MM1": common.MM1, "MM1_5": common.MM1_5}
 HEADER = (
   "packing     N   positions  slots  share error  parts per  documents  planning\n"
   "                   filled   used        worst   document        cut  s / 1000 rows"
@@ -45,8 +46,9 @@ class Filled(NamedTuple):
   seconds: float  # to plan 1000 rows
 
 
-def data_config(folder: str, slots: int, packing: str) -> DataConfig:
+def data_config(folder: str, slots: int, packing: str, mixture: str) -> DataConfig:
   config = common.pretrain("packing", data=folder)
+  config.data.sources = common.mixture(folder, MIXTURES[mixture])
   config.data.tokenizer = str(common.SAMPLE / "tokenizer.model")
   config.data.images_per_row = slots
   config.data.packing = packing
@@ -104,12 +106,13 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument("--data", required=True, help="folder of the shards")
   parser.add_argument("--rows", type=int, default=2048, help="rows to plan")
+  parser.add_argument("--mixture", choices=MIXTURES, default="MM1")
   args = parser.parse_args()
-  indexes = load_indexes(data_config(args.data, SLOTS[0], "joint"))
+  indexes = load_indexes(data_config(args.data, SLOTS[0], "joint", args.mixture))
   print(HEADER)
   for packing in ("joint", "per_source"):
     for slots in SLOTS:
-      got = measure(data_config(args.data, slots, packing), indexes, args.rows)
+      got = measure(data_config(args.data, slots, packing, args.mixture), indexes, args.rows)
       print(
         f"{packing:10} {slots:2}      {got.positions:6.1%} {got.slots:6.1%}  "
         f"     {got.share_error:6.2%}  {got.parts:9.2f}     {got.cut:6.1%}  {got.seconds:8.2f}",

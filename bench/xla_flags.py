@@ -11,7 +11,7 @@ runs: `mm1_jax.plan` prices the programs, see docs/plans.md. Differences under 5
 import argparse
 
 from bench.peer_shapes import L7B, text_only
-from mm1_jax.plan.compile import PlanError
+from mm1_jax.plan.compile import PlanError, parse_option
 from mm1_jax.plan.estimate import make_plan
 from mm1_jax.plan.topology import find_topology
 
@@ -31,10 +31,7 @@ def main() -> None:
   run = text_only(L7B, topology, TOKENS, remat="qkv+attention+residual+mlp_gate+mlp_up", depth=2)
   print("| slice | options | roof ms | **mid ms** | pred ms |\n|---|---|---|---|---|")
   for text in args.options.split(";"):
-    options: dict[str, str | bool] = {}
-    for option in filter(None, text.strip().split(",")):
-      name, _, value = option.partition("=")
-      options[name.strip()] = value
+    options = dict(map(parse_option, filter(None, text.strip().split(","))))
     try:
       step = make_plan(run, topology, options=options).step
     except PlanError as e:

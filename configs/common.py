@@ -257,8 +257,10 @@ def decoder(
   )
 
 
-# What keeps all of a block's matrix products, or those of its attention; see `model.remat`.
+# What keeps all of a block's matrix products, without and with the experts', or those of its
+# attention; see `model.remat`.
 KEEP_PRODUCTS = "qkv+attention+residual+mlp_gate+mlp_up"
+KEEP_EXPERTS = f"{KEEP_PRODUCTS}+expert_gate+expert_up"
 KEEP_ATTENTION = "qkv+attention"
 
 Presets = Mapping[str, Mapping[str, "int | str"]]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs import common, mm1_30b
 
 SLICES = {
-  "v5p-512": common.preset(fsdp=16, expert=16, steps=2, remat=common.KEEP_ATTENTION),
+  "v5p-512": common.preset(fsdp=32, expert=8, steps=2, remat=common.KEEP_EXPERTS),
   "v6e-256": common.preset(fsdp=16, expert=16, steps=2),
   "tpu7x-512": common.preset(data=2, fsdp=16, expert=16, remat=common.KEEP_ATTENTION),
 }

@@ -10,7 +10,7 @@ from configs import common, mm1_3b
 
 SLICES = {
   "v5e-256": common.preset(fsdp=16, expert=16, steps=2),
-  "v5p-256": common.preset(fsdp=8, expert=16, steps=2, remat=common.KEEP_ATTENTION),
+  "v5p-256": common.preset(fsdp=2, expert=64, steps=2, remat=common.KEEP_EXPERTS),
   "v6e-256": common.preset(fsdp=16, expert=16, steps=2, remat=common.KEEP_ATTENTION),
   "tpu7x-256": common.preset(fsdp=16, expert=16, remat=common.KEEP_ATTENTION),
 }

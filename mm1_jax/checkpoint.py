@@ -79,8 +79,7 @@ class Checkpointer:
       CheckpointError: the step is damaged, or its arrays are not the ones asked for.
     """
     where = self._path / str(step)
-    for item, tree in ((PARAMS, params), (TRAIN, train)):
-      check_match(saved_shapes(where / item), to_names(tree), where / item)
+    self.check(step, params=params, train=train)
     try:
       restored = self._manager.restore(
         step,
@@ -94,6 +93,12 @@ class Checkpointer:
     except Exception as e:
       raise damaged(where, e) from e
     return from_names(params, restored[PARAMS]), from_names(train, restored[TRAIN])
+
+  def check(self, step: int, *, params: Any, train: Any) -> None:
+    """Raises CheckpointError unless a step has exactly these arrays; reads none of them."""
+    where = self._path / str(step)
+    for item, tree in ((PARAMS, params), (TRAIN, train)):
+      check_match(saved_shapes(where / item), to_names(tree), where / item)
 
   def wait(self) -> None:
     """Returns when what is being saved is on disk."""

@@ -345,7 +345,8 @@ def progress_line(
 ) -> str:
   """Returns one line on where a run stands.
 
-  Of `scalars` it shows `loss`, `lr`, `grad_norm` and `skipped`, those that are there:
+  Of `scalars` it shows `loss`, `lr`, `grad_norm`, `skipped`, and, where a line's steps had them,
+  what a save and the start took, those that are there:
   `step    40/300 (13%) | loss 5.123 | lr 2.1e-04 | grad 0.91 | 0.52 s/step | 15.7k tok/s |
   61 img/s | MFU - | data wait 3% | skipped 0 | ETA 2m14s`
   """
@@ -355,7 +356,7 @@ def progress_line(
     if name in scalars:
       parts.append(text.format(float(scalars[name])))
   if rates is None:
-    parts.append("compiling")
+    parts.append("first step")
   else:
     share = "-" if rates.mfu is None else f"{rates.mfu:.1%}"
     parts += [
@@ -365,6 +366,11 @@ def progress_line(
       f"MFU {share}",
       f"data wait {rates.data_wait:.0%}",
     ]
+  if "speed/save_seconds" in scalars:
+    parts.append(f"save {scalars['speed/save_seconds']:.2f} s")
+  if "speed/start_seconds" in scalars:
+    started, compiled = scalars["speed/start_seconds"], scalars["speed/compile_seconds"]
+    parts.append(f"start {format_seconds(started)}, of it compiling {format_seconds(compiled)}")
   if "skipped" in scalars:
     parts.append(f"skipped {int(scalars['skipped'])}")
   if rates is not None:

@@ -7,10 +7,12 @@ line asks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -106,9 +108,9 @@ def gather(weight: jax.Array, dtype: jax.typing.DTypeLike, *, rows: jax.Array) -
     rows: what it is to be multiplied with, or picked by; split along anything but width. Where
       that is over `tensor` too, as pictures are, the weight is gathered over that as well.
   """
-  spec, over = spec_of(weight), _axes(*spec_of(rows))
-  stored = _axes(*spec)
-  kept = [None if _axes(entry) & (over | set(FSDP_AXES)) else entry for entry in spec]
+  spec, over = spec_of(weight), set(axes_of(*spec_of(rows)))
+  stored = set(axes_of(*spec))
+  kept = [None if (over | set(FSDP_AXES)) & set(axes_of(entry)) else entry for entry in spec]
   weight = jax.sharding.reshard(weight.astype(dtype), P(*spec, reduced=frozenset(over - stored)))
   return jax.sharding.reshard(weight, P(*kept, reduced=frozenset(over)))
 
@@ -118,15 +120,41 @@ def spec_of(x: jax.Array) -> P:
   return jax.typeof(x).sharding.spec
 
 
-def _axes(*entries: str | tuple[str, ...] | None) -> set[str]:
-  """Returns the mesh axes in entries of a PartitionSpec."""
-  return {axis for e in entries if e for axis in ((e,) if isinstance(e, str) else e)}
+def axes_of(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes in entries of a PartitionSpec, in their order."""
+  return tuple(axis for e in entries if e for axis in ((e,) if isinstance(e, str) else e))
 
 
 def device_batch(batch: Batch, mesh: Mesh) -> Batch:
   """Puts a process's rows on the mesh as one global batch, split by rows."""
   sharding = NamedSharding(mesh, LAYOUT.act_b)
   return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(x)) for x in batch))
+
+
+def abstract_batch(run: RunConfig, mesh: Mesh) -> Batch:
+  """Returns the shapes of a global batch, and how it is split: what `device_batch` makes."""
+  rows = functools.partial(abstract_rows, mesh)
+  numabstract_rows, positions, slots = (
+    run.data.batch_size,
+    run.data.seq_len,
+    run.data.images_per_row,
+  )
+  ids = rows(jnp.int32, numabstract_rows, positions)
+  return Batch(
+    tokens=ids,
+    targets=ids,
+    loss_mask=rows(jnp.float32, numabstract_rows, positions),
+    positions=ids,
+    segment_ids=ids,
+    source_ids=ids,
+    images=rows(jnp.uint8, numabstract_rows, slots, *run.model.vision.image_size, 3),
+    image_mask=rows(jnp.bool_, numabstract_rows, slots),
+  )
+
+
+def abstract_rows(mesh: Mesh, dtype: jax.typing.DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+  """Returns the type of an array that is split by rows."""
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, LAYOUT.act_b))
 
 
 def abstract_state(make, mesh: Mesh):

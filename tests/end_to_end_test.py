@@ -211,11 +211,16 @@ def test_what_a_run_writes(straight):
     assert list(metrics[f"eval/loss/{source}"]) == [5, 10], source
   for name in ("step_seconds", "tokens_per_second", "images_per_second", "data_wait"):
     assert list(metrics[f"speed/{name}"]) == steps[1:], name
+  assert list(metrics["speed/start_seconds"]) == list(metrics["speed/compile_seconds"]) == [1]
+  assert metrics["speed/start_seconds"][1] > metrics["speed/compile_seconds"][1] > 0
+  assert list(metrics["speed/save_seconds"]) == [6]  # of the save at step 5
   assert metrics["loss"][10] < metrics["loss"][1]
   assert metrics["skipped"][10] == 0
   lines = [line for line in result.stdout.splitlines() if line.startswith("step")]
   assert len(lines) == NUM_STEPS
   assert "10/10 (100%)" in lines[-1]
+  assert [" | start " in line for line in lines] == [True] + [False] * 9
+  assert [i for i, line in enumerate(lines, start=1) if " | save " in line] == [6]
 
 
 def test_what_lies_beside_the_metrics(straight):

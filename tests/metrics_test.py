@@ -299,7 +299,14 @@ class TestProgressLine:
 
   def test_before_the_first_rate(self):
     line = metrics.progress_line(1, 300, {"loss": math.nan}, None)
-    assert line == "step     1/300 (0%) | loss nan | compiling"
+    assert line == "step     1/300 (0%) | loss nan | first step"
+
+  def test_what_start_and_save_took(self):
+    scalars = {"speed/start_seconds": 134.0, "speed/compile_seconds": 81.0}
+    line = metrics.progress_line(1, 300, scalars, None)
+    assert line == "step     1/300 (0%) | first step | start 2m14s, of it compiling 1m21s"
+    line = metrics.progress_line(9, 300, {"speed/save_seconds": 0.456}, None)
+    assert line == "step     9/300 (3%) | first step | save 0.46 s"
 
   @pytest.mark.parametrize(
     ("seconds", "text"),

@@ -122,14 +122,14 @@ def finish(processes: list[subprocess.Popen]) -> list[Ended]:
     for i in hanging:
       os.killpg(processes[i].pid, signal.SIGKILL)
       processes[i].wait()
-  results = []
+  results, first = [], min(ended.values(), default=deadline)
   for i, process in enumerate(processes):
     texts = []
     for file in process.files:  # pyright: ignore[reportAttributeAccessIssue]
       file.seek(0)
       texts.append(file.read().decode(errors="replace"))
       file.close()
-    results.append(Ended(process.returncode, *texts, ended.get(i, 0) - min(ended.values())))
+    results.append(Ended(process.returncode, *texts, ended.get(i, 0) - first))
   assert not hanging, f"processes {hanging} hang:\n" + "\n".join(r.err[-3000:] for r in results)
   return results
 

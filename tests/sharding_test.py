@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -202,10 +202,10 @@ def family(request):
   return run.name, mesh, state
 
 
-def num_parts(leaf, mesh) -> int:
+def num_parts(leaf, mesh: Mapping[str, int]) -> int:
   """Returns how many different parts of an array the devices hold."""
   axes = [axis for entry in leaf.sharding.spec for axis in (np.atleast_1d(entry) if entry else ())]
-  return math.prod(mesh.shape[axis] for axis in axes)
+  return math.prod(mesh[axis] for axis in axes)
 
 
 def num_bytes(leaf) -> int:
@@ -213,14 +213,19 @@ def num_bytes(leaf) -> int:
 
 
 def test_no_large_array_of_the_family_is_replicated(family):
-  """Params and moments are split over every device that holds other rows of a batch, but `data`."""
-  _, mesh, state = family
-  seen = 0
-  for path, leaf in jax.tree_util.tree_leaves_with_path((state.model, state.opt_state)):
-    if num_bytes(leaf) > LARGE:
-      seen += 1
-      assert num_parts(leaf, mesh) == mesh.size // mesh.shape["data"], name(path)
-  assert seen > 3 * 10
+  """Params and moments are split over all axes but `data`, on every slice that has a preset."""
+  run_name, _, state = family
+  module = next(m for m in FAMILY if m.__name__ == f"configs.{run_name}")
+  leaves = jax.tree_util.tree_leaves_with_path((state.model, state.opt_state))
+  large = [(path, leaf) for path, leaf in leaves if num_bytes(leaf) > LARGE]
+  assert len(large) > 3 * 10
+  for slice_name in module.SLICES:
+    run = RunConfig.from_dict(module.get_config(slice_name).to_dict())
+    sizes = run.check_mesh(find_topology(slice_name).num_devices)
+    mesh = dict(zip(MESH_AXES, sizes, strict=True))
+    for path, leaf in large:
+      wanted = math.prod(sizes) // mesh["data"]
+      assert num_parts(leaf, mesh) == wanted, f"{slice_name}: {name(path)}"
 
 
 def test_the_family_lives_where_the_golden_files_say(family):
@@ -229,7 +234,7 @@ def test_the_family_lives_where_the_golden_files_say(family):
   lines, small, whole, here = [], [], 0, 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(state.model):
     whole += num_bytes(leaf)
-    here += num_bytes(leaf) // num_parts(leaf, mesh)
+    here += num_bytes(leaf) // num_parts(leaf, mesh.shape)
     if num_bytes(leaf) > LARGE:
       with jax.sharding.use_abstract_mesh(mesh):
         lines.append(f"{name(path)}: {jax.typeof(leaf)}")

@@ -14,6 +14,7 @@ that training gave it.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -83,19 +84,19 @@ class Encoder:
   template: ChatTemplate = dataclasses.field(default_factory=load_template)
   tiler: Tiler | None = None
 
-  @property
-  def image_ids(self) -> list[int]:
+  @functools.cached_property
+  def image_ids(self) -> tuple[int, ...]:
     """Ids of one picture: T placeholders, and the delimiters."""
-    run = [self.tokenizer.image_id] * self.tokens_per_image
+    run = (self.tokenizer.image_id,) * self.tokens_per_image
     if not self.image_delimiters:
       return run
-    return [self.tokenizer.image_start_id, *run, self.tokenizer.image_end_id]
+    return (self.tokenizer.image_start_id, *run, self.tokenizer.image_end_id)
 
   def encode_content(self, items: Items) -> list[int]:
     """Returns the ids of texts and pictures in order."""
     return list(itertools.chain.from_iterable(map(self._encode_item, items)))
 
-  def _encode_item(self, item: Mapping[str, Any]) -> list[int]:
+  def _encode_item(self, item: Mapping[str, Any]) -> Sequence[int]:
     return self.tokenizer.encode(item["text"]) if "text" in item else self.image_ids
 
   def encode_prefix(self, items: Items) -> Prompt:
@@ -132,7 +133,7 @@ class Encoder:
     else:
       ids, images = self.encode_prefix(record["content"])
       ids.append(self.tokenizer.eos_id)
-      predict = [True] * len(ids)
+      predict = np.ones(len(ids), bool)
     return self._example(ids, predict, images)
 
   def measure_record(self, record: Record) -> Measure:
@@ -176,7 +177,9 @@ class Encoder:
       images += _images(items)
     return ids, predict, images
 
-  def _example(self, ids: list[int], predict: list[bool], images: list[bytes | Tile]) -> Example:
+  def _example(
+    self, ids: list[int], predict: Sequence[bool] | np.ndarray, images: list[bytes | Tile]
+  ) -> Example:
     sequence = np.array(ids, np.int32)
     tokens, targets = sequence[:-1], sequence[1:]
     specials = (
@@ -208,6 +211,8 @@ def cut(example: Example, start: int, stop: int) -> Example:
   Raises:
     ValueError: the cut goes through a picture.
   """
+  if start == 0 and stop == len(example):
+    return example
   inside = [i for i, s in enumerate(example.spans) if s.start < stop and start < s.stop]
   spans = [example.spans[i] for i in inside]
   if any(s.start < start or stop < s.stop for s in spans):

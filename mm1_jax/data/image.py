@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image bytes to pixels.
 
-Pillow reads the header of every picture, and the pixels of most formats. Nearly all pictures are
-plain JPEGs: libjpeg-turbo decodes those by itself, and a vectorised convolution resizes them all.
-Together that is three times as fast as Pillow alone, and within a rounding error of it.
+Nearly all pictures are plain JPEGs: libjpeg-turbo decodes those by itself. Pillow reads all else,
+and a vectorised convolution resizes them all. Together that is three times as fast as Pillow alone,
+and within a rounding error of it.
 """
 
 import io
@@ -36,7 +36,36 @@ _BICUBIC = cykooz_resizer.ResizeOptions(
   use_alpha=False,
 )
 _RGB = cykooz_resizer.PixelType.U8x3
-_thread = threading.local()  # a resizer serves one thread at a time
+# Markers in a JPEG's header: of what may hold EXIF or XMP, and of where the pixels begin.
+_APP1, _START_OF_SCAN = 0xE1, 0xDA
+
+
+class _Scratch(threading.local):
+  """What a thread uses for picture after picture: new memory each time costs a third more."""
+
+  MAX_BYTES = 1 << 24  # larger pictures are rare, and would stay in memory
+
+  def __init__(self):
+    self.resizer = cykooz_resizer.Resizer()
+    self.decoded = bytearray()
+    self._resized = cykooz_resizer.ImageData(1, 1, _RGB)
+
+  def for_decoding(self, num_bytes: int) -> bytearray | None:
+    """Returns memory for a decoder to write to; None for it to find some."""
+    if num_bytes > self.MAX_BYTES:
+      return None
+    if len(self.decoded) < num_bytes:
+      self.decoded = bytearray(num_bytes)
+    return self.decoded
+
+  def for_resizing(self, size: tuple[int, int]) -> cykooz_resizer.ImageData:
+    """Returns memory for the resizer to write to."""
+    if (self._resized.height, self._resized.width) != size:
+      self._resized = cykooz_resizer.ImageData(size[1], size[0], _RGB)
+    return self._resized
+
+
+_scratch = _Scratch()
 
 
 class ImageError(ValueError):
@@ -72,13 +101,9 @@ def decode_image(
   if not data:
     raise ImageError(EMPTY)
   try:
-    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      # The header tells the size: a bomb is never decoded.
-      if image.width * image.height > max_pixels:
-        raise ImageError(TOO_LARGE)
-      pixels = _decode_jpeg(data, image, size)
-      if pixels is None:
-        pixels = _decode_any(image, size)
+    pixels = _decode_jpeg(data, size, max_pixels)
+    if pixels is None:
+      pixels = _decode_any(data, size, max_pixels)
     return _resize(pixels, size) if fit == "squash" else _pad(pixels, size)
   except (ImageError, MemoryError):
     raise
@@ -116,27 +141,64 @@ def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
   return image.convert("RGB")
 
 
-def _decode_jpeg(data: bytes, image: PIL.Image.Image, size: tuple[int, int]) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray | None:
   """Returns the pixels of an upright RGB or grey JPEG; None for all else, and for damaged ones.
 
-  `image` is the same picture, of which only the header has been read.
+  They stay what they are until this thread decodes the next picture.
   """
-  if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
-    return None
-  if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+  if not _is_upright_jpeg(data):
     return None
   least = _least_side(size)
   try:
-    return simplejpeg.decode_jpeg(data, min_height=least, min_width=least, min_factor=2)
+    height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    if colors not in ("YCbCr", "RGB", "Gray"):
+      return None
+    height, width = int(height), int(width)
+    _check_pixels(height, width, max_pixels)
+    return simplejpeg.decode_jpeg(
+      data,
+      min_height=least,
+      min_width=least,
+      min_factor=2,
+      buffer=_scratch.for_decoding(3 * height * width),
+    )
+  except ImageError:
+    raise
   except ValueError:  # it refuses what it could repair; Pillow knows what is worth repairing
     return None
 
 
-def _decode_any(image: PIL.Image.Image, size: tuple[int, int]) -> np.ndarray:
-  least = _least_side(size)
-  image.draft("RGB", (least, least))
-  PIL.ImageOps.exif_transpose(image, in_place=True)
-  return np.asarray(on_white(image))
+def _is_upright_jpeg(data: bytes) -> bool:
+  """Returns whether the markers before a JPEG's pixels are in order, and leave it upright.
+
+  Walking along them takes a twentieth of the time that Pillow takes to open it.
+  """
+  if not data.startswith(b"\xff\xd8"):
+    return False
+  at = 2
+  while at + 3 < len(data) and data[at] == 0xFF and data[at + 1] != 0xFF:
+    if data[at + 1] == _START_OF_SCAN:
+      return True
+    if data[at + 1] == _APP1:
+      with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
+    at += 2 + int.from_bytes(data[at + 2 : at + 4])
+  return False
+
+
+def _decode_any(data: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray:
+  with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    _check_pixels(image.height, image.width, max_pixels)
+    least = _least_side(size)
+    image.draft("RGB", (least, least))
+    PIL.ImageOps.exif_transpose(image, in_place=True)
+    return np.asarray(on_white(image))
+
+
+def _check_pixels(height: int, width: int, max_pixels: int) -> None:
+  """Headers tell the size: a bomb is never decoded."""
+  if height * width > max_pixels:
+    raise ImageError(TOO_LARGE)
 
 
 def _least_side(size: tuple[int, int]) -> int:
@@ -157,9 +219,14 @@ def _pad(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  if not hasattr(_thread, "resizer"):
-    _thread.resizer = cykooz_resizer.Resizer()
-  source = cykooz_resizer.ImageData(pixels.shape[1], pixels.shape[0], _RGB, pixels.tobytes())
-  resized = cykooz_resizer.ImageData(size[1], size[0], _RGB)
-  _thread.resizer.resize(source, resized, _BICUBIC)
+  height, width = pixels.shape[:2]
+  image = cykooz_resizer.ImageData(width, height, _RGB, pixels.tobytes())
+  if height < size[0]:
+    # The resizer would begin with the height, as suits pictures that become smaller. The other
+    # way round, the width, which costs more, is resized in fewer rows.
+    wide = cykooz_resizer.ImageData(size[1], height, _RGB)
+    _scratch.resizer.resize(image, wide, _BICUBIC)
+    image = wide
+  resized = _scratch.for_resizing(size)
+  _scratch.resizer.resize(image, resized, _BICUBIC)
   return np.frombuffer(resized.get_buffer(), np.uint8).reshape(*size, 3)

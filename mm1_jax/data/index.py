@@ -3,7 +3,7 @@
 
 It is made by running the text side of `examples.py` over the source once, shard by shard, and kept:
 a shard that is added to a source is the only one that is read. With it, rows are planned without
-reading a record.
+reading a record. A large one is mapped from a file: all processes of a host share its memory.
 """
 
 import collections
@@ -14,6 +14,8 @@ import io
 import json
 import multiprocessing
 import os
+import pathlib
+import shutil
 import time
 import uuid
 import zipfile
@@ -34,6 +36,7 @@ MIN_RECORDS_TO_JUDGE = 100  # a share of unreadable records means little below t
 # Starting processes takes as long as indexing so many bytes does.
 MIN_BYTES_FOR_PROCESSES = 16_000_000
 SECONDS_BETWEEN_NEWS = 10.0
+MIN_BYTES_TO_MAP = 1 << 24  # less is not worth a folder
 
 TOO_LONG = "conversation longer than the row"
 TOO_MANY_IMAGES = "conversation with more images than the row has slots"
@@ -85,6 +88,16 @@ class Index:
     return cuts
 
 
+@dataclasses.dataclass(frozen=True)
+class _MappedIndex(Index):
+  """An index whose arrays are files; a worker process gets the folder's name."""
+
+  folder: pathlib.Path
+
+  def __reduce__(self):
+    return _map, (self.folder,)
+
+
 def load_index(
   source: Source,
   encoder: Encoder,
@@ -103,7 +116,26 @@ def load_index(
     ConfigError: a record has images and `max_images` is 0.
     DataError: no record can be used, or more than `max_drop_fraction` of them are unreadable.
   """
-  index = _concatenate(_load_shards(source, encoder, process_index))
+  keys = [_key(path, encoder) for path in source.paths]
+  folder = _folder(keys, seq_len, max_images)
+  index = _read_mapped(folder)
+  if index is None:
+    index = _make_index(source, encoder, keys, process_index, seq_len, max_images)
+    index = _keep_mapped(index, folder)
+  _check(index, source, max_drop_fraction)
+  return index
+
+
+def _make_index(
+  source: Source,
+  encoder: Encoder,
+  keys: Sequence[str],
+  process_index: int,
+  seq_len: int,
+  max_images: int,
+) -> Index:
+  """Returns an index in memory, of all shards."""
+  index = _concatenate(_load_shards(source, encoder, keys, process_index))
   if not max_images and index.num_images:
     example = int(np.searchsorted(index.break_offsets, np.argmax(index.is_image), side="right")) - 1
     record = source[int(index.records[example])]
@@ -111,9 +143,7 @@ def load_index(
       f"data.images_per_row is 0, but record '{record['id']}' of source '{source.name}' has "
       f"images. Give rows image slots, or leave that source out."
     )
-  index = _drop_unfit(index, seq_len, max_images)
-  _check(index, source, max_drop_fraction)
-  return index
+  return _drop_unfit(index, seq_len, max_images)
 
 
 def _drop_unfit(index: Index, seq_len: int, max_images: int) -> Index:
@@ -228,9 +258,11 @@ def cache_dir() -> epath.Path:
   return epath.Path(os.environ.get("MM1_JAX_CACHE", "~/.cache/mm1_jax")).expanduser() / "index"
 
 
-def _load_shards(source: Source, encoder: Encoder, process_index: int) -> list[_Shard]:
+def _load_shards(
+  source: Source, encoder: Encoder, keys: Sequence[str], process_index: int
+) -> list[_Shard]:
   """Returns the index of each shard, from the cache, or made now and then kept."""
-  files = [cache_dir() / f"{_key(path, encoder)}.npz" for path in source.paths]
+  files = [cache_dir() / f"{key}.npz" for key in keys]
   shards = {i: shard for i, file in enumerate(files) if (shard := _read(file))}
   missing = [i for i in range(len(files)) if i not in shards]
   at = process_index % max(len(missing), 1)
@@ -328,3 +360,54 @@ def _write(file: epath.Path, shard: _Shard) -> bool:
     logging.warning("the index is not kept (%s); set MM1_JAX_CACHE to a folder we may write to", e)
     return False
   return True
+
+
+# --- an index that processes share
+
+
+def _folder(keys: Sequence[str], seq_len: int, max_images: int) -> pathlib.Path | None:
+  """Returns where the index of these shards is mapped from; None if the cache is not on a disk."""
+  cache = os.fspath(cache_dir())
+  if "://" in cache:
+    return None
+  parts = json.dumps([*keys, seq_len, max_images])
+  return pathlib.Path(cache) / f"{hashlib.sha256(parts.encode()).hexdigest()[:24]}-mapped"
+
+
+def _read_mapped(folder: pathlib.Path | None) -> Index | None:
+  """Returns the index that is mapped from a folder; None if it is not there, or damaged."""
+  try:
+    return _map(folder) if folder else None
+  except (OSError, ValueError, EOFError):
+    return None
+
+
+def _map(folder: pathlib.Path) -> _MappedIndex:
+  arrays = {
+    field.name: np.load(folder / f"{field.name}.npy", mmap_mode="r").view(np.ndarray)
+    for field in dataclasses.fields(Index)
+    if field.name != "drops"
+  }
+  drops = collections.Counter(json.loads((folder / "drops.json").read_text()))
+  return _MappedIndex(**arrays, drops=drops, folder=folder)
+
+
+def _keep_mapped(index: Index, folder: pathlib.Path | None) -> Index:
+  """Returns a large index mapped from `folder`, and any other, or where that fails, as it is."""
+  arrays = {name: value for name, value in vars(index).items() if name != "drops"}
+  if folder is None or sum(array.nbytes for array in arrays.values()) < MIN_BYTES_TO_MAP:
+    return index
+  new = folder.with_suffix(f".{uuid.uuid4().hex}.tmp")
+  try:
+    new.mkdir(parents=True)
+    for name, array in arrays.items():
+      np.save(new / f"{name}.npy", array)
+    (new / "drops.json").write_text(json.dumps(index.drops))
+    if _read_mapped(folder) is None:
+      shutil.rmtree(folder, ignore_errors=True)  # it is damaged
+      new.replace(folder)
+  except OSError as e:  # another process may have been faster
+    logging.warning("an index is in memory of each process: %s cannot be written (%s)", folder, e)
+  finally:
+    shutil.rmtree(new, ignore_errors=True)
+  return _read_mapped(folder) or index

@@ -326,7 +326,8 @@ def assemble(
 
   Args:
     segments: examples that fit `seq_len` and `images_per_row`.
-    pictures: uint8[1, n, H, W, 3], theirs in order; if there are more, the last mean nothing.
+    pictures: uint8[1, n, H, W, 3], theirs in order. If there are more, the last mean nothing, or
+      must be 0 where `stack` is to leave them where they are.
     seq_len: S.
     images_per_row: N.
     pad_id: the id at padding positions.
@@ -361,10 +362,19 @@ def assemble(
 
 
 def stack(rows: Sequence[Batch]) -> Batch:
-  """Returns rows as one batch, with N image slots each; unused ones are 0, in untouched memory."""
+  """Returns rows as one batch, with N image slots each; unused ones are 0, in untouched memory.
+
+  Pictures that were written to the rows of one array, as long as the batch, stay there.
+  """
   fields = zip(*(row._replace(images=()) for row in rows), strict=True)
   batch = Batch(*map(np.concatenate, fields))
-  images = np.zeros((*batch.image_mask.shape, *rows[0].images.shape[2:]), np.uint8)
+  shape = *batch.image_mask.shape, *rows[0].images.shape[2:]
+  whole = rows[0].images.base
+  if isinstance(whole, np.ndarray) and whole.shape == shape:
+    addresses = [slots.ctypes.data for slots in whole]
+    if addresses == [row.images.ctypes.data for row in rows]:
+      return batch._replace(images=whole)
+  images = np.zeros(shape, np.uint8)
   for slots, used, row in zip(images, batch.image_mask.sum(axis=1), rows, strict=True):
     slots[:used] = row.images[0, :used]
   return batch._replace(images=images)

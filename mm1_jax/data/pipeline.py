@@ -7,6 +7,7 @@ one held-out source, each of its examples once.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -68,6 +69,14 @@ class BatchStats(NamedTuple):
 
 class PipelineError(RuntimeError):
   """Making a batch failed, for no reason that we know of."""
+
+
+class _Planned(NamedTuple):
+  """One row to make."""
+
+  row: Row
+  next_window: WindowState | None  # in the last row of a batch: what the next one is planned from
+  place: tuple[int, int]  # number of its batch, and in it
 
 
 class _Loaded(NamedTuple):
@@ -249,7 +258,7 @@ def make_pipeline(
     state = {"batch": 0, "plan": plan.first_state.to_dict(), "fingerprint": now}
   check_fingerprint(state["fingerprint"], now, state["plan"].get("batch", 0))
   planned = PlannedBatches(plan, WindowState.from_dict(state["plan"]), state["batch"], rows)
-  load = RowLoader(data, sources, indexes, encoder, image_size)
+  load = RowLoader(data, sources, indexes, encoder, image_size, len(rows))
   ahead = math.ceil(data.prefetch_batches * len(rows) / max(1, data.num_workers))
   loaded = grain.MapDataset.source(PlannedRows(planned, len(rows))).map(load)
   loaded = loaded.to_iter_dataset(grain.ReadOptions(NUM_THREADS, max(NUM_THREADS, ahead)))
@@ -332,8 +341,11 @@ def make_eval_batches(
   rows = plan_once(index, data, len(encoder.image_ids))
   rows += [[]] * (-len(rows) % data.batch_size)
   starts = range(0, len(rows), data.batch_size)[:limit]
-  planned = [(rows[start + r], None) for start in starts for r in local]
-  load = RowLoader(data, [opened], [index], encoder, image_size)
+  planned = [
+    _Planned(rows[start + r], None, (start, i)) for start in starts for i, r in enumerate(local)
+  ]
+  here = dataclasses.replace(data, num_workers=0)
+  load = RowLoader(here, [opened], [index], encoder, image_size, len(local))
   loaded = grain.MapDataset.source(planned).map(load)
   options = grain.ReadOptions(NUM_THREADS, max(NUM_THREADS, len(local)))
   return _eval_batches(loaded.to_iter_dataset(options), len(local), source.name)
@@ -413,10 +425,28 @@ class PlannedRows:
   def __len__(self) -> int:
     return len(self._batches) * self._num_rows
 
-  def __getitem__(self, index: int) -> tuple[Row, WindowState | None]:
+  def __getitem__(self, index: int) -> _Planned:
     batch, row = divmod(index, self._num_rows)
     rows, state = self._batches[batch]
-    return rows[row], state if row == self._num_rows - 1 else None
+    return _Planned(rows[row], state if row == self._num_rows - 1 else None, (batch, row))
+
+
+class _BatchImages:
+  """Memory of the batches that are being made: each row's pictures are written where they stay."""
+
+  def __init__(self, shape: tuple[int, ...]):
+    self._shape = shape
+    self._lock = threading.Lock()
+    self._open: dict[int, tuple[np.ndarray, int]] = {}  # and how many rows are still to come
+
+  def row(self, batch: int, row: int) -> np.ndarray:
+    """Returns uint8[1, N, H, W, 3] of zeros; to be asked for once for each row."""
+    with self._lock:
+      images, missing = self._open.pop(batch, (None, self._shape[0]))
+      images = np.zeros(self._shape, np.uint8) if images is None else images
+      if missing > 1:
+        self._open[batch] = images, missing - 1
+    return images[row : row + 1]
 
 
 class RowLoader:
@@ -429,7 +459,9 @@ class RowLoader:
     indexes: Sequence[Index],
     encoder: Encoder,
     image_size: tuple[int, int],
+    num_rows: int,
   ):
+    """Loads rows of batches of `num_rows` on this process."""
     self._data = data
     self._sources = sources
     self._indexes = indexes
@@ -438,13 +470,18 @@ class RowLoader:
     self._decode = functools.partial(
       decode_pictures, size=image_size, fit=data.image_fit, max_pixels=data.max_image_pixels
     )
+    # Workers, in other processes, use shared memory.
+    shape = num_rows, data.images_per_row, *image_size, 3
+    self._batches = None if data.num_workers else _BatchImages(shape)
     self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
 
-  def __call__(self, planned: tuple[Row, WindowState | None]) -> _Loaded:
-    row, next_window = planned
+  def __call__(self, planned: _Planned) -> _Loaded:
+    row, next_window, place = planned
     drops: collections.Counter = collections.Counter()
     segments = [s for piece in row if (s := self._segment(piece, drops))]
-    segments, pictures = self._with_pictures(segments, drops)
+    num_images = sum(len(segment.example.images) for segment in segments)
+    pictures = self._room_for(num_images, place)
+    segments = self._decode_into(pictures, segments, drops)
     batch = assemble(
       segments,
       pictures,
@@ -468,30 +505,31 @@ class RowLoader:
       return None
     return Segment(piece.source, cut(example, piece.start, piece.stop))
 
-  def _with_pictures(
-    self, segments: Sequence[Segment], drops: collections.Counter
-  ) -> tuple[list[Segment], np.ndarray]:
-    """Returns the segments whose pictures can be decoded, and those pictures, [1, n, H, W, 3]."""
-    num_images = sum(len(segment.example.images) for segment in segments)
-    pictures = self._empty((1, num_images, *self._image_size, 3))
-    kept, slot = [], 0
+  def _room_for(self, num_images: int, place: tuple[int, int]) -> np.ndarray:
+    """Returns memory for a row's pictures, [1, n, H, W, 3]; from it they need no pipe or copy."""
+    if self._batches:
+      return self._batches.row(*place)
+    shape = 1, num_images, *self._image_size, 3
+    return SharedMemoryArray(shape, np.uint8) if num_images else np.empty(shape, np.uint8)
+
+  def _decode_into(
+    self, pictures: np.ndarray, segments: Sequence[Segment], drops: collections.Counter
+  ) -> list[Segment]:
+    """Returns the segments whose pictures can be decoded, with those first in `pictures`."""
+    kept, slot, used = [], 0, 0
     for segment in segments:
       images = segment.example.images
       try:
         for i, pixels in enumerate(self._decode(images)):
           pictures[0, slot + i] = pixels
+          used = max(used, slot + i + 1)
       except ImageError as e:
         drops[f"{self._sources[segment.source_id].name}: {e.reason}"] += 1
       else:
         kept.append(segment)
         slot += len(images)
-    return kept, pictures
-
-  def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns memory for pictures; a worker's is shared, so that they are there without a copy."""
-    if self._data.num_workers and math.prod(shape):
-      return SharedMemoryArray(shape, np.uint8)
-    return np.empty(shape, np.uint8)
+    pictures[0, slot:used] = 0  # what came before a picture that cannot be decoded
+    return kept
 
   def _encode(self, source: int, example: int) -> Example:
     index = self._indexes[source]

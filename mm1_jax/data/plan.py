@@ -23,10 +23,15 @@ from mm1_jax.data.index import Index
 from mm1_jax.data.packing import Item, Part, RowShape, pack
 from mm1_jax.data.sources import DataError
 
-STATE_VERSION = 2  # raise it when the same settings plan other rows
+STATE_VERSION = 3  # raise it when the same settings plan other rows
 # A window draws this much more than its rows hold. With more to choose from, rows fill better; what
 # is left over waits, so never more than this share of a window does.
 SURPLUS = 0.125
+# How much of what waits counts as placed when a window draws. With none of it, a source that had
+# too little room gives too much the next time, and shares swing; with all of it, a source that the
+# packer favours stays ahead. A quarter has them within 0.22% after 2,048 rows, for five seeds each
+# at 45:45:10 and at 50:10:40, with texts of up to 74 rows; none within 0.62%, half within 0.28%.
+COUNTED_WAITING = 0.25
 
 
 class Rest(NamedTuple):
@@ -135,12 +140,12 @@ class Plan:
     for rest in state.carried:
       if shares[rest.source]:  # else it waits until the source has some weight again
         pool.add(rest)
+    counted = COUNTED_WAITING
     if any(change.step == state.batch for change in self._data.reweight):
       # New shares begin here. What waits counts as drawn for once, so that they hold at once.
-      placed = [0] * len(shares)
-      self._draw(pool, shares, cursors, pool.positions, (1 + SURPLUS) * num_rows)
-    else:
-      self._draw(pool, shares, cursors, placed, (1 + SURPLUS) * num_rows)
+      placed, counted = [0] * len(shares), 1.0
+    ahead = [there + counted * n for there, n in zip(placed, pool.positions, strict=True)]
+    self._draw(pool, shares, cursors, ahead, (1 + SURPLUS) * num_rows)
     num_rows = min(num_rows, int(pool.size) // self.batch_size * self.batch_size)
     if not num_rows:
       raise DataError(
@@ -171,7 +176,7 @@ class Plan:
     pool: "_Pool",
     shares: Sequence[float],
     cursors: list[int],
-    placed: Sequence[int],
+    placed: Sequence[float],
     num_rows: float,
   ) -> None:
     """Draws examples into the pool until they could fill the rows; moves `cursors` along.

@@ -21,10 +21,11 @@ from mm1_jax.config import UserError
 from mm1_jax.data.tokenizer import IMAGE
 from mm1_jax.inference import generate
 from mm1_jax.inference.conversation import Conversation
-from mm1_jax.inference.prompts import PromptError, check_image
+from mm1_jax.inference.prompts import PromptError
 
 HELP = f"""\
 /image FILE ...   pictures for the next question; in front of it, or at each {IMAGE} in it
+/drop             lets go of pictures that wait for the next question
 /system TEXT      begin anew, and tell the model how to behave
 /history          what has been said
 /clear            begin anew
@@ -40,6 +41,7 @@ class Chat:
     self._conversation = conversation
     self._commands = {
       "image": self._image,
+      "drop": self._drop,
       "system": self._system,
       "history": self._history,
       "clear": self._clear,
@@ -58,6 +60,8 @@ class Chat:
         self._ask(line)
     except UserError as e:
       print(f"error: {e}")
+      if num := len(self._conversation.images):
+        print(f"[{num} image{'s'[: num > 1]} for the next question; /drop lets go of them]")
     return True
 
   def _command(self, name: str, rest: str) -> None:
@@ -87,9 +91,12 @@ class Chat:
       raise PromptError("/image needs a file, such as /image photo.jpg.")
     for file in files:
       file = file.expanduser()
-      height, width = check_image(file, self._conversation.run)
-      self._conversation.images.append(file)
+      height, width = self._conversation.show(file)
       print(f"[image {len(self._conversation.images)}: {file.name}, {width} x {height}]")
+
+  def _drop(self, _: str) -> None:
+    self._conversation.images = []
+    print("[no images for the next question]")
 
   def _system(self, rest: str) -> None:
     self._conversation.clear(rest)

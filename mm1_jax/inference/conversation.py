@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A conversation with a model: who said what, and which pictures come with the next question."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
-from mm1_jax.inference.prompts import Item, fill_slots
+from mm1_jax.inference.prompts import Image, Item, check_image, fill_slots
 from mm1_jax.inference.sampler import GREEDY, Sampling
 
 
@@ -23,7 +23,8 @@ class Conversation:
   Attributes:
     turns: what has been said, as `Model.generate` takes it.
     images: they come with the next question.
-    run: what the model was trained on.
+    max_new_tokens: as above; may be changed between questions.
+    sampling: the same.
   """
 
   def __init__(
@@ -37,10 +38,10 @@ class Conversation:
   ):
     self.turns: list[dict[str, Any]] = []
     self.images: list[Item] = []
-    self.run = model.run
+    self.max_new_tokens = max_new_tokens
+    self.sampling = sampling
     self._model = model
-    self._max_new_tokens = max_new_tokens
-    self._how = {"sampling": sampling, "stop": stop}
+    self._stop = stop
     self._seed = seed
 
   def clear(self, system: str = "") -> None:
@@ -48,7 +49,17 @@ class Conversation:
     self.turns = [{"role": "system", "content": system}] if system else []
     self.images = []
 
-  def ask(self, text: str) -> Iterator[str]:
+  def show(self, image: Image) -> tuple[int, int]:
+    """Keeps a picture for the next question; returns its height and width.
+
+    Raises:
+      PromptError: it cannot be used.
+    """
+    size = check_image(image, self._model.run)
+    self.images.append(image)
+    return size
+
+  def ask(self, text: str) -> Generator[str]:
     """Yields the answer to a question as it grows.
 
     What was said when the caller stops listening, or Ctrl-C comes, counts as the answer.
@@ -60,13 +71,14 @@ class Conversation:
     request = self._model.encode([*self.turns, question])
     answers = self._model.stream(
       request,
-      max_new_tokens=min(self._max_new_tokens, self._model.room(request)),
+      max_new_tokens=min(self.max_new_tokens, self._model.room(request)),
+      sampling=self.sampling,
+      stop=self._stop,
       seed=self._seed + len(self.turns),
-      **self._how,
     )
     return self._listen(question, answers)
 
-  def _listen(self, question: dict[str, Any], answers: Iterator[str]) -> Iterator[str]:
+  def _listen(self, question: dict[str, Any], answers: Iterator[str]) -> Generator[str]:
     answer = ""
     try:
       for answer in answers:

@@ -23,7 +23,7 @@ from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.inference import beam, sampler
 from mm1_jax.inference import quantize as quantization
 from mm1_jax.inference.beam import BeamSearch, Search
-from mm1_jax.inference.prompts import Prompt, PromptError, Request, read_prompt
+from mm1_jax.inference.prompts import Prompt, PromptError, Request, check_room, read_prompt
 from mm1_jax.inference.sampler import GREEDY, Draw, Sampling
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import LAYOUT, abstract_state, make_mesh
@@ -190,19 +190,10 @@ class Model:
       PromptError: a picture cannot be read, or the prompt leaves no room for `max_new_tokens`.
     """
     if isinstance(prompt, Request):
-      request = prompt
-    else:
-      chat = self.chat if chat is None else chat
-      request = read_prompt(prompt, self.run, self.encoder, chat=chat)
-    room = self.room(request)
-    if max_new_tokens > room:
-      images = f" ({len(request.images)} x {self.run.image_positions} of them for images)"
-      raise PromptError(
-        f"the prompt takes {len(request.ids)} positions{images if request.images else ''} and the "
-        f"answer up to {max_new_tokens} more, but the model was trained on {self.run.data.seq_len}"
-        f"{f'; at most {room} new tokens would fit' if room > 0 else ''}."
-      )
-    return request
+      check_room(len(prompt.ids), len(prompt.images), self.run, max_new_tokens)
+      return prompt
+    chat = self.chat if chat is None else chat
+    return read_prompt(prompt, self.run, self.encoder, chat=chat, max_new_tokens=max_new_tokens)
 
   def room(self, request: Request) -> int:
     """Returns how many new tokens fit behind a prompt; not above 0 if none do."""

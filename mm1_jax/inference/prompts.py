@@ -45,7 +45,9 @@ class Request(NamedTuple):
   chat: bool  # whether the model answers in a turn of its own
 
 
-def read_prompt(prompt: Prompt, run: RunConfig, encoder: Encoder, *, chat: bool) -> Request:
+def read_prompt(
+  prompt: Prompt, run: RunConfig, encoder: Encoder, *, chat: bool, max_new_tokens: int = 1
+) -> Request:
   """Returns a prompt's ids and pixels.
 
   Args:
@@ -54,10 +56,11 @@ def read_prompt(prompt: Prompt, run: RunConfig, encoder: Encoder, *, chat: bool)
     encoder: that run's.
     chat: whether texts and pictures are a user's turn, or the beginning of a document. Turns are
       always turns.
+    max_new_tokens: that there must be room for.
 
   Raises:
-    PromptError: it is empty, not a conversation that waits for an answer, or a picture of it cannot
-      be read.
+    PromptError: it is empty, not a conversation that waits for an answer, too long, or a picture of
+      it cannot be read.
   """
   if prompt and isinstance(prompt[0], Mapping):
     turns, chat = [_turn(turn) for turn in prompt], True
@@ -79,7 +82,21 @@ def read_prompt(prompt: Prompt, run: RunConfig, encoder: Encoder, *, chat: bool)
         files.append(_read(item))
         turn["content"][i] = {"image": files[-1].data}
   encoded = encoder.encode_prompt(turns) if chat else encoder.encode_prefix(turns[0]["content"])
+  check_room(len(encoded.ids), len(encoded.images), run, max_new_tokens)  # decoding takes longer
   return Request(encoded.ids, _decode(encoded.images, files, run), chat)
+
+
+def check_room(num_positions: int, num_images: int, run: RunConfig, max_new_tokens: int) -> None:
+  """Raises a PromptError if an answer does not fit behind a prompt."""
+  longest = run.data.seq_len
+  room = longest - num_positions
+  if max_new_tokens > room:
+    images = f" ({num_images} x {run.image_positions} of them for images)" if num_images else ""
+    raise PromptError(
+      f"the prompt takes {num_positions} positions{images} and the answer up to {max_new_tokens} "
+      f"more, but the model was trained on {longest}"
+      f"{f'; at most {room} new tokens would fit' if room > 0 else ''}."
+    )
 
 
 def check_image(image: Image, run: RunConfig) -> tuple[int, int]:

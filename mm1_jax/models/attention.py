@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.config import RopeScaling
-from mm1_jax.models.layers import RMSNorm, broadcast, constant, normal
+from mm1_jax.models.layers import RMSNorm, broadcast, constant, multiply, normal
 from mm1_jax.models.splash import LANES, block_size, splash_attention, tpu_kind
 from mm1_jax.sharding import LAYOUT, gather, spec_of
 
@@ -92,12 +92,12 @@ def attend(
   if segment_ids is not None:
     rows, parts, *_ = spec_of(queries)
     whole = jax.sharding.reshard(segment_ids, P(rows))
-    keys, values = (jax.sharding.reshard(x, P(rows, None, *spec_of(x)[2:])) for x in (keys, values))
     num_parts = jax.sharding.get_abstract_mesh().shape[parts] if parts else 1
     num_positions, chip = whole.shape[1] // num_parts, tpu_kind()
     if chip is not None and num_positions % LANES == 0:
       block = block_size(num_positions, chip, causal=causal)
       return splash_attention(queries, keys, values, whole, causal=causal, block=block)
+    keys, values = (jax.sharding.reshard(x, P(rows, None, *spec_of(x)[2:])) for x in (keys, values))
     if causal:
       mask = packed_causal_mask(segment_ids, whole, 0)
     else:
@@ -169,7 +169,7 @@ class Attention(nnx.Module):
       )
       keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
     heads = attend(queries, keys, values, mask=mask, segment_ids=segment_ids, causal=causal)
-    out = jnp.einsum(
+    out = multiply(
       "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype, rows=x), out_sharding=spec_of(x)
     )
     if self.out_bias is not None:
@@ -177,7 +177,7 @@ class Attention(nnx.Module):
     return out, cache
 
   def _project(self, x, weight, bias, norm=None, positions=None) -> Float[Array, "B S H h"]:
-    heads = jnp.einsum("bsd,dhk->bshk", x, gather(weight[...], x.dtype, rows=x))
+    heads = multiply("bsd,dhk->bshk", x, gather(weight[...], x.dtype, rows=x))
     if bias is not None:
       heads += bias[...].astype(x.dtype)[None, None]
     if norm is not None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from mm1_jax.config import DecoderConfig, ModelConfig
 from mm1_jax.models.attention import KV, Attention, packed_causal_mask
-from mm1_jax.models.layers import RMSNorm, normal, run_blocks, stack
+from mm1_jax.models.layers import RMSNorm, multiply, normal, run_blocks, stack
 from mm1_jax.models.lora import LoRA, merge
 from mm1_jax.models.moe import MoE, MoEStats
 from mm1_jax.sharding import LAYOUT, gather, spec_of
@@ -46,11 +46,11 @@ class SwiGLU(nnx.Module):
     self.down = normal(down, (cfg.mlp_dim, cfg.width), LAYOUT.mlp_fd, out_std)
 
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    gate = jnp.einsum("bsd,df->bsf", x, gather(self.gate[...], x.dtype, rows=x))
-    up = jnp.einsum("bsd,df->bsf", x, gather(self.up[...], x.dtype, rows=x))
+    gate = multiply("bsd,df->bsf", x, gather(self.gate[...], x.dtype, rows=x))
+    up = multiply("bsd,df->bsf", x, gather(self.up[...], x.dtype, rows=x))
     h = jax.nn.silu(checkpoint_name(gate, "mlp_gate")) * checkpoint_name(up, "mlp_up")
     down = gather(self.down[...], x.dtype, rows=x)
-    return jnp.einsum("bsf,fd->bsd", h, down, out_sharding=spec_of(x))
+    return multiply("bsf,fd->bsd", h, down, out_sharding=spec_of(x))
 
 
 class Layer(nnx.Module):
@@ -151,7 +151,7 @@ class Decoder(nnx.Module):
     """
     weight = self.head_weight(hidden) if weight is None else weight
     rows, positions, _ = spec_of(hidden)
-    return jnp.einsum(
+    return multiply(
       "bsd,vd->bsv",
       hidden,
       weight,

@@ -5,6 +5,8 @@ Modules are `nnx.Module`s used as plain pytrees. Params are float32 and cast whe
 module computes in the dtype of its input, except for norms and softmaxes, which run in float32.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from mm1_jax.models.quantized import dequantize
-from mm1_jax.sharding import LAYOUT, gather
+from mm1_jax.models.splash import tpu_kind
+from mm1_jax.sharding import LAYOUT, axes_of, gather, spec_of
 
 
 def remat_policy(remat: str) -> Callable[..., Any]:
@@ -45,6 +48,33 @@ def constant(value: float, *shape: int) -> nnx.Param:
 def broadcast(weight: Float[Array, " D"], like: Float[Array, "... D"]) -> Float[Array, "... D"]:
   """Returns a vector over the last dim of `like`, with its rank and dtype."""
   return jnp.expand_dims(weight.astype(like.dtype), tuple(range(like.ndim - 1)))
+
+
+def multiply(
+  subscripts: str,
+  x: Float[Array, "..."],
+  weight: Float[Array, "..."],
+  *,
+  out_sharding: P | None = None,
+  **kwargs: Any,
+) -> Float[Array, "..."]:
+  """Returns `jnp.einsum(subscripts, x, weight, ...)` for positions of rows: "bsd,df->bsf".
+
+  The letters that x and the result begin with are not the weight's. Where one device, no TPU, has
+  them all, they are one dim meanwhile: else XLA makes one of them in the weight's gradient, by a
+  transposition that it computes element by element, with all that comes before it.
+  """
+  if jax.sharding.get_abstract_mesh().size != 1 or tpu_kind() is not None:
+    return jnp.einsum(subscripts, x, weight, out_sharding=out_sharding, **kwargs)
+  taken, result = subscripts.split(",")[0], subscripts.split("->")[1]
+  equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(taken, result, strict=False))
+  lead = "".join(letter for letter, _ in equal)
+  num = x.ndim - len(taken.removeprefix(lead))
+  dims, spec = x.shape[:num], spec_of(x)[:num]
+  flat = (math.prod(dims), *x.shape[num:])
+  x = jax.lax.reshape(x, flat, out_sharding=P(axes_of(*spec)))
+  y = jnp.einsum(subscripts.replace(lead, "n"), x, weight, **kwargs)
+  return jax.lax.reshape(y, (*dims, *y.shape[1:]), out_sharding=P(*spec, *spec_of(y)[1:]))
 
 
 class RMSNorm(nnx.Module):
@@ -92,7 +122,7 @@ class Linear(nnx.Module):
     self.bias = constant(0.0, out_dim) if bias else None
 
   def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-    y = jnp.einsum("...i,io->...o", x, gather(self.weight[...], x.dtype, rows=x))
+    y = multiply("...i,io->...o", x, gather(self.weight[...], x.dtype, rows=x))
     return y if self.bias is None else y + broadcast(self.bias[...], y)
 
 

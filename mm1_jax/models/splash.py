@@ -61,14 +61,15 @@ def splash_attention(
   """Softmax attention within segments; with `causal`, to a position's own slot and before.
 
   Each chip runs the kernel on its rows, heads and (where they are split) queries, which see the
-  keys and values of whole rows. What the backward pass needs is named, so that a remat policy may
+  keys and values of whole rows: these are gathered here, so that their gradients leave as
+  reduce-scatters. What the backward pass needs is named, so that a remat policy may
   keep it: "qkv", and "attention", the output with its softmax's normaliser.
 
   Args:
     block: positions in a block; divides those of a chip.
     interpret: runs the kernel step by step on any backend, for tests.
   """
-  mesh, spec = jax.sharding.get_abstract_mesh(), spec_of(queries)
+  mesh, spec, parts = jax.sharding.get_abstract_mesh(), spec_of(queries), spec_of(keys)[1]
   num_positions, num_heads, head_dim = queries.shape[1:]
   mask = masks.CausalMask if causal else masks.FullMask
   attend = kernel.make_splash_mha(
@@ -96,6 +97,8 @@ def splash_attention(
     check_vma=False,  # the kernel does not say over which axes its results vary
   )
   def run(attend, queries, keys, values, own_segments, segments):
+    if parts:
+      keys, values = (jax.lax.all_gather(x, parts, axis=1, tiled=True) for x in (keys, values))
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (queries * head_dim**-0.5, keys, values))
     rows = (checkpoint_name(x, "qkv") for x in heads_first)
     with jax.named_scope("fused_splash"):

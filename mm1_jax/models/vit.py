@@ -17,6 +17,7 @@ from mm1_jax.models.layers import (
   LayerNorm,
   broadcast,
   constant,
+  multiply,
   normal,
   resize_grid,
   run_blocks,
@@ -42,12 +43,10 @@ class MLP(nnx.Module):
     self.down_bias = constant(0.0, cfg.width)
 
   def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-    h = jnp.einsum("ipd,df->ipf", x, gather(self.up[...], x.dtype, rows=x))
+    h = multiply("ipd,df->ipf", x, gather(self.up[...], x.dtype, rows=x))
     h = checkpoint_name(h + broadcast(self.up_bias[...], h), "mlp_up")
     h = ACTIVATIONS[self.activation](h)
-    y = jnp.einsum(
-      "ipf,fd->ipd", h, gather(self.down[...], x.dtype, rows=x), out_sharding=spec_of(x)
-    )
+    y = multiply("ipf,fd->ipd", h, gather(self.down[...], x.dtype, rows=x), out_sharding=spec_of(x))
     return y + broadcast(self.down_bias[...], y)
 
 
@@ -99,7 +98,7 @@ class ViT(nnx.Module):
     """Returns features on the patch grid of the images, whatever grid the positions have."""
     cfg = self.cfg
     x = self._patches(images)
-    x = jnp.einsum("ihwp,pd->ihwd", x, gather(self.patch[...], x.dtype, rows=x))
+    x = multiply("ihwp,pd->ihwd", x, gather(self.patch[...], x.dtype, rows=x))
     num, height, width, dim = x.shape
     x += resize_grid(self.positions[...], (height, width)).astype(x.dtype)[None]
     x = x.reshape(num, height * width, dim)

@@ -24,7 +24,7 @@ from absl import app, flags
 from mm1_jax import cli
 from mm1_jax.config import ConfigError
 from mm1_jax.plan.compare import compare_table, markdown_table, read_figures
-from mm1_jax.plan.compile import What, default_cache
+from mm1_jax.plan.compile import What, default_cache, parse_option
 from mm1_jax.plan.estimate import make_plan
 from mm1_jax.plan.preset import with_preset
 from mm1_jax.plan.report import draw, figures, table
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     print(search_table(plans))
     _write([figures(plan, _PRICE.value) for plan in plans])
     return
-  options = dict(_option(text) for text in _OPTIONS.value)
+  options = dict(map(parse_option, _OPTIONS.value))
   what, quick = cast(What, _WHAT.value), _QUICK.value
   plan = make_plan(run, topology, what, options=options, cache=cache, quick=quick)
   print(table(plan, _PRICE.value))
@@ -103,14 +103,6 @@ def _counts(flag: str, texts: list[str]) -> list[int]:
   if not all(text.isdigit() and int(text) for text in texts):
     raise ConfigError(f"--{flag}={','.join(texts)} must be counts, such as 1,2,4.")
   return [int(text) for text in texts]
-
-
-def _option(text: str) -> tuple[str, str | bool]:
-  """Returns the name and value of a compiler option."""
-  name, equals, value = text.strip().removeprefix("--").partition("=")
-  if not equals:
-    raise ConfigError(f"--compiler_options has '{text}'; options look like xla_tpu_x=true.")
-  return name, {"true": True, "false": False}.get(value, value)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,14 @@ from mm1_jax.plan.memory import GIB
 # Lists, and what only one of two may have.
 _HIDDEN = ("compiler_memory", "kept", "slowest", "notes", "shortage")
 
+_COLUMNS = (
+  *("config", "slice", "mesh", "rows at a time", "remat", "memory GiB", "of chip"),
+  # What depends on predicted time.
+  *("step s", "MFU", "tokens/s", "collectives", "days", "chip-hours", "cost"),
+  *("compile s", "CPU s", "compile GiB"),
+)
+_NUM_TIMES = 7
+
 
 def read_figures(path: str) -> dict[str, Any]:
   """Reads what `--json` wrote.
@@ -44,11 +52,7 @@ def compare_table(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 def markdown_table(plans: list[dict[str, Any]]) -> str:
   """Returns a row for each plan, as docs/plans.md has them; times only where they can be quoted."""
-  lines = [
-    "| config | slice | mesh | rows at a time | remat | memory GiB | of chip | step s | MFU | "
-    "collectives | days | chip-hours | compile s | compile GiB |",
-    "|" + "---|" * 14,
-  ]
+  lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
   for plan in plans:
     memory, mesh = plan["memory"], plan["mesh"]
     cells = [
@@ -61,6 +65,8 @@ def markdown_table(plans: list[dict[str, Any]]) -> str:
       f"{memory['share']:.0%}" + ("" if plan["fits"] else ", does not fit"),
       *_times(plan),
       f"{plan['compile']['seconds']:.0f}" + ", no code" * plan["quick"],
+      # Stopped from outside, the compiler does not tell what it took.
+      "-" if plan["quick"] else f"{plan['compile']['cpu_seconds']:.0f}",
       "-" if plan["quick"] else f"{plan['compile']['gib']:.1f}",
     ]
     lines.append("| " + " | ".join(cells) + " |")
@@ -70,16 +76,19 @@ def markdown_table(plans: list[dict[str, Any]]) -> str:
 def _times(plan: dict[str, Any]) -> list[str]:
   """Returns a plan's cells that depend on predicted time."""
   if not (plan["fits"] and plan.get("calibrated")):
-    return ["-"] * 5
+    return ["-"] * _NUM_TIMES
   step, run = plan["step_seconds"], plan.get("run")
-  if plan["quick"]:
-    return [f"at least {step['lower']:.3g}", f"at most {plan['mfu']['upper']:.1%}", *"---"]
+  # A quick plan knows the lower bound of the time alone.
+  least, most = ("at least ", "at most ") if plan["quick"] else ("", "")
+  bounds = "" if plan["quick"] else f" ({step['lower']:.3g} to {step['upper']:.3g})"
   return [
-    f"{step['expected']:.3g} ({step['lower']:.3g} to {step['upper']:.3g})",
-    f"{plan['mfu']['expected']:.1%}",
-    f"{plan['collective_share']:.1%}",
-    f"{run['days']:.1f}" if run else "-",
-    f"{run['chip_hours']:,.0f}" if run else "-",
+    f"{least}{step['expected']:.3g}{bounds}",
+    f"{most}{plan['mfu']['expected']:.1%}",
+    f"{most}{plan['tokens_a_second']:,.0f}",
+    "-" if plan["quick"] else f"{plan['collective_share']:.1%}",
+    f"{least}{run['days']:.1f}" if run else "-",
+    f"{least}{run['chip_hours']:,.0f}" if run else "-",
+    f"{least}{run['cost']:,.0f}" if run and "cost" in run else "-",
   ]
 
 

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 from absl import logging
 
-from mm1_jax.config import RunConfig, UserError
+from mm1_jax.config import ConfigError, RunConfig, UserError
 from mm1_jax.plan.memory import Buffer
 from mm1_jax.plan.topology import Topology
 
@@ -74,6 +74,7 @@ class Result:
   memory: dict[str, int] | None = None  # bytes on a device, by kind; None if it was refused
   refusal: str = ""  # the compiler's message where it is out of memory
   seconds: float = 0.0  # of compiling
+  cpu_seconds: float = 0.0  # of these, on all cores; what else the machine does is not in them
   process_gib: float = 0.0  # peak memory of the worker
   rematerializations: int = 0  # of whole arrays, that the partitioner could not avoid
   quick: bool = False  # stopped before code was generated: no estimates of time
@@ -93,6 +94,14 @@ class Compiled:
 
   result: Result
   hlo: str
+
+
+def parse_option(text: str) -> tuple[str, str | bool]:
+  """Returns the name and value of a compiler option, `name=value`; raises ConfigError."""
+  name, equals, value = text.strip().removeprefix("--").partition("=")
+  if not equals:
+    raise ConfigError(f"--compiler_options has '{text}'; options look like xla_tpu_x=true.")
+  return name, {"true": True, "false": False}.get(value, value)
 
 
 def default_cache() -> pathlib.Path:

@@ -117,7 +117,7 @@ def _stacked(scan: JaxprEqn) -> list[Buffer]:
 
 def _bytes_per_device(aval: Any) -> int:
   num_bytes = aval.size * aval.dtype.itemsize
-  for entry in aval.sharding.spec:
+  for entry in aval.sharding.spec.partitions:  # plain iteration refuses a gradient not yet summed
     for axis in (entry,) if isinstance(entry, str) else entry or ():
       num_bytes //= aval.sharding.mesh.shape[axis]
   return num_bytes

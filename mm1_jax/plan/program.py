@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import RunConfig
@@ -20,7 +20,7 @@ from mm1_jax.models.decoder import KVCache
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.compile import What
 from mm1_jax.plan.topology import Topology
-from mm1_jax.sharding import LAYOUT, abstract_state, make_mesh
+from mm1_jax.sharding import abstract_batch, abstract_rows, abstract_state, make_mesh
 from mm1_jax.train.step import init_state, train_step_on
 
 
@@ -81,7 +81,7 @@ def _prefill(run: RunConfig, mesh: Mesh) -> Program:
 
 def _decode(run: RunConfig, mesh: Mesh) -> Program:
   params, cache = _inference(run, mesh)
-  ids = _rows(mesh, jnp.int32, run.data.batch_size, 1)
+  ids = abstract_rows(mesh, jnp.int32, run.data.batch_size, 1)
   arguments = {"params": params, "batch": (ids, ids), "cache": cache}
   return Program(arguments, decode.trace(params, ids, ids, cache))
 
@@ -91,27 +91,6 @@ def _inference(run: RunConfig, mesh: Mesh) -> tuple[MM1, KVCache]:
   params = abstract_params(run, mesh)
   rows, slots = run.data.batch_size, run.data.seq_len
   return params, abstract_state(lambda: params.decoder.init_cache(rows, slots), mesh)
-
-
-def abstract_batch(run: RunConfig, mesh: Mesh) -> Batch:
-  """Returns the shapes of a batch, and how it is split."""
-  rows = functools.partial(_rows, mesh)
-  num_rows, positions, slots = run.data.batch_size, run.data.seq_len, run.data.images_per_row
-  ids = rows(jnp.int32, num_rows, positions)
-  return Batch(
-    tokens=ids,
-    targets=ids,
-    loss_mask=rows(jnp.float32, num_rows, positions),
-    positions=ids,
-    segment_ids=ids,
-    source_ids=ids,
-    images=rows(jnp.uint8, num_rows, slots, *run.model.vision.image_size, 3),
-    image_mask=rows(jnp.bool_, num_rows, slots),
-  )
-
-
-def _rows(mesh: Mesh, dtype: jax.typing.DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, LAYOUT.act_b))
 
 
 def _bytes_per_device(tree: Any) -> int:

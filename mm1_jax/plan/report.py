@@ -59,6 +59,7 @@ def figures(plan: Plan, price: float | None = None) -> dict[str, Any]:
     "model_flops": plan.model_flops,
     "compile": {
       "seconds": result.seconds,
+      "cpu_seconds": result.cpu_seconds,
       "gib": result.process_gib,
       "rematerializations": result.rematerializations,
       **result.versions,
@@ -131,11 +132,17 @@ def table(plan: Plan, price: float | None = None) -> str:
     lines += ["", f"! {compile_['rematerializations']} arrays are wholly rematerialized"]
   lines += [
     "",
-    f"compiled in {format_seconds(compile_['seconds'])} with {compile_['gib']:.1f} GiB "
-    f"(jax {compile_['jax']}, libtpu {compile_['libtpu']})",
+    _compile_line(compile_),
     *(f"- {note}" for note in plan.notes),
   ]
   return "\n".join(lines)
+
+
+def _compile_line(values: dict[str, Any]) -> str:
+  line = f"compiled in {format_seconds(values['seconds'])}"
+  if values["cpu_seconds"]:  # one that was stopped from outside does not tell
+    line += f", {values['cpu_seconds']:.0f} s of CPU, with {values['gib']:.1f} GiB"
+  return line + f" (jax {values['jax']}, libtpu {values['libtpu']})"
 
 
 def _memory_lines(plan: Plan, values: dict[str, Any]) -> list[str]:

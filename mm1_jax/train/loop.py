@@ -4,6 +4,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import signal
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import PIL.Image
+import psutil
 from absl import logging
 from clu import parameter_overview
 from etils import epath
@@ -28,16 +30,17 @@ from mm1_jax.data.pipeline import BatchStats, Pipeline, check_drops
 from mm1_jax.metrics import (
   MetricWriter,
   StepTimer,
-  format_seconds,
   model_flops,
   peak_memory_gib,
   progress_line,
 )
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import abstract_state, device_batch, make_mesh
+from mm1_jax.sharding import abstract_batch, abstract_state, device_batch, make_mesh
 from mm1_jax.train.feed import training_batches
 from mm1_jax.train.heldout import held_out_loss
 from mm1_jax.train.step import Metrics, TrainState, init_state, train_step_on
+
+PROGRAMS = "programs"  # folder of compiled ones, in the workdir
 
 
 class TrainingDiverged(UserError):
@@ -54,6 +57,7 @@ def train(run: RunConfig, workdir: epath.PathLike) -> TrainState:
     TrainingDiverged: `run.train.max_skipped` steps in a row were skipped; the last checkpoint
       before them stands.
   """
+  keep_programs(workdir)
   mesh = make_mesh(run)
   distributed.check_shared(workdir)
   with jax.set_mesh(mesh), Checkpointer(workdir, run.checkpoint) as checkpointer:
@@ -62,14 +66,19 @@ def train(run: RunConfig, workdir: epath.PathLike) -> TrainState:
     data_state = None if latest is None else checkpointer.restore_data(latest)
     with contextlib.closing(training_batches(run, data_state, mesh)) as pipeline:
       distributed.check_same("the data", pipeline.state())
-      state = restore_or_init(run, mesh, checkpointer)
+      abstract = abstract_state(functools.partial(_fresh, run), mesh)
+      check_start(run, abstract, checkpointer)
+      unfinished = (latest or 0) < run.train.num_steps
+      compiling = start_compiling(run, mesh, abstract) if unfinished else None
+      state = restore_or_init(run, abstract, checkpointer)
       if jax.process_index() == 0:
         checkpoint.write_run_files(workdir, run)
       names = checkpoint.to_names(state.model)
       logging.info("%s", parameter_overview.get_parameter_overview(names, include_stats=False))
       logging.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
       with MetricWriter(workdir, start_step=int(state.step)) as writer:
-        return _run_steps(run, workdir, mesh, state, pipeline, checkpointer, writer)
+        log = StepLog(run, writer, compile_seconds=compiling.result() if compiling else 0.0)
+        return _run_steps(run, workdir, mesh, state, pipeline, checkpointer, log)
 
 
 def _run_steps(
@@ -79,14 +88,14 @@ def _run_steps(
   state: TrainState,
   pipeline: Pipeline,
   checkpointer: Checkpointer,
-  writer: MetricWriter,
+  log: "StepLog",
 ) -> TrainState:
   """Takes the steps that are left. The order inside is a contract.
 
   The state of step n is evaluated and saved with the data that comes next, and only then is a batch
   drawn. Metrics of a step are read while the next one runs.
   """
-  log, step = StepLog(run, writer), int(state.step)
+  step = int(state.step)
   take_step = train_step_on(mesh)
 
   def evaluate() -> None:
@@ -96,7 +105,7 @@ def _run_steps(
 
   def save() -> None:
     log.flush()
-    with log.timer.excluded():
+    with log.timer.excluded(), log.saving():
       train = state._replace(model=None)
       checkpointer.save(step, params=state.model, train=train, data=pipeline.state())
 
@@ -104,7 +113,7 @@ def _run_steps(
     while step < run.train.num_steps and not stop.agreed:
       batch, stats = log.fetch(pipeline)
       if step == 0:
-        _draw(batch, pipeline, run, writer, workdir)
+        _draw(batch, pipeline, run, log.writer, workdir)
       on_device = device_batch(batch, mesh)
       tally = Tally.of(stats, stop.requested is not None)
       sums = distributed.sum_over_processes(np.array(tally, np.float32), mesh)
@@ -120,37 +129,82 @@ def _run_steps(
       evaluate()
     if checkpointer.latest_step != step:
       save()
-    checkpointer.wait()
+    with log.saving():
+      checkpointer.wait()
+    logging.info("waited %.2f s for the last save to be on disk", log.save_seconds)
     if stop.agreed:
       by = stop.requested or "another process"
       logging.info("stopped by %s; saved at step %d, run again to go on", by, step)
   return state
 
 
-def restore_or_init(run: RunConfig, mesh: Mesh, checkpointer: Checkpointer) -> TrainState:
+def keep_programs(workdir: epath.PathLike) -> None:
+  """Keeps compiled programs in the workdir, so that a run that goes on need not compile again.
+
+  Not where JAX is told of another folder ($JAX_COMPILATION_CACHE_DIR), nor on a CPU, whose programs
+  are of the instructions of one model, for the folder may come to another machine.
+  """
+  if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+    jax.config.update("jax_compilation_cache_dir", str(checkpoint.absolute(workdir) / PROGRAMS))
+
+
+def start_compiling(
+  run: RunConfig, mesh: Mesh, abstract: TrainState
+) -> concurrent.futures.Future[float]:
+  """Compiles the train step in a thread, for instance while the state is restored.
+
+  Its program is the one that JAX has at hand when the step is first called.
+
+  Returns:
+    The seconds that it will have taken.
+  """
+
+  def compile_step() -> float:
+    begin = time.perf_counter()
+    with jax.set_mesh(mesh):  # a thread has none of its own
+      train_step_on(mesh).lower(abstract, abstract_batch(run, mesh), run=run).compile()
+    return time.perf_counter() - begin
+
+  pool = concurrent.futures.ThreadPoolExecutor(1, "compiling")
+  seconds = pool.submit(compile_step)
+  pool.shutdown(wait=False)
+  return seconds
+
+
+def _fresh(run: RunConfig) -> TrainState:
+  return init_state(MM1(jax.random.key(run.train.seed), run.model), run)
+
+
+def check_start(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer) -> None:
+  """Finds a user's mistake in what a run goes on from, before anything is compiled.
+
+  Raises:
+    CheckpointError: the checkpoint is damaged or of another model, or `init_from` is none.
+  """
+  latest = checkpointer.latest_step
+  if latest is not None:
+    checkpointer.check(latest, params=abstract.model, train=abstract._replace(model=None))
+  elif run.train.init_from:
+    checkpoint.find_step(run.train.init_from)
+
+
+def restore_or_init(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer) -> TrainState:
   """Returns the state to go on from. The first that applies:
 
   1. this run's newest checkpoint;
   2. a fresh state with the params of `train.init_from`;
   3. a fresh state.
   """
-
-  def make() -> TrainState:
-    return init_state(MM1(jax.random.key(run.train.seed), run.model), run)
-
   latest = checkpointer.latest_step
   if latest is not None:
-    abstract = abstract_state(make, mesh)
     params, train = checkpointer.restore(
       latest, params=abstract.model, train=abstract._replace(model=None)
     )
     logging.info("resuming at step %d", latest)
     return train._replace(model=params)
-  if run.train.init_from:
-    checkpoint.find_step(run.train.init_from)  # a wrong path is found before any param is made
   # Initialisation runs once: on a CPU its compile time is what counts.
   options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-  state = jax.jit(make, compiler_options=options)()
+  state = jax.jit(functools.partial(_fresh, run), compiler_options=options)()
   if run.train.init_from:
     state = state._replace(model=checkpoint.init_from(run.train.init_from, state.model))
   return state
@@ -177,9 +231,13 @@ class Tally(NamedTuple):
 class StepLog:
   """Accumulates metrics over `log_every` steps; writes them, and prints the progress line."""
 
-  def __init__(self, run: RunConfig, writer: MetricWriter):
+  def __init__(self, run: RunConfig, writer: MetricWriter, *, compile_seconds: float = 0.0):
+    """Begins; `compile_seconds` are those of the train step, for the first progress line."""
+    self.writer, self.save_seconds = writer, 0.0  # of the newest save, while nothing is trained
+    self._start: dict[str, float] | None = {"speed/compile_seconds": compile_seconds}
+    self._saves: list[float] = []
     self.timer = StepTimer(flops=model_flops(run)["total"])
-    self._run, self._writer = run, writer
+    self._run = run
     self._pending: tuple[int, Metrics, Tally] | None = None
     self._sums: Metrics | None = None
     self._tallies: list[Tally] = []
@@ -188,7 +246,14 @@ class StepLog:
     self._data_wait = 0.0
     self._watcher = concurrent.futures.ThreadPoolExecutor(1, "step_watcher")
     self._finished: concurrent.futures.Future[float] | None = None  # when the newest step was
-    self._started = time.perf_counter()
+
+  @contextlib.contextmanager
+  def saving(self) -> Iterator[None]:
+    """Times a save, in the block; the next progress line has the mean of those before it."""
+    begin = time.perf_counter()
+    yield
+    self.save_seconds = time.perf_counter() - begin
+    self._saves.append(self.save_seconds)
 
   def fetch(self, pipeline: Iterator[tuple[Batch, BatchStats]]) -> tuple[Batch, BatchStats]:
     """Returns the next batch, timing how long the devices wait for it."""
@@ -221,15 +286,14 @@ class StepLog:
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     """Writes scalars and shows them on a line."""
-    self._writer.write_scalars(step, scalars)
+    self.writer.write_scalars(step, scalars)
     if scalars:
       logging.info("step %d | %s", step, " | ".join(f"{k} {v:.4f}" for k, v in scalars.items()))
 
   def _read(self, step: int, metrics: Metrics, tally: Tally) -> None:
     metrics = jax.device_get(metrics)  # waits for the step
-    if step == 1:
-      seconds = time.perf_counter() - self._started
-      logging.info("first step after %s, compiling included", format_seconds(seconds))
+    if self._start is not None:  # since the process was made; imports count
+      self._start.setdefault("speed/start_seconds", time.time() - psutil.Process().create_time())
     self.timer.tick(
       tokens=int(tally.num_positions), images=int(tally.num_images), data_wait=self._data_wait
     )
@@ -244,7 +308,7 @@ class StepLog:
       self._report(step)
     in_a_row = int(metrics["skipped_in_a_row"].compute())
     if in_a_row >= self._run.train.max_skipped:
-      self._writer.flush()
+      self.writer.flush()
       raise TrainingDiverged(
         f"{in_a_row} steps in a row, up to step {step}, were skipped: their gradients were not "
         f"finite or over train.spike_factor {self._run.train.spike_factor} times the usual norm. "
@@ -261,8 +325,12 @@ class StepLog:
       "data/dropped": total.num_dropped,
       "memory/peak_gib": peak_memory_gib(),
     }
+    scalars |= self._start or {}
+    if self._saves:
+      scalars["speed/save_seconds"] = float(np.mean(self._saves))
+    self._start, self._saves = None, []
     rates = self.timer.rates
-    self._writer.write_scalars(step, scalars | (rates.scalars() if rates else {}))
+    self.writer.write_scalars(step, scalars | (rates.scalars() if rates else {}))
     if jax.process_index() == 0:
       print(progress_line(step, self._run.train.num_steps, scalars, rates), flush=True)
     self._sums, self._tallies = None, []
@@ -274,7 +342,8 @@ def _when_ready(metrics: Metrics) -> float:
 
 
 def _merge(sums: Metrics, metrics: Metrics) -> Metrics:
-  return {name: sums[name].merge(metric) for name, metric in metrics.items()}
+  with np.errstate(invalid="ignore"):  # clu divides 0 by 0 where a source has no position yet
+    return {name: sums[name].merge(metric) for name, metric in metrics.items()}
 
 
 class Stop:

@@ -60,7 +60,6 @@ def cross_entropy(
     spec = P(None, *LAYOUT.act_bs)
     return jax.lax.reshape(x, (x.shape[0], rows, num_parts * size, *rest), out_sharding=spec)
 
-  @jax.checkpoint
   def chunk_sums(weight, hidden, targets, mask, sources) -> TokenSums:
     logits = decoder.logits(hidden, weight)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
@@ -74,8 +73,11 @@ def cross_entropy(
       z=jnp.sum(mask * normaliser**2),
     )
 
+  # A row of one chunk has its logits whole in the backward pass in any case.
+  of_chunk = jax.checkpoint(chunk_sums) if hidden.shape[1] > num_parts * size else chunk_sums
+
   def body(sums, xs):
-    return jax.tree.map(jnp.add, sums, chunk_sums(weight, *xs)), None
+    return jax.tree.map(jnp.add, sums, of_chunk(weight, *xs)), None
 
   zeros = TokenSums(jnp.zeros(num_sources), jnp.zeros(num_sources), jnp.zeros(()))
   xs = jax.tree.map(chunks, (hidden, batch.targets, batch.loss_mask, batch.source_ids))

@@ -4,6 +4,7 @@
 import dataclasses
 import os
 import pathlib
+import pickle
 
 import msgpack
 import numpy as np
@@ -179,3 +180,33 @@ def test_cache_that_cannot_be_written(write, load, monkeypatch, tmp_path):
   (tmp_path / "file").write_text("")
   monkeypatch.setenv("MM1_JAX_CACHE", str(tmp_path / "file"))
   assert len(load(write("a", [["a"]]))) == 1
+
+
+def test_a_large_index_is_mapped_and_pickles_to_its_name(write, load, monkeypatch, cache):
+  monkeypatch.setattr(index_module, "MIN_BYTES_TO_MAP", 0)
+  records = [["a" * i, b"1", "b"] for i in range(40)] + [conversation("long", ["1" * 100], ["y"])]
+  for config in (write("pictures", records), write("texts", [["a"], ["b"]])):
+    alone = load(config)
+    monkeypatch.setattr(index_module, "_load_shards", None)  # it is there: no shard is read
+    again = load(config)
+    monkeypatch.undo()
+    monkeypatch.setenv("MM1_JAX_CACHE", str(cache))
+    monkeypatch.setattr(index_module, "MIN_BYTES_TO_MAP", 0)
+    sent = pickle.dumps(again)
+    assert len(sent) < 500
+    for index in (again, pickle.loads(sent)):
+      assert_same(alone, index)
+      assert isinstance(index.records.base, np.memmap)
+
+
+def test_a_damaged_mapped_index_is_made_again(write, load, monkeypatch, cache):
+  monkeypatch.setattr(index_module, "MIN_BYTES_TO_MAP", 0)
+  before = {*(cache / "index").glob("*-mapped")}
+  config = write("broken", [["a", b"1"], ["c"]])
+  load(config)
+  (folder,) = {*(cache / "index").glob("*-mapped")} - before
+  file = folder / "records.npy"
+  file.write_bytes(file.read_bytes()[:100])
+  assert load(config).records.tolist() == [0, 1]
+  assert len(np.load(file)) == 2  # whole again
+  assert not [*(cache / "index").glob("*.tmp")]

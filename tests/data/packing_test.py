@@ -226,3 +226,14 @@ def test_assemble_and_stack():
   assert not batch.images[1].any()
   dtypes = ["int32", "int32", "float32", "int32", "int32", "int32", "uint8", "bool"]
   assert [str(x.dtype) for x in batch] == dtypes
+
+
+def test_rows_of_one_array_are_stacked_without_a_copy():
+  shape = {"seq_len": 4, "images_per_row": 2, "pad_id": 0}
+  whole = np.zeros((2, 2, 1, 1, 3), np.uint8)
+  rows = [assemble([], whole[i : i + 1], **shape) for i in range(2)]
+  assert stack(rows).images is whole
+  whole[1] = 7
+  turned = stack(rows[::-1]).images  # they do not stand there in this order
+  assert turned is not whole
+  assert not turned.any()  # no slot of them is used

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import PIL.Image
 import pytest
 
 from mm1_jax.inference import sampler
@@ -82,6 +83,28 @@ def test_a_mistake_is_told_and_changes_nothing(chat, conversation, line, message
   assert message in chat(line)
   assert conversation.turns == conversation.images == []
   assert chat("", "Hi") == expected
+
+
+def test_pictures_that_do_not_fit_can_be_let_go(chat, conversation, pictures):
+  expected = chat(f"/image {pictures[1]}", "Hi")
+  chat("/clear", "/image" + f" {pictures[0]}" * 40)
+  shown = chat("Hi")
+  assert "(40 x 6 of them for images) and the answer" in shown
+  assert shown.endswith("[40 images for the next question; /drop lets go of them]\n")
+  assert len(conversation.images) == 40
+  chat("/drop")
+  assert chat(f"/image {pictures[1]}", "Hi") == expected
+
+
+def test_pixels_are_bounded(chat, pictures, tmp_path):
+  """50 million in some thousand bytes are read, 70 million are not."""
+  expected = chat(f"/image {pictures[0]}", "Hi").splitlines()[1:]
+  for name, height in (("large.png", 5000), ("bomb.png", 7000)):
+    PIL.Image.new("1", (10_000, height)).save(tmp_path / name)
+  shown = chat("/clear", f"/image {tmp_path / 'bomb.png'}")
+  assert "image too large (more than 64 million pixels)" in shown
+  assert "[image 1: large.png, 10000 x 5000]" in chat(f"/image {tmp_path / 'large.png'}", "Hi")
+  assert chat("/clear", f"/image {pictures[0]}", "Hi").splitlines()[2:] == expected
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat, conversation, model, monkeypatch):

@@ -82,7 +82,6 @@ def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes):
         return with_gradients(functools.partial(attend, segment_ids=segment_ids), *rest)
 
       def kernel(queries, keys, values):
-        keys, values = (jax.sharding.reshard(x, LAYOUT.act_bshk) for x in (keys, values))
         return splash_attention(
           queries, keys, values, segment_ids, causal=True, block=128, interpret=True
         )

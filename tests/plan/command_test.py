@@ -66,6 +66,7 @@ def a_plan(
     memory=None if refusal else memory,
     refusal=refusal,
     seconds=100.0,
+    cpu_seconds=150.0,
     process_gib=3.0,
   )
   return read_plan(Compiled(result, "" if refusal else hlo), run_3b(**model), topology, "train")
@@ -231,11 +232,21 @@ def test_two_plans_side_by_side(tmp_path):
 def test_the_table_quotes_no_time_that_was_never_checked():
   plans = [a_plan(), a_plan(topology=find_topology("v6e-64")), a_plan(temporaries=100 * GIB)]
   rows = [line.split(" | ") for line in markdown_table([figures(p) for p in plans]).splitlines()]
-  assert {len(row) for row in (rows[0], *rows[2:])} == {14}
+  assert {len(row) for row in (rows[0], *rows[2:])} == {17}
   assert rows[2][5:7] == ["14.0", "15%"]
   assert rows[2][7] != "-"
-  assert rows[3][7:12] == rows[4][7:12] == ["-"] * 5
+  assert rows[3][7:14] == rows[4][7:14] == ["-"] * 7
   assert rows[4][6] == "109%, does not fit"
+
+
+def test_the_table_marks_what_a_quick_plan_knows_as_bounds():
+  plan = a_plan()
+  whole = markdown_table([figures(plan, 2.5)]).splitlines()[2].split(" | ")
+  plan.compiled.result.quick = True
+  quick = markdown_table([figures(plan, 2.5)]).splitlines()[2].split(" | ")
+  for column, bound in ((8, "most"), (9, "most"), (11, "least"), (12, "least"), (13, "least")):
+    assert quick[column] == f"at {bound} {whole[column]}"
+  assert quick[10] == quick[15] == "-" != whole[10]
 
 
 def test_a_file_that_is_no_plan(tmp_path):

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from configs import mm1_debug
+from configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.config import ConfigError, RunConfig
 from mm1_jax.plan import compile as plan_compile
 from mm1_jax.plan.compile import PlanError, compile_program, find_libtpu
-from mm1_jax.plan.estimate import make_plan
+from mm1_jax.plan.estimate import ROOM, make_plan
 from mm1_jax.plan.report import figures
 from mm1_jax.plan.topology import find_topology
 
@@ -23,6 +23,7 @@ try:
   MISSING = ""
 except PlanError as e:
   MISSING = str(e)
+FAMILY = (mm1_3b, mm1_7b, mm1_30b, mm1_3b_moe, mm1_7b_moe, mm1_30b_moe)
 needs_libtpu = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
@@ -135,6 +136,19 @@ def test_rematerializations_are_in_what_the_compiler_says(monkeypatch, tmp_path)
   said = plan_compile._run_worker(tmp_path, find_libtpu(), quick=False)
   assert plan_compile.count_rematerializations(said) == 1
   assert plan_compile.count_rematerializations("nothing of the kind") == 0
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.parametrize("module", FAMILY, ids=lambda module: module.__name__)
+def test_the_family_fits_its_v5p_presets_and_no_array_is_made_whole(module, tmp_path):
+  """An array that is put together whole, to be split another way, can cost more than a layer."""
+  slice_name = next(name for name in module.SLICES if name.startswith("v5p"))
+  run = RunConfig.from_dict(module.get_config(slice_name).to_dict())
+  plan = make_plan(run, find_topology(slice_name), cache=tmp_path, quick=True)
+  assert (run.data.batch_size, run.data.seq_len) == (512, 4096)
+  assert plan.memory_share <= ROOM
+  assert plan.compiled.result.rematerializations == 0
 
 
 @needs_libtpu

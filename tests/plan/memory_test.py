@@ -98,6 +98,22 @@ def test_what_a_loop_keeps():
   assert kept == sorted(kept, key=lambda buffer: -buffer.bytes)
 
 
+def test_a_gradient_that_is_not_yet_summed_is_among_what_loops_keep():
+  """As with `mesh.sequence`: its type says over which axes, and cannot be read as a plain spec."""
+  mesh = jax.make_mesh((4, 2), ("data", "sequence"))
+
+  def loss(w, x):
+    w = jax.sharding.reshard(w, jax.P(None, None, None, reduced=frozenset({"data"})))
+    return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), w), x, w)[0])
+
+  x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("data")))
+  w = jax.ShapeDtypeStruct((3, 16, 16), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P()))
+  with jax.set_mesh(mesh):
+    traced = jax.jit(jax.grad(loss)).trace(w, x)
+  kept = kept_arrays(traced.jaxpr.jaxpr)
+  assert 3 * 16 * 16 * 4 in {buffer.bytes for buffer in kept}
+
+
 def run_3b(**train) -> RunConfig:
   run = RunConfig.from_dict(mm1_3b.get_config().to_dict())
   return dataclasses.replace(run, train=dataclasses.replace(run.train, **train))

@@ -13,8 +13,7 @@ from configs import mm1_debug
 from mm1_jax.config import RunConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.collectives import KINDS
-from mm1_jax.plan.program import abstract_batch
-from mm1_jax.sharding import abstract_state, make_mesh
+from mm1_jax.sharding import abstract_batch, abstract_state, make_mesh
 from mm1_jax.train.step import init_state, train_step
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "goldens" / "collectives"

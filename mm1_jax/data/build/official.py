@@ -11,59 +11,30 @@ across and down the picture, whatever its size. A video is 24 frames, evenly spa
 """
 
 import argparse
-import collections
 import json
 import os
 import pathlib
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from mm1_jax import cli
+from mm1_jax.data.build import official_documents, official_grounding, official_parquet
+from mm1_jax.data.build.official_rows import (
+  CAPTION,
+  OCR_CAPTION,
+  ROLES,
+  SHORT,
+  Row,
+  choice,
+  most_frequent,
+  row,
+  short,
+)
 from mm1_jax.data.sources import DataError
 from mm1_jax.data.tokenizer import IMAGE
 
-Row = dict[str, Any]
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-CAPTION = "Provide a one-sentence caption for the provided image."
-OCR_CAPTION = "Provide a one-sentence caption for the provided image, with the text that it shows."
-BINS = 1000  # of a coordinate
 FRAMES = 24  # of a video
-
-
-def row(id: Any, images: str | list[str], *turns: tuple[str, str]) -> Row:
-  """Returns a conversation whose pictures stand in front of the first question."""
-  images = [images] if isinstance(images, str) else images
-  first = f"{IMAGE}\n" * len(images)
-  said = [text for turn in turns for text in turn]
-  said[0] = first + said[0]
-  conversations = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
-  return {"id": str(id), "image": images, "conversations": conversations}
-
-
-def short(question: str) -> str:
-  return f"{question.strip()}\n{SHORT}"
-
-
-def choice(question: str, choices: list[str], answer: int) -> tuple[str, str]:
-  """Returns a question with lettered choices, and the letter that is right."""
-  lines = [f"{chr(65 + i)}. {text}" for i, text in enumerate(choices)]
-  return "\n".join([question.strip(), *lines, LETTER]), chr(65 + answer)
-
-
-def box(x1: float, y1: float, x2: float, y2: float, width: float, height: float) -> str:
-  """Returns a box of pixels as text."""
-
-  def scale(value: float, size: float) -> int:
-    return min(max(int(value / size * BINS), 0), BINS - 1)
-
-  return f"<{scale(x1, width)},{scale(y1, height)},{scale(x2, width)},{scale(y2, height)}>"
-
-
-def most_frequent(answers: list[Any]) -> str:
-  """Returns what most annotators said, the first of equals."""
-  said = [a["answer"] if isinstance(a, dict) else a for a in answers]
-  return collections.Counter(said).most_common(1)[0][0]
 
 
 def vqa(questions: Any, annotations: Any) -> Iterator[Row]:
@@ -113,23 +84,6 @@ def coco_captions(data: Any) -> Iterator[Row]:
     yield row(c["id"], names[c["image_id"]], (CAPTION, c["caption"].strip()))
 
 
-def docvqa(data: Any) -> Iterator[Row]:
-  """DocVQA and InfographicVQA; of several right answers the first."""
-  for q in data["data"]:
-    name = q.get("image_local_name") or os.path.basename(q["image"])
-    yield row(q["questionId"], name, (short(q["question"]), q["answers"][0]))
-
-
-def chartqa(questions: Any) -> Iterator[Row]:
-  for i, q in enumerate(questions):
-    yield row(f"{q['imgname']}/{i}", q["imgname"], (short(q["query"]), q["label"]))
-
-
-def dvqa(questions: Any) -> Iterator[Row]:
-  for q in questions:
-    yield row(q["question_id"], q["image"], (short(q["question"]), q["answer"]))
-
-
 def ai2d(*diagrams: Any) -> Iterator[Row]:
   """One file a diagram, as in `questions/`."""
   for diagram in diagrams:
@@ -146,6 +100,29 @@ def scienceqa(problems: Any) -> Iterator[Row]:
       yield row(id, images, choice(question, p["choices"], p["answer"]))
 
 
+def clevr(data: Any) -> Iterator[Row]:
+  for q in data["questions"]:
+    yield row(q["question_index"], q["image_filename"], (short(q["question"]), q["answer"]))
+
+
+def iconqa(*folders: pathlib.Path) -> Iterator[Row]:
+  """Folders such as `iconqa/train/choose_img`, with a folder of `data.json` and pictures for each
+  problem; give all at once, and `--images` of the build is the folder that they are in."""
+  for folder in folders:
+    for path in sorted(folder.glob("*/data.json")):
+      p, place = json.loads(path.read_text()), f"{folder.name}/{path.parent.name}"
+      images = [f"{place}/image.png"]
+      if p["ques_type"] == "fill_in_blank":
+        turn = short(p["question"]), str(p["answer"])
+      elif p["ques_type"] == "choose_img":
+        images += [f"{place}/{name}" for name in p["choices"]]
+        turn = choice(p["question"], [IMAGE] * len(p["choices"]), p["answer"])
+      else:
+        turn = choice(p["question"], p["choices"], p["answer"])
+      one = row(place, images[:1], turn)
+      yield one | {"image": images}
+
+
 def nlvr2(*statements: Any) -> Iterator[Row]:
   """Statements about two pictures, one JSON object a line."""
   for s in statements:
@@ -155,16 +132,33 @@ def nlvr2(*statements: Any) -> Iterator[Row]:
     yield row(s["identifier"], images, (question, s["label"]))
 
 
-def visual_genome(regions: Any, images: Any) -> Iterator[Row]:
-  """`region_descriptions.json` and `image_data.json`: phrase to box, or box to phrase,
-  by turns of `region_id`."""
-  sizes = {image["image_id"]: (image["width"], image["height"]) for image in images}
-  for regions_of_image in regions:
-    for r in regions_of_image["regions"]:
-      corners = r["x"], r["y"], r["x"] + r["width"], r["y"] + r["height"]
-      where, phrase = box(*corners, *sizes[r["image_id"]]), r["phrase"].strip()
-      turns = (f"Where is this in the image: {phrase}", where), (f"What is at {where}?", phrase)
-      yield row(r["region_id"], f"{r['image_id']}.jpg", turns[r["region_id"] % 2])
+def instructions(*samples: Any) -> Iterator[Row]:
+  """Text alone, JSON lines, a list or Parquet: a question, what it is about, and an answer.
+
+  OpenOrca, OrcaMath, MathInstruct, Dolly and WizardCoder name these differently; Code-Feedback has
+  `messages`.
+  """
+
+  def first(sample: Any, *names: str) -> str:
+    if not (there := [name for name in names if name in sample]):
+      raise KeyError(" or ".join(names))
+    return sample[there[0]]
+
+  for i, s in enumerate(samples):
+    id = str(s.get("id", i))
+    if "messages" in s:
+      said = [{"from": ROLES[m["role"]], "value": m["content"]} for m in s["messages"]]
+    else:
+      about = s.get("context") or s.get("input")
+      question = first(s, "instruction", "question", "query")
+      turn = (
+        f"{about}\n\n{question}" if about else question,
+        first(s, "response", "output", "answer"),
+      )
+      said = row(id, [], turn)["conversations"]
+      if s.get("system_prompt"):
+        said.insert(0, {"from": "system", "value": s["system_prompt"]})
+    yield {"id": id, "image": [], "conversations": said}
 
 
 def uniform_frames(names: list[str], num: int = FRAMES) -> list[str]:
@@ -197,32 +191,65 @@ SETS: dict[str, Callable[..., Iterator[Row]]] = {
   "textvqa": textvqa,
   "textcaps": textcaps,
   "coco_captions": coco_captions,
-  "docvqa": docvqa,
-  "infovqa": docvqa,
-  "chartqa": chartqa,
-  "dvqa": dvqa,
+  "docvqa": official_documents.docvqa,
+  "infovqa": official_documents.docvqa,
+  "chartqa": official_documents.chartqa,
+  "dvqa": official_documents.dvqa,
+  "stvqa": official_documents.stvqa,
+  "tabmwp": official_documents.tabmwp,
+  "arxivqa": official_documents.arxivqa,
+  "synthdog": official_documents.synthdog,
+  "synthdog_parquet": official_parquet.synthdog_parquet,
+  "doc_downstream": official_documents.doc_downstream,
+  "cauldron": official_parquet.cauldron,
+  "mantis": official_parquet.mantis,
   "ai2d": ai2d,
   "scienceqa": scienceqa,
+  "clevr": clevr,
+  "iconqa": iconqa,
   "nlvr2": nlvr2,
-  "visual_genome": visual_genome,
+  "visual_genome": official_grounding.visual_genome,
+  "refcoco": official_grounding.refcoco,
+  "flickr30k": official_grounding.flickr30k,
   "video": video,
+  "instructions": instructions,
 }
-OF_ROWS = ("nlvr2", "video")  # read object by object: JSON lines, or a list
+# Read object by object: JSON lines, or a list.
+OF_ROWS = ("nlvr2", "video", "arxivqa", "synthdog", "doc_downstream", "instructions")
+# These read what they are given themselves.
+OF_PATHS = ("iconqa", "flickr30k", "cauldron", "mantis", "synthdog_parquet")
+# A folder that a set needs besides, by the name of its flag.
+FOLDERS = {"video": "frames", "cauldron": "pictures", "synthdog_parquet": "pictures"}
+
+
+class _Plain(pickle.Unpickler):
+  """Reads lists, dicts, texts and numbers; a pickle may ask for any program to be run."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain values are read")
 
 
 def read_file(path: pathlib.Path, name: str) -> list[Any]:
   """Returns the arguments that a file is to its set's function.
 
   Raises:
-    DataError: it cannot be read, or is not JSON.
+    DataError: it cannot be read, or is neither JSON nor, as `.p`, a pickle of plain values.
   """
+  if name in OF_PATHS:
+    return [path]
+  kind = "a pickle" if path.suffix == ".p" else "JSON"
   try:
+    if path.suffix == ".p":
+      with path.open("rb") as file:
+        return [_Plain(file, encoding="utf-8").load()]
+    if name in OF_ROWS and path.suffix == ".parquet":
+      return [value for _, value in official_parquet.rows_of((path,))]
     text = path.read_text()
     if name in OF_ROWS and not text.lstrip().startswith("["):
       return [json.loads(line) for line in text.splitlines() if line.strip()]
     value = json.loads(text)
-  except (OSError, ValueError) as e:
-    raise DataError(f"'{path}' cannot be read as JSON: {type(e).__name__}: {e}.") from e
+  except (OSError, ValueError, EOFError, pickle.UnpicklingError) as e:
+    raise DataError(f"'{path}' cannot be read as {kind}: {type(e).__name__}: {e}.") from e
   return value if name in OF_ROWS else [value]
 
 
@@ -237,7 +264,9 @@ def convert(name: str, paths: list[pathlib.Path], **options: str) -> Iterator[Ro
     for one in SETS[name](*values, **options):
       yield one
       count += 1
-  except (KeyError, TypeError, AttributeError, IndexError) as e:
+  except DataError:
+    raise
+  except (LookupError, TypeError, AttributeError, ValueError, OSError, SyntaxError) as e:
     files = ", ".join(map(str, paths))
     raise DataError(
       f"{files}: not of the form of {name}, behind {count} conversations "
@@ -256,12 +285,18 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("files", nargs="+", type=pathlib.Path, help="in the order of the example")
   parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON lines")
   parser.add_argument("--frames", help="of a video: the folder of folders of frames")
+  parser.add_argument("--pictures", help="of Parquet files: a new folder for their pictures")
   args = parser.parse_args(argv)
-  if (args.set == "video") != bool(args.frames):
-    raise DataError("--frames is for 'video', which needs it.")
+  for flag in ("frames", "pictures"):
+    if (FOLDERS.get(args.set) == flag) != bool(getattr(args, flag)):
+      sets = " and ".join(f"'{name}'" for name, needed in FOLDERS.items() if needed == flag)
+      raise DataError(
+        f"--{flag} is for {sets}, which {'needs' if flag == 'frames' else 'need'} it."
+      )
+  folder = {flag: getattr(args, flag) for flag in FOLDERS.values() if getattr(args, flag)}
   count, part = 0, args.output.with_name(f"{args.output.name}.part")
   with part.open("w") as file:
-    for one in convert(args.set, args.files, **({"frames": args.frames} if args.frames else {})):
+    for one in convert(args.set, args.files, **folder):
       file.write(json.dumps(one, ensure_ascii=False) + "\n")
       count += 1
   part.replace(args.output)

@@ -5,6 +5,7 @@ python -m mm1_jax.data.build.raw_sample --out=raw
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import io
@@ -30,7 +31,9 @@ PER_TAR = 25
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
-  write_all(parser.parse_args(argv).out)
+  out = parser.parse_args(argv).out
+  write_all(out)
+  print(f"{NUM_RECORDS} records of each format are in", *sorted(map(str, out.iterdir())))
 
 
 def write_all(out: pathlib.Path) -> None:
@@ -185,7 +188,9 @@ def write_tfds(out: pathlib.Path, records: list[Record]) -> None:
         image, text = record["content"]
         yield i, {"image": io.BytesIO(image["image"]), "captions": [{"text": text["text"]}]}
 
-  Pictures(data_dir=out, file_format="array_record").download_and_prepare()
+  tfds.disable_progress_bar()
+  with contextlib.redirect_stdout(io.StringIO()):  # it tells of a download that there is not
+    Pictures(data_dir=out, file_format="array_record").download_and_prepare()
 
 
 def _write_tars(out: pathlib.Path, samples: list[tuple[bytes, str, dict[str, Any]]]) -> None:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
   if _SOURCE.value and _PATH.value:
     raise ConfigError("--source and --path are two ways to name records; give one of them.")
   drawing = _draw(cli.load_config(_CONFIG))
-  logging.info("wrote %s, %s and %s", drawing.page, drawing.picture, drawing.figures.name)
+  logging.info("wrote %s, %s and %s", drawing.page, drawing.picture, drawing.figures)
   for check in drawing.facts.get("checks", ()):
     verdict = "FAIL" if check["failed"] else "pass"
     logging.info(
@@ -64,7 +64,8 @@ def _draw(run: RunConfig) -> Drawing:
 
 def _name(path: str) -> str:
   """Returns what to call the shards of a glob: web-train of data/web-train-*.arrayrecord."""
-  return re.sub(r"\W+", "-", epath.Path(path).stem).strip("-") or "records"
+  fixed = re.split(r"[*?\[]", epath.Path(path).stem)[0]
+  return re.sub(r"\W+", "-", fixed).strip("-") or "records"
 
 
 def _parse_steps(steps: str, num_batches: int) -> tuple[int, int]:

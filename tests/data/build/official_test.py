@@ -2,13 +2,20 @@
 """Each set's official form, literally, and what becomes of it."""
 
 import json
+import os
+import pickle
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from mm1_jax.config import SourceConfig
 from mm1_jax.data.build import official
 from mm1_jax.data.build.__main__ import main as build
-from mm1_jax.data.build.official import LETTER, SETS, SHORT, box, uniform_frames
+from mm1_jax.data.build.official import SETS, uniform_frames
+from mm1_jax.data.build.official_documents import READ
+from mm1_jax.data.build.official_grounding import GROUNDED
+from mm1_jax.data.build.official_rows import CAPTION, LETTER, OCR_CAPTION, SHORT, box
 from mm1_jax.data.sources import DataError, Source
 
 COCO_QUESTIONS = {
@@ -98,7 +105,7 @@ CASES = {  # set: its files; then (pictures, question, answer) of the first conv
   "textcaps": (
     [{"data": [{"caption_id": 1, "image_id": "ab", "caption_str": "A sign reads STOP."}]}],
     ["ab.jpg"],
-    official.OCR_CAPTION,
+    OCR_CAPTION,
     "A sign reads STOP.",
   ),
   "coco_captions": (
@@ -109,7 +116,7 @@ CASES = {  # set: its files; then (pictures, question, answer) of the first conv
       }
     ],
     ["000000000005.jpg"],
-    official.CAPTION,
+    CAPTION,
     "A cat.",
   ),
   "docvqa": (
@@ -166,6 +173,107 @@ CASES = {  # set: its files; then (pictures, question, answer) of the first conv
     ["bar_train_00000001.png"],
     f"Are the values logarithmic?\n{SHORT}",
     "no",
+  ),
+  "stvqa": (
+    [
+      {
+        "version": 1.0,
+        "task": 3,
+        "data": [
+          {
+            "file_path": "coco-text/COCO_train2014_000000000257.jpg",
+            "file_name": "COCO_train2014_000000000257.jpg",
+            "dataset": "coco-text",
+            "question": "What does the sign say?",
+            "question_id": 4,
+            "answers": ["stop", "STOP"],
+          }
+        ],
+      }
+    ],
+    ["coco-text/COCO_train2014_000000000257.jpg"],
+    f"What does the sign say?\n{SHORT}",
+    "stop",
+  ),
+  "tabmwp": (
+    [
+      {
+        "12": {
+          "question": "How much is left?",
+          "choices": None,
+          "answer": "85.25",
+          "unit": "$",
+          "table_title": None,
+          "table": "Jan | $90",
+          "ques_type": "free_text",
+          "split": "train",
+        }
+      }
+    ],
+    ["12.png"],
+    f"How much is left? (Unit: $)\n{SHORT}",
+    "85.25",
+  ),
+  "arxivqa": (
+    [
+      {
+        "id": "physics-1049",
+        "image": "images/1501.00713_1.jpg",
+        "options": ["A) It rises.", "B) It falls.", "C) Neither."],
+        "question": "What does the curve do?",
+        "label": "B",
+        "rationale": "...",
+      }
+    ],
+    ["images/1501.00713_1.jpg"],
+    f"What does the curve do?\nA. It rises.\nB. It falls.\nC. Neither.\n{LETTER}",
+    "B",
+  ),
+  "synthdog": (
+    [
+      {
+        "file_name": "image_0.jpg",
+        "ground_truth": json.dumps({"gt_parse": {"text_sequence": "the first of these "}}),
+      }
+    ],
+    ["image_0.jpg"],
+    READ,
+    "the first of these",
+  ),
+  "doc_downstream": (
+    [
+      {
+        "image": ["./imgs/DUE_Benchmark/TabFact/pngs/2-1859269-1.html.csv.png"],
+        "messages": [
+          {"role": "user", "content": "<|image|>\nIs it true that the home team won?"},
+          {"role": "assistant", "content": "Yes"},
+        ],
+        "task_name": "qa_sft",
+        "dataset_name": "TabFact",
+      }
+    ],
+    ["./imgs/DUE_Benchmark/TabFact/pngs/2-1859269-1.html.csv.png"],
+    "Is it true that the home team won?",
+    "Yes",
+  ),
+  "clevr": (
+    [
+      {
+        "info": {"split": "train"},
+        "questions": [
+          {
+            "question_index": 0,
+            "image_filename": "CLEVR_train_000000.png",
+            "question": "Are there more big green things than large purple shiny cubes?",
+            "answer": "yes",
+            "program": [],
+          }
+        ],
+      }
+    ],
+    ["CLEVR_train_000000.png"],
+    f"Are there more big green things than large purple shiny cubes?\n{SHORT}",
+    "yes",
   ),
   "ai2d": (
     [
@@ -256,8 +364,229 @@ def test_official_form(tmp_path, name):
   )
 
 
+OTHERS = {  # not JSON, or more than a file
+  "video",
+  "instructions",
+  "refcoco",
+  "flickr30k",
+  "iconqa",
+  "cauldron",
+  "mantis",
+  "synthdog_parquet",
+}
+
+
 def test_every_set_is_tested():
-  assert CASES.keys() | {"video"} == SETS.keys()
+  assert CASES.keys() | OTHERS == SETS.keys()
+
+
+def convert(tmp_path, *arguments) -> list[dict]:
+  output = tmp_path / "out.jsonl"
+  official.main([*map(str, arguments), f"--output={output}"])
+  return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def texts(row: dict) -> list[str]:
+  return [turn["value"] for turn in row["conversations"]]
+
+
+def test_refcoco(tmp_path):
+  ref = {
+    "ref_id": 0,
+    "ann_id": 1719310,
+    "category_id": 1,
+    "file_name": "COCO_train2014_000000581857_16.jpg",
+    "image_id": 581857,
+    "split": "train",
+    "sent_ids": [0, 1],
+    "sentences": [
+      {"sent": "the lady with the blue shirt", "sent_id": 0, "raw": "", "tokens": []},
+      {"sent": "lady with back to us", "sent_id": 1, "raw": "", "tokens": []},
+    ],
+  }
+  instances = {
+    "images": [
+      {"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "width": 640, "height": 427}
+    ],
+    "annotations": [{"id": 1719310, "image_id": 581857, "bbox": [103.93, 299.99, 134.22, 127.01]}],
+  }
+  refs, file = tmp_path / "refs(unc).p", tmp_path / "instances.json"
+  refs.write_bytes(pickle.dumps([ref, {**ref, "split": "testA"}], protocol=2))
+  file.write_text(json.dumps(instances))
+  (row,) = convert(tmp_path, "refcoco", refs, file)
+  assert row["image"] == ["COCO_train2014_000000581857.jpg"]
+  # 103.93 / 640 = 0.1623, 299.99 / 427 = 0.7025, 238.15 / 640 = 0.3721, 427 / 427 = 1
+  where = "<162,702,372,999>"
+  assert texts(row) == [
+    "<image>\nWhere is this in the image: the lady with the blue shirt",
+    where,
+    "Where is this in the image: lady with back to us",
+    where,
+  ]
+
+
+def test_a_pickle_runs_nothing(tmp_path):
+  class Hostile:
+    def __reduce__(self):
+      return os.mkdir, (str(tmp_path / "was run"),)
+
+  refs, file = tmp_path / "refs(unc).p", tmp_path / "instances.json"
+  refs.write_bytes(pickle.dumps([Hostile()]))
+  file.write_text("{}")
+  with pytest.raises(DataError, match=r"refs\(unc\)\.p' cannot be read as a pickle: .*mkdir"):
+    convert(tmp_path, "refcoco", refs, file)
+  assert not (tmp_path / "was run").exists()
+
+
+def test_flickr30k_entities(tmp_path):
+  for folder in ("Sentences", "Annotations"):
+    (tmp_path / folder).mkdir()
+  (tmp_path / "train.txt").write_text("36979\n")
+  (tmp_path / "Sentences" / "36979.txt").write_text(
+    "[/EN#1/people A group of friends] playing [/EN#2/other cards] at [/EN#0/notvisual night] .\n"
+  )
+  thing = "<object>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+  (tmp_path / "Annotations" / "36979.xml").write_text(
+    "<annotation><filename>36979.jpg</filename>"
+    "<size><width>500</width><height>400</height><depth>3</depth></size>"
+    + thing.format("<name>1</name>", 1, 1, 250, 400)
+    + "</object>"
+    + thing.format("<name>1</name><name>2</name>", 51, 101, 100, 200)
+    + "</object><object><name>3</name><scene>1</scene><nobndbox>0</nobndbox></object>"
+    "</annotation>"
+  )
+  (row,) = convert(tmp_path, "flickr30k", tmp_path / "train.txt")
+  assert row["image"] == ["36979.jpg"]
+  assert texts(row) == [
+    f"<image>\n{GROUNDED}",
+    "A group of friends <0,0,500,999> <100,250,200,500> playing cards <100,250,200,500> at night .",
+  ]
+
+
+def test_iconqa(tmp_path, jpeg):
+  problems = {
+    "choose_img/1": {"question": "Which is it?", "choices": ["choice_0.png", "choice_1.png"]},
+    "choose_txt/2": {"question": "How likely?", "choices": ["certain", "unlikely"]},
+    "fill_in_blank/3": {"question": "How many?"},
+  }
+  for name, problem in problems.items():
+    folder = tmp_path / "train" / name
+    folder.mkdir(parents=True)
+    problem |= {"answer": 1, "ques_type": folder.parent.name, "grade": "grade1"}
+    (folder / "data.json").write_text(json.dumps(problem))
+    for picture in ("image.png", "choice_0.png", "choice_1.png"):
+      (folder / picture).write_bytes(jpeg(0))
+  folders = sorted((tmp_path / "train").iterdir())
+  pictures, words, number = convert(tmp_path, "iconqa", *folders)
+  assert pictures["image"] == [
+    f"choose_img/1/{name}.png" for name in ("image", "choice_0", "choice_1")
+  ]
+  assert texts(pictures) == [
+    f"<image>\nWhich is it?\nA. <image>\nB. <image>\n{LETTER}",
+    "B",
+  ]
+  assert texts(words) == [f"<image>\nHow likely?\nA. certain\nB. unlikely\n{LETTER}", "B"]
+  assert texts(number) == [f"<image>\nHow many?\n{SHORT}", "1"]
+  rows, images = tmp_path / "out.jsonl", tmp_path / "train"
+  build(["llava", f"--input={rows}", f"--images={images}", f"--output={tmp_path}/built"])
+  assert len(Source(SourceConfig("iconqa", f"{tmp_path}/built-*.arrayrecord"))) == 3
+
+
+def parquet(path, rows: list[dict]):
+  pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+  return path
+
+
+def test_the_cauldron(tmp_path, jpeg):
+  talk = [
+    {"user": "What differs?", "assistant": "A car left.", "source": "spot_the_diff"},
+    {"user": "Where?", "assistant": "On the left.", "source": "spot_the_diff"},
+  ]
+  images = [{"bytes": jpeg(i), "path": None} for i in range(2)]
+  file = parquet(tmp_path / "0000.parquet", [{"images": images, "texts": talk}])
+  folder = tmp_path / "pictures"
+  (row,) = convert(tmp_path, "cauldron", file, f"--pictures={folder}")
+  assert [(folder / name).read_bytes() for name in row["image"]] == [jpeg(0), jpeg(1)]
+  assert row["image"][0].endswith(".jpeg")
+  assert texts(row) == [
+    "<image>\n<image>\nWhat differs?",
+    "A car left.",
+    "Where?",
+    "On the left.",
+  ]
+  with pytest.raises(DataError, match=r"'.*pictures' is not empty; give --pictures a new folder"):
+    convert(tmp_path, "cauldron", file, f"--pictures={folder}")
+  with pytest.raises(DataError, match="--pictures is for 'cauldron' and 'synthdog_parquet'"):
+    convert(tmp_path, "mantis", file, f"--pictures={folder}")
+
+
+def test_mantis(tmp_path):
+  talk = [
+    {"role": "user", "content": "<image><image> Which is more like <image>?"},
+    {"role": "assistant", "content": "The first."},
+  ]
+  images = [{"bytes": None, "path": f"{i}.jpg"} for i in range(3)]
+  row = {"id": "dreamsim_1", "images": images, "conversation": talk, "source": "dreamsim"}
+  (found,) = convert(tmp_path, "mantis", parquet(tmp_path / "a.parquet", [row]))
+  assert (found["id"], found["image"]) == ("dreamsim_1", ["0.jpg", "1.jpg", "2.jpg"])
+  assert texts(found) == ["<image><image> Which is more like <image>?", "The first."]
+  with pytest.raises(DataError, match=r"a.parquet: not of the form of cauldron, behind 0"):
+    convert(tmp_path, "cauldron", tmp_path / "a.parquet", f"--pictures={tmp_path}/new")
+  (tmp_path / "b.parquet").write_text("no parquet")
+  with pytest.raises(DataError, match=r"b.parquet' cannot be read as Parquet behind 0 rows"):
+    convert(tmp_path, "mantis", tmp_path / "b.parquet")
+
+
+def test_synthdog_as_published(tmp_path, jpeg):
+  truth = json.dumps({"gt_parse": {"text_sequence": "of the year "}})
+  row = {"image": {"bytes": jpeg(0), "path": "0.jpg"}, "ground_truth": truth}
+  file = parquet(tmp_path / "a.parquet", [row])
+  (found,) = convert(tmp_path, "synthdog_parquet", file, f"--pictures={tmp_path}/p")
+  assert (tmp_path / "p" / found["image"][0]).read_bytes() == jpeg(0)
+  assert texts(found) == [f"<image>\n{READ}", "of the year"]
+
+
+def test_instructions_of_text_alone(tmp_path):
+  dolly = {"instruction": "When did it begin?", "context": "It began in 2000.", "response": "2000"}
+  maths = {"instruction": "1 + 1?", "output": "2", "source": "CoT"}
+  messages = [
+    {"role": "user", "content": "Sort it."},
+    {"role": "assistant", "content": "sorted(x)"},
+  ]
+  lines = tmp_path / "a.jsonl"
+  lines.write_text("\n".join(map(json.dumps, [dolly, maths, {"id": 7, "messages": messages}])))
+  orca = {"id": "niv.1", "system_prompt": "Be brief.", "question": "Hi", "response": "Hello"}
+  rows = convert(tmp_path, "instructions", lines, parquet(tmp_path / "orca.parquet", [orca]))
+  assert [texts(row) for row in rows] == [
+    ["It began in 2000.\n\nWhen did it begin?", "2000"],
+    ["1 + 1?", "2"],
+    ["Sort it.", "sorted(x)"],
+    ["Be brief.", "Hi", "Hello"],
+  ]
+  assert [row["id"] for row in rows] == ["0", "1", "7", "niv.1"]
+  build(["llava", f"--input={tmp_path}/out.jsonl", f"--output={tmp_path}/built"])
+  assert len(Source(SourceConfig("text", f"{tmp_path}/built-*.arrayrecord"))) == 4
+  lines.write_text(json.dumps({"instruction": "1 + 1?"}))
+  with pytest.raises(DataError, match="'response or output or answer'"):
+    convert(tmp_path, "instructions", lines)
+
+
+def test_choices_of_tables_and_labels_that_are_no_letters(tmp_path):
+  table = tmp_path / "problems.json"
+  problem = {"question": "Who won?", "choices": ["Ann", "Bo"], "answer": "Bo", "unit": None}
+  table.write_text(json.dumps({"7": problem}))
+  (row,) = convert(tmp_path, "tabmwp", table)
+  assert texts(row) == [f"<image>\nWho won?\nA. Ann\nB. Bo\n{LETTER}", "B"]
+  papers = tmp_path / "arxivqa.jsonl"
+  labels = {"B) Two": "B", "C": "C", "Both": "Both"}  # there is no C
+  rows = [
+    {"id": str(i), "image": "a.jpg", "options": ["One", "Two"], "question": "?", "label": label}
+    for i, label in enumerate(labels)
+  ]
+  papers.write_text("\n".join(map(json.dumps, rows)))
+  found = convert(tmp_path, "arxivqa", papers)
+  assert [texts(row)[1] for row in found] == [*labels.values()]
+  assert [LETTER in texts(row)[0] for row in found] == [True, False, False]
 
 
 def test_boxes_are_parts_of_a_thousand():

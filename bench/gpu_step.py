@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A train step in bfloat16 on one GPU beside PyTorch's: `python -m bench.gpu_step --peer=PYTHON`.
+
+  python -m bench.gpu_step --kind=moe --peer=/path/to/an/environment/with/torch/bin/python
+  python -m bench.gpu_step --size=tiny      # on a CPU: whether it runs, nothing about speed
+
+As bench/cpu_step.py, with a decoder of 1.2B params, ViT-L at 336 pixels, and rows of 2048. The
+peer (bench/torch_peer.py) attends by its fused kernels and is compiled by `torch.compile`. With
+`--kind=moe` a decoder of half the width has 8 experts in every second layer; the peer's are
+Mixtral's.
+
+Both hold their state at once: each has half of the GPU's memory, of which 80 GB suffice.
+"""
+
+import argparse
+import os
+import sys
+
+import jax
+from ml_collections import ConfigDict
+
+from bench.cpu_step import beside
+from configs import common, mm1_debug, mm1_proxy
+from mm1_jax.config import RunConfig
+
+
+def run_config(size: str, kind: str) -> RunConfig:
+  """Returns the run whose step is taken."""
+  if size == "tiny":
+    config = mm1_debug.get_config(kind)
+  else:
+    config = mm1_proxy.get_config("302m" if kind == "moe" else "1b")
+    sample = common.SAMPLE
+    config.data.tokenizer = f"{sample}/tokenizer.model"
+    config.data.sources = common.mixture(str(sample), common.MM1)
+    config.data.eval_sources = ConfigDict()
+    config.data.update(seq_len=2048, batch_size=8, images_per_row=4, window_rows=64)
+    config.model.remat = common.KEEP_PRODUCTS
+    if kind == "moe":
+      common.moe(config, num_experts=8, every=2)
+      config.model.decoder.moe.capacity_factor = None  # the peer drops nothing either
+  config.model.dtype = "bfloat16"
+  return RunConfig.from_dict(config.to_dict())
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--kind", choices=("dense", "moe"), default="dense")
+  parser.add_argument("--size", choices=("1b", "tiny"), default="1b")
+  parser.add_argument("--peer", default=sys.executable, help="python with torch and transformers")
+  parser.add_argument("--turns", type=int, default=5, help="of three steps each")
+  args = parser.parse_args()
+  jax.config.update("jax_platforms", "cpu")  # of this process, which only makes the batch
+  os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.5"
+  peer = ["--dtype=bfloat16"]
+  if args.size != "tiny":
+    peer += ["--device=cuda", "--compile"]
+  beside(run_config(args.size, args.kind), args.peer, peer, args.turns)
+
+
+if __name__ == "__main__":
+  main()
