@@ -21,6 +21,7 @@ REQUIRES = [
   "optax",
   "orbax-checkpoint>=0.12",
   "pillow",
+  "psutil",
   "safetensors",
   "sentencepiece",
   "simplejpeg",
@@ -47,7 +48,6 @@ EXTRAS = {
     "nbclient",
     "playwright",  # drives the web page with the machine's chromium; brings no browser
     "pre-commit",
-    "psutil",
     "pyright[nodejs]",
     "pytest",
     "pytest-xdist",
