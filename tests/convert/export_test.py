@@ -75,6 +75,26 @@ def test_tensors_are_the_runs_blocks(folders, params):
   assert sum(x.size for x in tensors.values()) == sum(x.size for x in params.values())
 
 
+def test_stacks_are_read_by_so_many_bytes(workdir, params, monkeypatch):
+  from mm1_jax.convert.export import source
+
+  run, sizes = source.Source(workdir), []
+  read = source.Source._read
+
+  def counted(self, array, name, group):
+    sizes.append(len(group))
+    return read(self, array, name, group)
+
+  monkeypatch.setattr(source.Source, "_read", counted)
+  for limit, largest in ((1, 1), (1 << 30, 2)):
+    monkeypatch.setattr(source, "READ_BYTES", limit)
+    sizes.clear()
+    for part, value in run.read():
+      ours = params[part.name] if part.block is None else params[part.name][part.block]
+      np.testing.assert_array_equal(value, ours)
+    assert max(sizes) == largest
+
+
 def test_bfloat16_keeps_what_is_computed_with_in_float32(folders):
   tensors = read_all(folders / "bfloat16")
   assert tensors["decoder.units.0.layers.1.mlp.gate"].dtype.name == "bfloat16"

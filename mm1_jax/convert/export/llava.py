@@ -32,7 +32,7 @@ UNUSED_NORM = f"{names.VISION}.post_layernorm"  # it has one, behind the feature
 PROJECTOR = "model.multi_modal_projector.linear"
 
 USE = """\
-It needs torch, transformers and pillow; nothing is downloaded.
+It needs torch, transformers (5.24.0 was tested) and pillow; nothing is downloaded.
 
 ```python
 from transformers import AutoProcessor, LlavaForConditionalGeneration

@@ -31,7 +31,7 @@ from mm1_jax.data.tokenizer import TOKENIZER_CONFIG
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
 CODE = ("configuration_mm1.py", "modeling_mm1.py", "processing_mm1.py")
 USE = """\
-It needs torch, transformers and pillow; nothing is downloaded.
+It needs torch, transformers (5.24.0 was tested) and pillow; nothing is downloaded.
 
 ```python
 import torch
