@@ -186,6 +186,10 @@ def _small_jpeg(image: PIL.Image.Image) -> bytes:
   scale = min(1.0, (MAX_PIXELS / (image.width * image.height)) ** 0.5)
   size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
   data = io.BytesIO()
+  if image.height > 2 * image.width:
+    # The shipped ones had the height resized first, and the order shows in the last bits. Which one
+    # Pillow takes for such pictures depends on its version.
+    image = image.resize((image.width, size[1]), PIL.Image.Resampling.BICUBIC)
   small = image.resize(size, PIL.Image.Resampling.BICUBIC)
   small.save(data, "JPEG", quality=JPEG_QUALITY, optimize=True)
   return data.getvalue()
