@@ -17,7 +17,6 @@ import os
 import sys
 
 import jax
-from ml_collections import ConfigDict
 
 from bench.cpu_step import beside
 from configs import common, mm1_debug, mm1_proxy
@@ -27,20 +26,20 @@ from mm1_jax.config import RunConfig
 def run_config(size: str, kind: str) -> RunConfig:
   """Returns the run whose step is taken."""
   if size == "tiny":
-    config = mm1_debug.get_config(kind)
+    values = mm1_debug.get_config(kind).to_dict()
   else:
     config = mm1_proxy.get_config("302m" if kind == "moe" else "1b")
-    sample = common.SAMPLE
-    config.data.tokenizer = f"{sample}/tokenizer.model"
-    config.data.sources = common.mixture(str(sample), common.MM1)
-    config.data.eval_sources = ConfigDict()
-    config.data.update(seq_len=2048, batch_size=8, images_per_row=4, window_rows=64)
-    config.model.remat = common.KEEP_PRODUCTS
     if kind == "moe":
       common.moe(config, num_experts=8, every=2)
-      config.model.decoder.moe.capacity_factor = None  # the peer drops nothing either
-  config.model.dtype = "bfloat16"
-  return RunConfig.from_dict(config.to_dict())
+    values, sample = config.to_dict(), str(common.SAMPLE)
+    sources = common.mixture(sample, common.MM1).to_dict()
+    values["data"].update(tokenizer=f"{sample}/tokenizer.model", sources=sources, eval_sources={})
+    values["data"].update(seq_len=2048, batch_size=8, images_per_row=4, window_rows=64)
+    values["model"]["remat"] = common.KEEP_PRODUCTS
+  if moe := values["model"]["decoder"]["moe"]:
+    moe["capacity_factor"] = None  # the peer drops nothing either
+  values["model"]["dtype"] = "bfloat16"
+  return RunConfig.from_dict(values)
 
 
 def main() -> None:

@@ -144,7 +144,8 @@ def keep_programs(workdir: epath.PathLike) -> None:
   Not where JAX is told of another folder ($JAX_COMPILATION_CACHE_DIR), nor on a CPU, whose programs
   are of the instructions of one model, for the folder may come to another machine.
   """
-  if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+  given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+  if given is None and jax.default_backend() != "cpu":
     jax.config.update("jax_compilation_cache_dir", str(checkpoint.absolute(workdir) / PROGRAMS))
 
 

@@ -8,7 +8,14 @@ import PIL.Image
 import pytest
 import tiny
 
-from mm1_jax.models.layers import ACTIVATIONS, LayerNorm, RMSNorm, resize_grid, run_blocks
+from mm1_jax.models.layers import (
+  ACTIVATIONS,
+  LayerNorm,
+  RMSNorm,
+  multiply,
+  resize_grid,
+  run_blocks,
+)
 from mm1_jax.models.mm1 import MM1
 
 
@@ -36,6 +43,33 @@ def test_norms_run_in_float32_and_return_the_dtype_they_got():
   exact = np.asarray(x, np.float64)
   exact = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
   np.testing.assert_allclose(np.asarray(out, np.float64), exact, atol=0.02)
+
+
+def test_products_on_one_device_are_those_of_einsum():
+  """And their gradients."""
+  shapes = {
+    "bsd,df->bsf": ((2, 3, 4), (4, 5)),
+    "bsd,vd->bsv": ((2, 3, 4), (5, 4)),
+    "bsd,dhk->bshk": ((2, 3, 4), (4, 2, 5)),
+    "bshk,hkd->bsd": ((2, 3, 2, 5), (2, 5, 4)),
+    "...i,io->...o": ((2, 3, 2, 4), (4, 5)),
+  }
+  rng = np.random.default_rng(0)
+  arrays = {s: [rng.standard_normal(d).astype(np.float32) for d in shapes[s]] for s in shapes}
+
+  def all_of(product):
+    def run(subscripts, x, weight):
+      y = product(subscripts, x, weight)
+      return jnp.sum(jnp.sin(y)), y
+
+    grad = jax.grad(run, argnums=(1, 2), has_aux=True)
+    return tiny.jit(lambda arrays: {s: grad(s, *a) for s, a in arrays.items()})(arrays)
+
+  with jax.set_mesh(tiny.mesh(1, 1, 1, 1)):
+    actual, expected = all_of(multiply), all_of(jnp.einsum)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected
+  )
 
 
 def test_activations_by_hand():

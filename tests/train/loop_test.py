@@ -14,12 +14,17 @@ from mm1_jax.train import loop
 from mm1_jax.train.step import init_state
 
 
+def cache_dir() -> str | None:
+  return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_the_step_is_compiled_while_the_state_is_made(monkeypatch):
   """And not a second time when it is called."""
   run = tiny_step.run_config(train=TrainConfig(num_steps=11))  # nobody else's program
   mesh, compiled = tiny.mesh(*tiny_step.ONE), []
 
-  def listen(event: str, _: float, **__: str) -> None:
+  def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del duration_secs, kwargs
     if "backend_compile" in event:
       compiled.append(event)
 
@@ -46,11 +51,11 @@ def test_the_step_is_compiled_while_the_state_is_made(monkeypatch):
   [("tpu", None, "{}/programs"), ("tpu", "/elsewhere", "/elsewhere"), ("cpu", None, None)],
 )
 def test_where_compiled_programs_are_kept(tmp_path, monkeypatch, backend, given, expected):
-  before = jax.config.jax_compilation_cache_dir
+  before = cache_dir()
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   try:
     jax.config.update("jax_compilation_cache_dir", given)
     loop.keep_programs(tmp_path)
-    assert jax.config.jax_compilation_cache_dir == (expected and expected.format(tmp_path))
+    assert cache_dir() == (expected and expected.format(tmp_path))
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
