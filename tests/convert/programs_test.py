@@ -97,6 +97,7 @@ def test_prefills_fit_their_pictures(run_folder):
     assert num * source.run.image_positions + around + stablehlo.WORD <= positions
 
 
+@pytest.mark.slow
 def test_params_alone_in_bfloat16(run_folder, tmp_path):
   out = tmp_path / "params"
   exporter.export(run_folder, out, "orbax", Options(dtype="bfloat16"))

@@ -66,7 +66,7 @@ def test_first_loss_is_the_dense_one(dense, tmp_path):
   ours = token_loss(run, started)
   theirs = token_loss(run_config(), tiny.make_model(run_config().model, tiny.mesh(1)))
   assert ours == pytest.approx(theirs, rel=1e-5)
-  assert token_loss(run, fresh) != pytest.approx(theirs, rel=1e-2)
+  assert token_loss(run, fresh) != pytest.approx(theirs, rel=1e-3)
   routers = checkpoint.to_names(started)["decoder.units.layers.1.mlp.router"]
   assert np.std(routers) == pytest.approx(32**-0.5, rel=0.2)
   with pytest.raises(CheckpointError, match="is a run already"):

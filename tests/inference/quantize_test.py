@@ -53,7 +53,7 @@ def test_numbers_are_within_half_a_step(moe, kind, most):
 def test_matrices_are_stored_in_their_kind(moe):
   mesh = one_device()
   small = quantize(moe, "int8", mesh)
-  gate = small.decoder.units.layers[1].mlp.gate.value
+  gate = small.decoder.units.layers[1].mlp.gate.get_value()
   assert isinstance(gate, Quantized)
   assert gate.values.dtype == jnp.int8
   assert gate.scales.shape == (1, 4, 1, 64)  # units, experts, one for the width, mlp
