@@ -32,6 +32,7 @@ from mm1_jax.inference.sampler import Sampling
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 try:
   import gradio as gr
+  from gradio import themes
 except ImportError:
   sys.exit("error: the page needs Gradio; pip install -e '.[serve]' -c constraints.txt")
 
@@ -152,7 +153,7 @@ class Page:
   def end(self, visit: Visit) -> tuple[list[dict[str, Any]], Any]:
     """Shows the conversation, and gives back a question that was not answered."""
     unanswered, visit.question = visit.question, None
-    files = [os.fspath(image) for image in visit.conversation.images] if unanswered else []
+    files = [str(image) for image in visit.conversation.images] if unanswered else []
     visit.conversation.images = []
     value = {"text": unanswered or "", "files": files}
     return visit.messages(), gr.MultimodalTextbox(value=value, submit_btn=True, stop_btn=False)
@@ -197,6 +198,7 @@ class Page:
     sampling = self._defaults["sampling"]
     drawn = isinstance(sampling, Sampling)  # a search draws nothing
     temperature, top_p = (sampling.temperature, sampling.top_p) if drawn else (0.0, 1.0)
+    temperature, top_p = float(temperature), float(top_p)
     longest = self._model.run.data.seq_len
     length = min(self._defaults["max_new_tokens"], longest)
     return [
@@ -285,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
       footer_links=[],
       ssr_mode=False,
       # System fonts: Gradio's own would be fetched.
-      theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+      theme=themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     )
   except OSError as e:
     raise UserError(f"the page cannot be served at {args.host}:{args.port or 7860}: {e}") from e
