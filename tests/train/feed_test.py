@@ -109,6 +109,7 @@ def paced_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "make_mesh", lambda run: tiny.mesh(1, 1, 1, 1))
     monkeypatch.setattr(loop, "train_step_on", lambda mesh: paced_step)
+    monkeypatch.setattr(loop, "start_compiling", lambda *args: None)  # it is no JAX function
     monkeypatch.setattr(loop, "device_batch", put)
     monkeypatch.setattr(
       loop, "training_batches", lambda *args: Paced(training_batches(*args), batch_seconds)
