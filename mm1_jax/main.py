@@ -9,6 +9,7 @@ under Slurm the processes find each other, elsewhere give --coordinator, --num_p
 
 import sys
 
+import psutil
 from absl import app, flags
 
 from mm1_jax import cli, distributed
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> None:
   ):
     run = cli.load_config(_CONFIG)
     distributed.check_same("code and config", distributed.code_version() | run.to_dict())
-    state = train(run, _WORKDIR.value)
+    launched = psutil.Process().create_time()  # so that imports and waiting for hosts count
+    state = train(run, _WORKDIR.value, launched=launched)
     stopped = int(state.step) < run.train.num_steps
   if stopped:
     sys.exit(_STOPPED_CODE.value)

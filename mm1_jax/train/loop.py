@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import PIL.Image
-import psutil
 from absl import logging
 from clu import parameter_overview
 from etils import epath
@@ -47,16 +46,20 @@ class TrainingDiverged(UserError):
   """Too many steps in a row had to be skipped."""
 
 
-def train(run: RunConfig, workdir: epath.PathLike) -> TrainState:
+def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = None) -> TrainState:
   """Trains `run` in `workdir` up to `run.train.num_steps`, going on from its newest checkpoint.
 
   SIGTERM and SIGINT, to any of the processes, save the state and return after the current step.
+
+  Args:
+    launched: when the command was, by `time.time()`, for the time to the first step; else now.
 
   Raises:
     ConfigError, DataError, CheckpointError: a user's mistake, with what to do.
     TrainingDiverged: `run.train.max_skipped` steps in a row were skipped; the last checkpoint
       before them stands.
   """
+  launched = launched or time.time()
   keep_programs(workdir)
   mesh = make_mesh(run)
   distributed.check_shared(workdir)
@@ -77,7 +80,8 @@ def train(run: RunConfig, workdir: epath.PathLike) -> TrainState:
       logging.info("%s", parameter_overview.get_parameter_overview(names, include_stats=False))
       logging.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
       with MetricWriter(workdir, start_step=int(state.step)) as writer:
-        log = StepLog(run, writer, compile_seconds=compiling.result() if compiling else 0.0)
+        compile_seconds = compiling.result() if compiling else 0.0
+        log = StepLog(run, writer, launched=launched, compile_seconds=compile_seconds)
         return _run_steps(run, workdir, mesh, state, pipeline, checkpointer, log)
 
 
@@ -232,8 +236,11 @@ class Tally(NamedTuple):
 class StepLog:
   """Accumulates metrics over `log_every` steps; writes them, and prints the progress line."""
 
-  def __init__(self, run: RunConfig, writer: MetricWriter, *, compile_seconds: float = 0.0):
-    """Begins; `compile_seconds` are those of the train step, for the first progress line."""
+  def __init__(
+    self, run: RunConfig, writer: MetricWriter, *, launched: float, compile_seconds: float = 0.0
+  ):
+    """Begins. The first progress line has the time since `launched`, of it `compile_seconds`."""
+    self._launched = launched
     self.writer, self.save_seconds = writer, 0.0  # of the newest save, while nothing is trained
     self._start: dict[str, float] | None = {"speed/compile_seconds": compile_seconds}
     self._saves: list[float] = []
@@ -293,8 +300,8 @@ class StepLog:
 
   def _read(self, step: int, metrics: Metrics, tally: Tally) -> None:
     metrics = jax.device_get(metrics)  # waits for the step
-    if self._start is not None:  # since the process was made; imports count
-      self._start.setdefault("speed/start_seconds", time.time() - psutil.Process().create_time())
+    if self._start is not None:
+      self._start.setdefault("speed/start_seconds", time.time() - self._launched)
     self.timer.tick(
       tokens=int(tally.num_positions), images=int(tally.num_images), data_wait=self._data_wait
     )

@@ -228,7 +228,7 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
   mesh = tiny.mesh()
   state, step = good, 0
   with jax.set_mesh(mesh), MetricWriter(tmp_path) as writer:
-    log = StepLog(run, writer)
+    log = StepLog(run, writer, launched=0.0)
 
     def advance(model):
       nonlocal state, step
