@@ -134,21 +134,18 @@ def device_batch(batch: Batch, mesh: Mesh) -> Batch:
 def abstract_batch(run: RunConfig, mesh: Mesh) -> Batch:
   """Returns the shapes of a global batch, and how it is split: what `device_batch` makes."""
   rows = functools.partial(abstract_rows, mesh)
-  numabstract_rows, positions, slots = (
-    run.data.batch_size,
-    run.data.seq_len,
-    run.data.images_per_row,
-  )
-  ids = rows(jnp.int32, numabstract_rows, positions)
+  data = run.data
+  num_rows, positions, slots = data.batch_size, data.seq_len, data.images_per_row
+  ids = rows(jnp.int32, num_rows, positions)
   return Batch(
     tokens=ids,
     targets=ids,
-    loss_mask=rows(jnp.float32, numabstract_rows, positions),
+    loss_mask=rows(jnp.float32, num_rows, positions),
     positions=ids,
     segment_ids=ids,
     source_ids=ids,
-    images=rows(jnp.uint8, numabstract_rows, slots, *run.model.vision.image_size, 3),
-    image_mask=rows(jnp.bool_, numabstract_rows, slots),
+    images=rows(jnp.uint8, num_rows, slots, *run.model.vision.image_size, 3),
+    image_mask=rows(jnp.bool_, num_rows, slots),
   )
 
 
