@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from bench.ours import save_work
 from bench.workers import Worker, by_turns
@@ -25,34 +26,52 @@ from mm1_jax.sharding import make_mesh
 from mm1_jax.train.feed import training_batches
 
 
-def report(workers: dict[str, Worker], turns: int, run: RunConfig, images: int) -> None:
-  """Lets the workers take steps by turns, and prints what they did; ours is the first."""
-  tokens = run.data.batch_size * run.data.seq_len
+def measure(workers: dict[str, Worker], turns: int) -> dict[str, dict[str, Any]]:
+  """Lets the workers take steps by turns, and returns what each did, and their facts."""
   for worker in workers.values():
     worker.ask(do="steps", num=2)  # compiles
   seconds = by_turns(workers, turns, do="steps", num=3)
-  middle = {name: statistics.median(times) for name, times in seconds.items()}
-  print("| | params | ms a step | fastest | tokens/s | images/s | peak GiB | loss | with |")
-  print("|---|---|---|---|---|---|---|---|---|")
-  devices = []
-  for name, worker in workers.items():
-    facts, loss = worker.ask(do="facts"), worker.ask(do="steps", num=1)["loss"]
-    devices.append(facts.get("device"))
+  return {
+    name: {
+      "seconds": statistics.median(seconds[name]),
+      "fastest": min(seconds[name]),
+      "loss": worker.ask(do="steps", num=1)["loss"],
+      **worker.ask(do="facts"),
+    }
+    for name, worker in workers.items()
+  }
+
+
+def print_rows(results: dict[str, dict[str, Any]], run: RunConfig, images: int) -> None:
+  tokens = run.data.batch_size * run.data.seq_len
+  for name, facts in results.items():
+    seconds = facts["seconds"]
     print(
-      f"| {name} | {facts['params'] / 1e6:.2f}M | {1e3 * middle[name]:.0f} | "
-      f"{1e3 * min(seconds[name]):.0f} | {tokens / middle[name]:,.0f} | "
-      f"{images / middle[name]:,.0f} | {facts['peak_gib']:.2f} | {loss:.2f} | {facts['version']} |"
+      f"| {name} | {facts['params'] / 1e6:.2f}M | {1e3 * seconds:.0f} | "
+      f"{1e3 * facts['fastest']:.0f} | {tokens / seconds:,.0f} | {images / seconds:,.0f} | "
+      f"{facts['peak_gib']:.2f} | {facts['loss']:.2f} | {facts['version']} |",
+      flush=True,
     )
-  ours, *peers = middle
+
+
+def compare(results: dict[str, dict[str, Any]], run: RunConfig) -> None:
+  """Prints how much faster ours is, which is the first, and its share of the device's peak."""
+  ours, *peers = results
+  seconds, device = results[ours]["seconds"], results[ours]["device"]
   for peer in peers:
-    print(f"{ours} is {middle[peer] / middle[ours]:.2f} times as fast as {peer}")
-  if peak := PEAK_FLOPS.get(devices[0]):
-    share = model_flops(run)["total"] / middle[ours] / peak
-    print(f"{ours} on one {devices[0]}: {share:.1%} MFU")
+    print(f"{ours} is {results[peer]['seconds'] / seconds:.2f} times as fast as {peer}")
+  if peak := PEAK_FLOPS.get(device):
+    print(f"{ours} on one {device}: {model_flops(run)['total'] / seconds / peak:.1%} MFU")
 
 
-def beside(run: RunConfig, python: str, peer: Sequence[str], turns: int) -> None:
-  """Takes the steps of a run beside the peer's: the interpreter `python`, with arguments `peer`."""
+def beside(
+  run: RunConfig, python: str, peer: Sequence[str], turns: int, *, together: bool = True
+) -> None:
+  """Takes the steps of a run beside the peer's: the interpreter `python`, with arguments `peer`.
+
+  By turns, so that what else the machine does slows both; or, if not `together`, one after the
+  other, so that each has the whole of a GPU's memory.
+  """
   mesh = make_mesh(run)
   with contextlib.closing(training_batches(run, None, mesh)) as batches:
     batch, stats = next(batches)
@@ -61,15 +80,22 @@ def beside(run: RunConfig, python: str, peer: Sequence[str], turns: int) -> None
     f"{run.name}, {batch.tokens.shape} positions, {stats.num_images} pictures in "
     f"{batch.image_mask.size} slots, {run.model.dtype}, {threads} threads"
   )
+  print("| | params | ms a step | fastest | tokens/s | images/s | peak GiB | loss | with |")
+  print("|---|---|---|---|---|---|---|---|---|", flush=True)
+  results = {}
   with tempfile.TemporaryDirectory() as folder:
     save_work(folder, run, batch)
-    workers = {
-      "mm1_jax": Worker("bench.ours", folder),
-      "torch": Worker("bench.torch_peer", folder, *peer, python=python, threads=threads),
+    start = {
+      "mm1_jax": lambda: Worker("bench.ours", folder),
+      "torch": lambda: Worker("bench.torch_peer", folder, *peer, python=python, threads=threads),
     }
-    report(workers, turns, run, int(stats.num_images))
-    for worker in workers.values():
-      worker.close()
+    for names in [list(start)] if together else [[name] for name in start]:
+      workers = {name: start[name]() for name in names}
+      results |= (measured := measure(workers, turns))
+      print_rows(measured, run, int(stats.num_images))
+      for worker in workers.values():
+        worker.close()
+  compare(results, run)
 
 
 def main() -> None:

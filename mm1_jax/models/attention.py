@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.config import RopeScaling
+from mm1_jax.models.cudnn import LENGTH_MULTIPLE, cudnn_attention, has_kernel, on_gpu
 from mm1_jax.models.layers import RMSNorm, broadcast, constant, multiply, normal
 from mm1_jax.models.splash import LANES, block_size, splash_attention, tpu_kind
 from mm1_jax.sharding import LAYOUT, gather, spec_of
@@ -67,6 +68,13 @@ def rope(
   return rotated.astype(x.dtype)
 
 
+def filling(num_positions: int) -> int:
+  """Returns how many more positions a row needs for the fused kernel of the mesh's chips."""
+  if tpu_kind() is not None:
+    return -num_positions % LANES
+  return -num_positions % LENGTH_MULTIPLE if on_gpu() else 0
+
+
 def attend(
   queries: Float[Array, "B S H h"],
   keys: Float[Array, "B C K h"],
@@ -81,14 +89,15 @@ def attend(
   Everyone sees everyone, or whom `mask` lets them see; or `segment_ids` are given, S is C, and who
   is of one segment sees each other, with `causal` only at its own slot or before.
 
-  With segments, rows of whole blocks go through splash attention where the mesh is of TPUs. All
-  else is plain XLA, on a GPU too: cuDNN's kernel knows no segments, and would let the examples of a
-  row see each other.
+  On TPUs, rows of whole blocks with segments go through splash attention; on GPUs, rows in 16 bits
+  through cuDNN's kernel. All else is plain XLA.
 
   Where the positions of a row are split over `sequence`, the queries stay so, and see the keys and
   values of the whole row, which are few with grouped queries. The device with a row's end has more
   to see than that with its beginning: of n devices, it does 2 - 1/n times the mean.
   """
+  fused = has_kernel(queries, keys)
+  in_order = False  # whether the kernel itself keeps to the order of positions
   if segment_ids is not None:
     rows, parts, *_ = spec_of(queries)
     whole = jax.sharding.reshard(segment_ids, P(rows))
@@ -98,12 +107,16 @@ def attend(
       block = block_size(num_positions, chip, causal=causal)
       return splash_attention(queries, keys, values, whole, causal=causal, block=block)
     keys, values = (jax.sharding.reshard(x, P(rows, None, *spec_of(x)[2:])) for x in (keys, values))
-    if causal:
+    in_order = causal and fused and num_parts == 1
+    if causal and not in_order:
       mask = packed_causal_mask(segment_ids, whole, 0)
     else:
       mask = (segment_ids[:, :, None] == whole[:, None, :])[:, None]
   queries, keys, values = (checkpoint_name(x, "qkv") for x in (queries, keys, values))
-  out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
+  if fused:
+    out = cudnn_attention(queries, keys, values, mask, causal=in_order)
+  else:
+    out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
   return checkpoint_name(out, "attention")
 
 

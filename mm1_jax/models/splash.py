@@ -35,11 +35,6 @@ def tpu_kind() -> str | None:
   return device.device_kind if device is not None and device.platform == "tpu" else None
 
 
-def filling(num_positions: int) -> int:
-  """Returns how many more positions splash attention needs; none where it is not there."""
-  return -num_positions % LANES if tpu_kind() is not None else 0
-
-
 def block_size(num_positions: int, device_kind: str, *, causal: bool = True) -> int:
   """Returns the largest block that divides the row, up to what suits the chip."""
   limit = BLOCKS.get(device_kind, DEFAULT_BLOCK) if causal else PICTURE_BLOCK

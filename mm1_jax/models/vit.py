@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt8
 
 from mm1_jax.config import ModelConfig, VisionConfig
-from mm1_jax.models.attention import Attention
+from mm1_jax.models.attention import Attention, filling
 from mm1_jax.models.layers import (
   ACTIVATIONS,
   LayerNorm,
@@ -23,7 +23,6 @@ from mm1_jax.models.layers import (
   run_blocks,
   stack,
 )
-from mm1_jax.models.splash import filling
 from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 # CLIP's statistics over RGB in [0, 1].

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from mm1_jax.models import grouped_matmul as lib
 
@@ -94,3 +95,25 @@ def test_a_cpu_takes_the_loop():
   rows, sizes = jnp.ones((256, 64)), jnp.full(16, 16, jnp.int32)
   compiled = jax.jit(lib.grouped_matmul).lower(rows, jnp.ones((16, 64, 64)), sizes).compile()
   assert "while" in str(compiled.as_text())
+
+
+@pytest.mark.parametrize(
+  ("kind", "dtype", "num_out", "chosen"),
+  [
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 384, True),
+    ("NVIDIA H100 80GB HBM3", "float32", 384, False),
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 320, False),  # no whole tile
+    ("NVIDIA A100-SXM4-80GB", "bfloat16", 384, False),
+    ("cpu", "bfloat16", 384, False),
+  ],
+)
+def test_mosaic_kernels_are_for_whole_tiles_on_hopper(kind, dtype, num_out, chosen):
+  """What they compute is checked where there is one: bench/gpu_kernels.py."""
+  device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
+  mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+  rows, sizes = jax.ShapeDtypeStruct((256, 128), dtype), jax.ShapeDtypeStruct((4,), "int32")
+  with jax.sharding.use_abstract_mesh(mesh):
+    for transpose, shape in ((False, (4, 128, num_out)), (True, (4, num_out, 128))):
+      product = jax.make_jaxpr(functools.partial(lib.grouped_matmul, transpose=transpose))
+      jaxpr = product(rows, jax.ShapeDtypeStruct(shape, dtype), sizes)
+      assert ("wgmma" in str(jaxpr)) == chosen

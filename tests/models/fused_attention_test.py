@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splash attention against attention written out in float32, and where `attend` chooses it."""
+"""The fused kernels against attention written out in float32, and where `attend` chooses them.
+
+Splash attention is interpreted. cuDNN's kernel is stood in for by XLA, given the very same
+arguments on each device; bench/gpu_kernels.py checks the kernel itself, where there is a GPU.
+"""
 
 import functools
 
@@ -12,8 +16,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mm1_jax.config import BATCH_AXES, MESH_AXES
-from mm1_jax.models import attention, splash
-from mm1_jax.models.attention import attend, packed_causal_mask
+from mm1_jax.models import attention
+from mm1_jax.models.attention import attend, filling, packed_causal_mask
+from mm1_jax.models.cudnn import cudnn_attention, has_kernel
 from mm1_jax.models.splash import block_size, splash_attention
 from mm1_jax.sharding import LAYOUT
 
@@ -57,14 +62,19 @@ def with_gradients(function, *inputs):
   return out, *gradients
 
 
-@pytest.mark.parametrize("path", ["splash", "xla"])
+@pytest.mark.parametrize("path", ["splash", "cudnn", "xla"])
 @pytest.mark.parametrize(
   ("num_kv_heads", "sizes"),
   [(4, (1,)), (2, (1, 2, 1, 2)), (2, (1, 1, 1, 2, 2))],
   ids=["one chip", "four, grouped", "positions split"],
 )
-def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes):
+def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes, monkeypatch):
   """Forward and backward; examples see neither each other nor padding, nor the other way round."""
+  if path == "cudnn":
+    monkeypatch.setattr(attention, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(
+      attention, "cudnn_attention", functools.partial(cudnn_attention, implementation="xla")
+    )
   segments, (*qkv, weights) = packed(), inputs(num_kv_heads)
   mask = packed_causal_mask(jnp.asarray(segments), jnp.asarray(segments), 0)
   expected = with_gradients(functools.partial(written_out, mask=mask), *qkv, weights)
@@ -77,7 +87,7 @@ def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes):
       *rest, segment_ids = args
       split = P(BATCH_AXES, "sequence", "tensor", None)
       rest = [jax.sharding.reshard(x, split) for x in rest]
-      if path == "xla":
+      if path != "splash":
         segment_ids = jax.sharding.reshard(segment_ids, LAYOUT.act_bs)
         return with_gradients(functools.partial(attend, segment_ids=segment_ids), *rest)
 
@@ -110,21 +120,29 @@ def test_whole_rows_without_causality_and_odd_heads():
 
 
 @pytest.mark.parametrize(
-  ("platform", "num_positions", "packed_rows", "splash"),
+  ("platform", "num_positions", "packed_rows", "kernel"),
   [
-    ("tpu", 256, True, True),
-    ("tpu", 200, True, False),  # no whole block
-    ("tpu", 256, False, False),
-    ("gpu", 256, True, False),
-    ("cpu", 256, True, False),
+    ("tpu", 256, True, "splash"),
+    ("tpu", 200, True, None),  # no whole block
+    ("tpu", 256, False, None),
+    ("gpu", 256, True, "cudnn"),
+    ("gpu", 256, False, "cudnn"),
+    ("gpu", 255, True, None),  # odd
+    ("cpu", 256, True, None),
   ],
 )
-def test_attend_chooses_by_the_devices_of_the_mesh(platform, num_positions, packed_rows, splash):
+def test_attend_chooses_by_the_devices_of_the_mesh(
+  platform, num_positions, packed_rows, kernel, monkeypatch
+):
   """Not by the host's: a program for a TPU is compiled on machines that have none."""
-  device = AbstractDevice(device_kind="TPU v5", num_cores=1, platform=platform)
-  types = (AxisType.Explicit,) * len(MESH_AXES)
-  sizes = (1,) * len(MESH_AXES)
-  mesh = AbstractMesh(sizes, MESH_AXES, axis_types=types, abstract_device=device)
+  calls = []
+
+  def stand_in(*args, causal):
+    calls.append(causal)
+    return cudnn_attention(*args, causal=causal, implementation="xla")
+
+  monkeypatch.setattr(attention, "cudnn_attention", stand_in)
+  mesh = mesh_of(platform)
   with jax.sharding.use_abstract_mesh(mesh):
 
     def abstract(shape, dtype, spec):
@@ -133,7 +151,37 @@ def test_attend_chooses_by_the_devices_of_the_mesh(platform, num_positions, pack
     x = abstract((2, num_positions, 4, 32), jnp.bfloat16, LAYOUT.act_bshk)
     rows = abstract((2, num_positions), jnp.int32, LAYOUT.act_b) if packed_rows else None
     jaxpr = jax.make_jaxpr(lambda x, rows: attend(x, x, x, segment_ids=rows))(x, rows)
-  assert ("splash_mha_fwd_segmented" in str(jaxpr)) == splash
+  assert ("splash_mha_fwd_segmented" in str(jaxpr)) == (kernel == "splash")
+  # Only where rows are packed is there an order of positions to keep to.
+  assert calls == ([packed_rows] if kernel == "cudnn" else [])
+
+
+def mesh_of(platform: str) -> AbstractMesh:
+  device = AbstractDevice(device_kind="TPU v5", num_cores=1, platform=platform)
+  types = (AxisType.Explicit,) * len(MESH_AXES)
+  return AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=types, abstract_device=device)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "head_dim", "served"),
+  [
+    ("bfloat16", 80, True),
+    ("float32", 64, False),
+    ("bfloat16", 20, False),
+    ("bfloat16", 160, False),
+  ],
+)
+def test_cudnn_serves_16_bits_and_usual_heads(dtype, head_dim, served):
+  x, token = (jax.ShapeDtypeStruct((1, length, 2, head_dim), dtype) for length in (4, 1))
+  with jax.sharding.use_abstract_mesh(mesh_of("gpu")):
+    assert has_kernel(x, x) == served
+    assert not has_kernel(token, x)  # as in decoding
+
+
+@pytest.mark.parametrize(("platform", "more"), [("tpu", 640 - 577), ("gpu", 1), ("cpu", 0)])
+def test_pictures_are_filled_up_for_the_kernel(platform, more):
+  with jax.sharding.use_abstract_mesh(mesh_of(platform)):
+    assert filling(577) == more
 
 
 @pytest.mark.parametrize(
@@ -177,7 +225,6 @@ def test_pictures_filled_up_to_whole_blocks_have_the_same_features(monkeypatch):
 
     for kind in (None, "TPU v5"):
       monkeypatch.setattr(attention, "tpu_kind", lambda kind=kind: kind)
-      monkeypatch.setattr(splash, "tpu_kind", lambda kind=kind: kind)
       gradient = jax.jit(jax.grad(lambda encoder: total(encoder), has_aux=True))
       outs.append(gradient(encoder))
   (expected, features), (actual, filled) = outs
