@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans a run before it is paid for: `python -m mm1_jax.plan --config=... --topology=v5p-256`.
+"""Plans a run before it is paid for: `python -m mm1_jax.plan --config=... --topology=v5p-512`.
 
 Compiles the train step that `main` runs with the real TPU compiler, on a machine without a TPU, and
 tells memory, FLOPs, collectives, the expected time of a step, and what the run costs. Where the
 config has a preset for the slice (`configs/mm1_30b.py:v5p-512`), it is planned with that.
 
-  python -m mm1_jax.plan --config=configs/mm1_30b_moe.py --topology=v5p-256 --price=2.10 \
+  python -m mm1_jax.plan --config=configs/mm1_30b_moe.py --topology=v5p-512 --price=2.10 \
       --json=plan.json --picture=plan.png
   python -m mm1_jax.plan --config=configs/mm1_3b.py --topology=v5e-256 --search \
       --meshes='fsdp=-1; fsdp=-1,tensor=2' --remats=full,dots --accumulation=1,2,4
