@@ -24,7 +24,7 @@ from mm1_jax.plan.estimate import make_plan
 from mm1_jax.plan.topology import find_topology
 
 BASE, MOE = "v5p-128", "v5p-256"  # 64 and 128 chips
-IDEAL = {"chips, same batch": 0.5, "chips and rows": 1.0, "experts": 1.0}  # else 2: linear
+IDEAL = {"chips": 0.5, "chips and rows": 1.0, "experts": 1.0}  # else 2: linear
 
 
 def dense(*, rows=256, length=4096, images=16, depth=26) -> RunConfig:
@@ -66,7 +66,7 @@ SERIES = {
   "pictures in a row": [(n, dense(rows=128, images=n), BASE) for n in (2, 4, 8, 16)],
   "blocks": [(n, dense(rows=128, depth=n), BASE) for n in (13, 26, 52)],
   "experts": [(n, sparse(n), MOE) for n in (8, 16, 32, 64)],
-  "chips, same batch": [(chips, dense(rows=256), f"v5p-{2 * chips}") for chips in (64, 128, 256)],
+  "chips": [(chips, dense(rows=256), f"v5p-{2 * chips}") for chips in (64, 128, 256)],
   "chips and rows": [
     (chips, dense(rows=2 * chips), f"v5p-{2 * chips}") for chips in (64, 128, 256, 512)
   ],
