@@ -2,6 +2,7 @@
 """Exports that JAX alone runs, and runs of params alone: what they say is what the model says."""
 
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from mm1_jax import checkpoint
 from mm1_jax.config import TilingConfig
 from mm1_jax.convert import ConvertError
-from mm1_jax.convert.export import exporter, manifest, stablehlo
+from mm1_jax.convert.export import exporter, manifest, stablehlo, stablehlo_run
 from mm1_jax.convert.export.format import Options
 from mm1_jax.convert.export.huggingface import pictures_mm1
 from mm1_jax.convert.export.source import Source
@@ -76,6 +77,23 @@ def test_programs_say_what_the_model_says(run_folder, tmp_path):
   assert not any("mm1_jax" in path.read_text() for path in moved.glob("*.py"))
   (expected,) = Model.load(run_folder).generate([[*pictures, QUESTION]], max_new_tokens=8)
   assert ended.stdout.rstrip("\n") == expected
+
+
+@pytest.mark.parametrize("template", [None, "default", "vicuna", "chatml"])
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_a_question_is_read_as_in_training(template, num_images, run_folder, tmp_path):
+  """With nothing but what is described in the export: no program, no param."""
+  source = Source(run_folder)
+  object.__setattr__(source.run.data, "chat", template is not None)
+  object.__setattr__(source.run.data, "chat_template", template or "default")
+  about = {**stablehlo._asked(source), "tokenizer": "tokenizer.model"}
+  (tmp_path / stablehlo_run.DESCRIPTION).write_text(json.dumps(about))
+  shutil.copyfile(source.run.data.tokenizer, tmp_path / "tokenizer.model")
+  items = [{"image": b""}] * num_images + [{"text": QUESTION}]
+  encoder = source.encoder()
+  turn = {"role": "user", "content": items}
+  expected = encoder.encode_prompt([turn]) if template else encoder.encode_prefix(items)
+  assert stablehlo_run.Exported(tmp_path).prompt(num_images, QUESTION) == expected.ids
 
 
 def test_pictures_in_parts_are_refused(run_folder):

@@ -280,9 +280,7 @@ def _asked(source: Source) -> dict[str, Any]:
   if data.chat:
     # What stands around a picture that is all that is asked.
     ids = encoder.encode_prompt([{"role": "user", "content": [{"image": b""}]}]).ids
-    start = next(
-      i for i in range(len(ids)) if ids[i:][: len(encoder.image_ids)] == encoder.image_ids
-    )
+    start = ids.index(encoder.image_ids[0])
     before, after = ids[:start], ids[start + len(encoder.image_ids) :]
     turns = encoder.template.user, encoder.template.assistant
     space = [" " * part.before.endswith(" ") for part in turns]
