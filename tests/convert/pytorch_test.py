@@ -121,3 +121,13 @@ def test_what_is_computed_with_in_float32_is_not_rounded(workdir, loaded, tmp_pa
 def test_accumulated_steps_are_divided_by_the_trainer(loaded):
   """Its loss is a mean over the batch, so a Trainer must not sum it over several."""
   assert loaded[0].accepts_loss_kwargs is False
+
+
+def test_an_end_that_is_text_is_a_stop_string(loaded):
+  """As the documentation has it, for templates whose end is no symbol of the tokenizer."""
+  model, processor = loaded
+  inputs = encode(processor, QUESTIONS[0])
+  (whole,), _ = generate(model, inputs)
+  end = processor.tokenizer.decode(whole[2:4])
+  (cut,), _ = generate(model, inputs, stop_strings=[end], tokenizer=processor.tokenizer)
+  assert cut == whole[:4]
