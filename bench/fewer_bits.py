@@ -9,6 +9,8 @@ Each held-out source is read whole, once. Needs the extra `quant`.
 import argparse
 import dataclasses
 
+import jax
+
 from mm1_jax import cli
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.quantize import KINDS
@@ -24,7 +26,9 @@ def main() -> None:
   for kind in (None, *KINDS):
     model = Model.load(args.checkpoint, quantize=kind)
     train = dataclasses.replace(model.run.train, eval_batches=None)
-    losses = held_out_loss(model.params, dataclasses.replace(model.run, train=train), model.mesh)
+    run = dataclasses.replace(model.run, train=train)
+    with jax.set_mesh(model.mesh):
+      losses = held_out_loss(model.params, run, model.mesh)
     if kind is None:
       whole = losses
       print("| source |", *(f"{name.removeprefix('eval/loss/')} |" for name in losses))
