@@ -131,7 +131,7 @@ class Race:
   def peer_answer(self, batch: int) -> list[str]:
     ids = torch.from_numpy(self.prompts(batch))
     # Ours draws no symbols but the end; neither does the peer.
-    barred = np.flatnonzero(~self.model._allowed).tolist()
+    barred = np.flatnonzero(~self.model.answers.allowed).tolist()
     with torch.inference_mode():
       out = self.peer.generate(
         ids,

@@ -79,7 +79,10 @@ def to_folder(weights: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
     return out
   if weights.suffix == ".gguf":
     where = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    plain = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+      **where, dtype=torch.float32, quantization_config=plain
+    )
     model.save_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(out)
   elif (weights / "model_int8.safetensors").exists():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers questions with an export, where nothing of ours is installed; see `bench.exports`.
 
-python bench/run_huggingface.py EXPORT QUESTIONS OUT.npz
+python bench/run_huggingface.py EXPORT QUESTIONS OUT.npz MAX_NEW_TOKENS
 """
 
 import json
@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-MAX_NEW_TOKENS = 48
 
-
-def main(export: str, questions: str, out: str) -> None:
+def main(export: str, questions: str, out: str, max_new_tokens: str) -> None:
   folder = pathlib.Path(questions)
   model = AutoModelForImageTextToText.from_pretrained(export, trust_remote_code=True)
   processor = AutoProcessor.from_pretrained(export, trust_remote_code=True)
@@ -27,7 +25,7 @@ def main(export: str, questions: str, out: str) -> None:
       turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     answer = model.generate(
-      **inputs, max_new_tokens=MAX_NEW_TOKENS, output_logits=True, return_dict_in_generate=True
+      **inputs, max_new_tokens=int(max_new_tokens), output_logits=True, return_dict_in_generate=True
     )
     prompt = inputs["input_ids"].shape[1]
     results[f"prompt_{i}"] = inputs["input_ids"][0].numpy()

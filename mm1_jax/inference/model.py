@@ -22,6 +22,7 @@ from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.inference import beam, sampler
 from mm1_jax.inference import quantize as quantization
+from mm1_jax.inference.answers import answers
 from mm1_jax.inference.beam import BeamSearch, Search
 from mm1_jax.inference.prompts import Prompt, PromptError, Request, check_room, read_prompt
 from mm1_jax.inference.sampler import GREEDY, Draw, Sampling
@@ -44,6 +45,9 @@ class Model:
     params: the model, on `mesh`.
     run: its run's config.
     mesh: devices that it runs on.
+
+  Attributes:
+    answers: what it may say, and what ends it.
   """
 
   def __init__(self, params: MM1, run: RunConfig, mesh: Mesh):
@@ -58,16 +62,7 @@ class Model:
       tokens_per_image=run.model.connector.num_tokens,
     )
     self.chat = run.data.chat
-    # An answer ends with `</s>`, or with the template's own symbol if the tokenizer has it.
-    end = self.encoder.answer_end
-    self._ends = np.array(
-      [self.tokenizer.eos_id, end[0] if len(end) == 1 else self.tokenizer.eos_id], np.int32
-    )
-    self._stop = () if len(end) == 1 else (self.encoder.template.assistant.end,)
-    # The vocabulary may be rounded up beyond the tokenizer's.
-    self._allowed = np.arange(run.model.decoder.vocab_size) < self.tokenizer.vocab_size
-    self._allowed[sorted(self.tokenizer.special_ids)] = False
-    self._allowed[self._ends] = True
+    self.answers = answers(self.encoder, run.model.decoder.vocab_size)
 
   @classmethod
   def load(
@@ -226,8 +221,8 @@ class Model:
       sampling = Sampling(float(sampling.temperature), int(sampling.top_k), float(sampling.top_p))
       draw = Draw(
         sampling,
-        jnp.asarray(self._allowed),
-        jnp.asarray(self._ends),
+        jnp.asarray(self.answers.allowed),
+        jnp.asarray(self.answers.ends),
         jax.random.wrap_key_data(jnp.asarray(keys)),
       )
       state = sampler.prefill(
@@ -265,8 +260,8 @@ class Model:
       search = Search(
         jnp.float32(how.length_penalty),
         jnp.int32(max_new_tokens),
-        jnp.asarray(self._allowed),
-        jnp.asarray(self._ends),
+        jnp.asarray(self.answers.allowed),
+        jnp.asarray(self.answers.ends),
       )
       num_beams = how.num_beams
       beams = beam.prefill(self.params, *rows, search, num_slots=num_slots, num_beams=num_beams)
@@ -294,7 +289,7 @@ class _Says:
   def __init__(self, model: Model, chat: bool, stop: Sequence[str]):
     self.stopped = False
     self._decode = model.tokenizer.decode
-    self.stop = (*stop, *model._stop) if chat else tuple(stop)
+    self.stop = (*stop, *model.answers.stop) if chat else tuple(stop)
     # In a turn, the space between the role and the text is not the text's.
     self._space = " " if chat and model.encoder.template.assistant.before.endswith(" ") else ""
     self._text = ""

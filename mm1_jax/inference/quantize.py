@@ -16,21 +16,11 @@ from jax.sharding import PartitionSpec as P
 from mm1_jax import checkpoint
 from mm1_jax.config import ConfigError
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.models.quantized import Quantized
+from mm1_jax.models.quantized import SUMMED, Quantized
 
 KINDS = ("int8", "int4")
 TILE = 32
 STACKS = ("decoder.units.", "vit.blocks.")
-# Dims of a matrix that its input is summed over, from the last.
-SUMMED = {
-  "query": (-3,),
-  "key": (-3,),
-  "value": (-3,),
-  "out": (-3, -2),
-  "gate": (-2,),
-  "up": (-2,),
-  "down": (-2,),
-}
 
 
 def quantize(model: MM1, kind: str, mesh: Mesh) -> MM1:

@@ -12,6 +12,22 @@ from jaxtyping import Array, Float, Int
 
 from mm1_jax.sharding import LAYOUT, spec_of
 
+# Dims of a matrix that its input is summed over, from the last, by the last part of its name. All
+# numbers that differ in these alone make one output: they share a scale.
+SUMMED = {
+  "query": (-3,),
+  "key": (-3,),
+  "value": (-3,),
+  "out": (-3, -2),
+  "gate": (-2,),
+  "up": (-2,),
+  "down": (-2,),
+  "weight": (-2,),
+  "patch": (-2,),
+  "embedding": (-1,),
+  "head": (-1,),
+}
+
 
 class Quantized(NamedTuple):
   """A weight as values times scales, each scale for a tile of the values."""

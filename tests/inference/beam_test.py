@@ -24,8 +24,9 @@ def few(model):
   (start,) = next_log_probs(one, ["What is"], [()])
   ranks = np.argsort(-start).tolist()
   at = ranks.index(one.tokenizer.eos_id)
-  one._allowed = np.zeros_like(model._allowed)
-  one._allowed[[one.tokenizer.eos_id, *ranks[at - 2 : at], *ranks[:2]]] = True
+  allowed = np.zeros_like(model.answers.allowed)
+  allowed[[one.tokenizer.eos_id, *ranks[at - 2 : at], *ranks[:2]]] = True
+  one.answers = one.answers._replace(allowed=allowed)
   return one
 
 
@@ -54,7 +55,7 @@ def next_log_probs(model: Model, prompt: list, said: list[tuple[int, ...]]) -> n
     place = NamedSharding(model.mesh, LAYOUT.act_b)
     logits = _logits(model.params, *jax.device_put((tokens, images), place))
   last = [logits[row, len(request.ids) + len(ids) - 1] for row, ids in enumerate(said)]
-  logits = np.where(model._allowed, np.array(last, np.float64), -np.inf)
+  logits = np.where(model.answers.allowed, np.array(last, np.float64), -np.inf)
   top = logits.max(axis=1, keepdims=True)
   return logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
 
@@ -62,7 +63,7 @@ def next_log_probs(model: Model, prompt: list, said: list[tuple[int, ...]]) -> n
 def every_answer(model: Model, prompt: list, penalty: float) -> str:
   """Returns the best of all answers there are."""
   end = model.tokenizer.eos_id
-  tokens = [t for t in np.flatnonzero(model._allowed).tolist() if t != end]
+  tokens = [t for t in np.flatnonzero(model.answers.allowed).tolist() if t != end]
   growing, ended = {(): 0.0}, {}
   for length in range(1, LIMIT + 1):
     grown = {}
@@ -86,7 +87,7 @@ def plain_search(model: Model, prompt: list, how: BeamSearch, limit: int, stop: 
     candidates = [
       (score + row[token], (*ids, token))
       for (score, ids), row in zip(growing, log_probs, strict=True)
-      for token in np.flatnonzero(model._allowed).tolist()
+      for token in np.flatnonzero(model.answers.allowed).tolist()
     ]
     growing = []
     for rank, (score, ids) in enumerate(sorted(candidates, reverse=True)):
@@ -142,7 +143,7 @@ def test_a_stop_text_of_one_row_counts_though_others_have_none(few, prompts, mon
   (whole,) = few.generate(prompts[:1], max_new_tokens=8, sampling=how, chat=True)
   stop = whole[1:3]
   assert len(stop) == 2
-  monkeypatch.setattr(few, "_stop", (stop,))
+  monkeypatch.setattr(few, "answers", few.answers._replace(stop=(stop,)))
   requests = [few.encode(prompts[0], chat=chat) for chat in (False, True)]
   raw, said = few.generate(requests, max_new_tokens=8, sampling=how)
   assert [raw] == few.generate(requests[:1], max_new_tokens=8, sampling=how)

@@ -11,7 +11,6 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator
 
-import ml_dtypes
 import numpy as np
 
 from mm1_jax import checkpoint
@@ -62,7 +61,7 @@ def compare(source: Source, out: pathlib.Path, options: Options) -> str:
       bound = np.max(np.abs(value), axis=dims, keepdims=True) / 127 * 0.5001
       wrong = bool((np.abs(read - value) > bound).any())
     else:
-      wrong = not np.array_equal(read, _cast(part, value, options.dtype).astype(np.float32))
+      wrong = not np.array_equal(read, part.cast(value, options.dtype).astype(np.float32))
     if wrong:
       raise ConvertError(f"'{out}': {part.path} is not what was written; is the disk full?")
   how = "equal to the run's" if options.dtype != "int8" else "within half a step of the run's"
@@ -88,14 +87,8 @@ def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
   for part, value in source.read():
     dims = int8.summed_dims(part) if dtype == "int8" else None
     if dims is None:
-      yield part.path, _cast(part, value, dtype)
+      yield part.path, part.cast(value, dtype)
     else:
       quantized, scale = int8.quantize(value, dims)
       yield part.path, quantized
       yield part.path + INT8_SCALE, scale
-
-
-def _cast(part: Part, value: np.ndarray, dtype: str) -> np.ndarray:
-  """Returns what is written of a part that is not quantised."""
-  whole = dtype != "bfloat16" or part.in_float32
-  return value.astype(np.float32 if whole else ml_dtypes.bfloat16)

@@ -11,26 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from mm1_jax.convert.export.source import Part
-
-# Dims that are summed over, of a part's matrix; an expert's come behind the dim of experts.
-_SUMMED = {
-  "query": (0,),
-  "key": (0,),
-  "value": (0,),
-  "out": (0, 1),
-  "gate": (-2,),
-  "up": (-2,),
-  "down": (-2,),
-  "weight": (0,),
-  "patch": (0,),
-  "embedding": (1,),
-  "head": (1,),
-}
+from mm1_jax.models.quantized import SUMMED
 
 
 def summed_dims(part: Part) -> tuple[int, ...] | None:
   """Returns the dims of a part that share a scale; None for what stays as it is."""
-  dims = _SUMMED.get(part.name.split(".")[-1])
+  dims = SUMMED.get(part.name.split(".")[-1])
   if dims is None or len(part.shape) < 2 or part.in_float32:
     return None
   return dims

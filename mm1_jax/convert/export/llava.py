@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from mm1_jax.config import RunConfig
@@ -117,7 +118,7 @@ def compare(source: Source, out: pathlib.Path, options: Options) -> str:
     else:
       theirs, layout = _names(part, source)
       read = layout.load([tensors.read(name) for name in theirs], part.shape)
-    wanted = value.astype(huggingface.numpy_type(options.dtype)).astype(np.float32)
+    wanted = value.astype(_numpy_type(options.dtype)).astype(np.float32)
     if not np.array_equal(read.astype(np.float32), wanted):
       raise ConvertError(f"'{out}': {part.path} is not what was written; is the disk full?")
   return f"{len(source.parts)} params read back, equal to the run's"
@@ -180,7 +181,7 @@ def _names(part: Part, source: Source) -> names.Tensors:
 
 
 def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-  kind, table = huggingface.numpy_type(dtype), {}
+  kind, table = _numpy_type(dtype), {}
   for part, value in source.read():
     if part.name in IN_TABLE:
       table[part.name] = value.astype(kind).reshape(-1, value.shape[-1])
@@ -191,3 +192,8 @@ def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
   width = source.run.model.vision.width
   yield f"{UNUSED_NORM}.weight", np.ones(width, kind)
   yield f"{UNUSED_NORM}.bias", np.zeros(width, kind)
+
+
+def _numpy_type(dtype: str) -> Any:
+  """Returns what all weights are kept in, as transformers computes with one dtype."""
+  return np.float32 if dtype == "float32" else ml_dtypes.bfloat16

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import tensorstore
 from etils import epath
@@ -21,6 +22,7 @@ from mm1_jax.config import MeshConfig, RunConfig
 from mm1_jax.convert import ConvertError
 from mm1_jax.data.examples import Encoder, make_encoder
 from mm1_jax.data.tokenizer import Tokenizer
+from mm1_jax.inference.answers import Answers, answers
 from mm1_jax.inference.model import IN_FLOAT32, abstract_params
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state, make_mesh
@@ -50,6 +52,11 @@ class Part(NamedTuple):
   def in_float32(self) -> bool:
     """Whether it is computed with in float32, whatever a model's dtype is."""
     return self.name.split(".")[-1] in IN_FLOAT32
+
+  def cast(self, value: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns its value in bfloat16 if that is the dtype and computes no less; else in float32."""
+    half = dtype == "bfloat16" and not self.in_float32
+    return value.astype(ml_dtypes.bfloat16 if half else np.float32)
 
 
 class Source:
@@ -116,6 +123,10 @@ class Source:
       image_size=self.run.model.vision.image_size,
       tokens_per_image=self.run.model.connector.num_tokens,
     )
+
+  def answers(self) -> Answers:
+    """Returns what the model may say, as `inference.model` lets it."""
+    return answers(self.encoder(), self.run.model.decoder.vocab_size)
 
   def read(self) -> Iterator[tuple[Part, np.ndarray]]:
     """Yields all parts with their values, in the dtype that they are saved in.

@@ -7,7 +7,8 @@ The folder needs nothing of this package:
   programs/decode.PLATFORM       reads one more token
   model.safetensors              the programs' first argument, arrays by name; or shards of it
   program.json                   what stands around a question, and the shapes above
-  run.py, requirements.txt       answers about pictures
+  run.py, pictures.py            answers about pictures
+  requirements.txt               what that needs
   tokenizer.*
 
   prefill(params, tokens int32[1, S], images uint8[1, N, H, W, 3], length int32)
@@ -21,6 +22,7 @@ PLATFORM is cpu, cuda or tpu; `jax.export.deserialize` reads the files.
 
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,10 +38,10 @@ from mm1_jax import checkpoint
 from mm1_jax.convert import ConvertError
 from mm1_jax.convert.export import card, shards, stablehlo_run
 from mm1_jax.convert.export.format import Options
+from mm1_jax.convert.export.huggingface import pictures_mm1
 from mm1_jax.convert.export.source import Source
 from mm1_jax.convert.placement import params_mesh
 from mm1_jax.convert.tensors import Tensors
-from mm1_jax.data.image import PAD_COLOR
 from mm1_jax.models.decoder import KV, KVCache
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import LAYOUT
@@ -92,7 +94,7 @@ def write(source: Source, out: pathlib.Path, options: Options) -> None:
   described = {
     "image_size": source.run.model.vision.image_size,
     "image_fit": source.run.data.image_fit,
-    "pad_color": PAD_COLOR,
+    "max_pixels": source.run.data.max_image_pixels,
     **programs.asked,
     "num_positions": programs.room,
     "prefill": programs.shapes,
@@ -102,7 +104,11 @@ def write(source: Source, out: pathlib.Path, options: Options) -> None:
   library = "tokenizers" if own.endswith(".json") else "sentencepiece"
   (out / "requirements.txt").write_text("\n".join((*REQUIREMENTS, library)) + "\n")
   (out / card.NAME).write_text(card.text(source, options, USE))
-  (out / "run.py").write_bytes(pathlib.Path(stablehlo_run.__file__).read_bytes())
+  # Beside each other, as files of no package.
+  reader = pictures_mm1.__name__
+  program = pathlib.Path(stablehlo_run.__file__).read_text()
+  (out / "run.py").write_text(program.replace(f"from {reader} import", "from pictures import"))
+  shutil.copyfile(str(pictures_mm1.__file__), out / "pictures.py")
 
 
 def compare(source: Source, out: pathlib.Path, options: Options) -> str:
@@ -150,11 +156,7 @@ class Programs:
     self.abstract = source.abstract(self.mesh, dtype)
     self._params = checkpoint.to_names(self.abstract)
     self.asked = _asked(source)
-    # As in `inference.model`: no special token is said but those that end an answer.
-    allowed = np.arange(source.run.model.decoder.vocab_size) < source.tokenizer.vocab_size
-    allowed[sorted(source.tokenizer.special_ids)] = False
-    allowed[self.asked["ends"]] = True
-    self._allowed = allowed
+    self._allowed = source.answers().allowed
     self.shapes = _shapes(source, len(self.asked["before"] + self.asked["after"]))
 
   def all(self) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -273,29 +275,23 @@ def _shapes(source: Source, num_around: int) -> list[tuple[int, int]]:
 
 def _asked(source: Source) -> dict[str, Any]:
   """Returns what stands around a question and ends its answer."""
-  data, encoder, tokenizer = source.run.data, source.encoder(), source.tokenizer
-  template, stop = encoder.template, []
-  ends = [tokenizer.eos_id]
-  before, after, space = [tokenizer.bos_id], [], ["", ""]
+  data, encoder, answers = source.run.data, source.encoder(), source.answers()
+  before, after, space = [source.tokenizer.bos_id], [], ["", ""]
   if data.chat:
     # What stands around a picture that is all that is asked.
     ids = encoder.encode_prompt([{"role": "user", "content": [{"image": b""}]}]).ids
-    start = next(
-      i for i in range(len(ids)) if ids[i:][: len(encoder.image_ids)] == encoder.image_ids
-    )
+    start = ids.index(encoder.image_ids[0])
     before, after = ids[:start], ids[start + len(encoder.image_ids) :]
-    space = [" " * part.before.endswith(" ") for part in (template.user, template.assistant)]
-    end = encoder.answer_end
-    ends += end if len(end) == 1 else []
-    stop = [] if len(end) == 1 else [template.assistant.end]
+    turns = encoder.template.user, encoder.template.assistant
+    space = [" " * part.before.endswith(" ") for part in turns]
   return {
     "image_ids": encoder.image_ids,
     "before": before,
     "after": after,
     "space_before_text": space[0],
     "space_before_answer": space[1],
-    "ends": sorted(set(ends)),
-    "stop": stop,
+    "ends": answers.ends,
+    "stop": answers.stop if data.chat else (),
   }
 
 
@@ -303,7 +299,7 @@ def _arrays(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
   """Yields the params by name, one of them in memory, blocks stacked as the programs take them."""
   blocks: list[np.ndarray] = []
   for part, value in source.read():
-    value = value.astype(jnp.float32 if part.in_float32 else jnp.dtype(dtype))
+    value = part.cast(value, dtype)
     if part.block is None:
       yield part.name, value
       continue

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import jax
 import jax.export
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import safetensors
+
+from mm1_jax.convert.export.huggingface.pictures_mm1 import Picture
 
 DESCRIPTION = "program.json"
 
@@ -52,6 +52,12 @@ class Exported:
     ids = about["before"] + about["image_ids"] * num_images
     return ids + (self._tokenizer.encode(text) if text else []) + about["after"]
 
+  def pixels(self, images: list[pathlib.Path]) -> np.ndarray:
+    """Returns uint8[N, H, W, 3] of pictures, as training had them."""
+    size, fit = tuple(self.about["image_size"]), self.about["image_fit"]
+    pixels = [Picture(path, self.about["max_pixels"]).decode(size, fit) for path in images]
+    return np.array(pixels, np.uint8).reshape(-1, *size, 3)
+
   def logits(
     self, ids: list[int], images: np.ndarray, more: list[int] | None = None
   ) -> Iterator[np.ndarray]:
@@ -80,10 +86,8 @@ class Exported:
   def answer(self, text: str, images: list[pathlib.Path], max_new_tokens: int = 128) -> str:
     """Returns what the model says to a question about pictures."""
     ids = self.prompt(len(images), text)
-    size = (self.about["image_size"][0], self.about["image_size"][1])
-    pixels = [read_image(path, size, self.about) for path in images]
     said: list[int] = []
-    for logits in self.logits(ids, np.array(pixels, np.uint8).reshape(-1, *size, 3)):
+    for logits in self.logits(ids, self.pixels(images)):
       token = int(np.argmax(logits))
       if token in self.about["ends"]:
         break
@@ -132,26 +136,6 @@ class _Tokenizer:
 
       processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
       self.encode, self.decode = processor.encode, processor.decode
-
-
-def read_image(path: pathlib.Path, size: tuple[int, int], about: dict) -> np.ndarray:
-  """Returns a picture's pixels uint8[H, W, 3], as training had them up to the last rounding."""
-  with PIL.Image.open(path) as file:
-    file.draft("RGB", (2 * max(size), 2 * max(size)))
-    image = PIL.ImageOps.exif_transpose(file)
-  if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-    image = image.convert("RGBA")
-    image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-  image = image.convert("RGB")
-  height, width = size
-  if about["image_fit"] == "squash":
-    return np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
-  scale = min(height / image.height, width / image.width)
-  inner = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
-  padded = PIL.Image.new("RGB", (width, height), tuple(about["pad_color"]))
-  place = ((width - inner[0]) // 2, (height - inner[1]) // 2)
-  padded.paste(image.resize(inner, PIL.Image.Resampling.BICUBIC), place)
-  return np.asarray(padded)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
@@ -29,7 +28,7 @@ from mm1_jax.data.template import ChatTemplate
 from mm1_jax.data.tokenizer import TOKENIZER_CONFIG
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
-CODE = ("configuration_mm1.py", "modeling_mm1.py", "processing_mm1.py")
+CODE = ("configuration_mm1.py", "modeling_mm1.py", "pictures_mm1.py", "processing_mm1.py")
 USE = """\
 It needs torch, transformers (5.24.0 was tested) and pillow; nothing is downloaded.
 
@@ -74,7 +73,7 @@ def compare(source: Source, out: pathlib.Path, options: Options) -> str:
   for part, value in source.read():
     theirs, layout = names.tensors(part, source.run.model)
     read = layout.load([tensors.read(name) for name in theirs], part.shape)
-    if not np.array_equal(read.astype(np.float32), _rounded(value, options.dtype)):
+    if not np.array_equal(read, part.cast(value, options.dtype)):
       raise ConvertError(f"'{out}': {part.path} is not what was written; is the disk full?")
     unread += len(theirs)
   if unread != len(list(tensors)):
@@ -84,15 +83,12 @@ def compare(source: Source, out: pathlib.Path, options: Options) -> str:
 
 def generation_config(source: Source) -> dict[str, Any]:
   """Returns how the model answers: greedily, never with a symbol that is not the end."""
-  tokenizer, end = source.tokenizer, source.encoder().answer_end
-  ends = sorted({tokenizer.eos_id, *(end if len(end) == 1 else ())})
-  size = source.run.model.decoder.vocab_size
-  never = (set(tokenizer.special_ids) | set(range(tokenizer.vocab_size, size))) - set(ends)
+  tokenizer, answers = source.tokenizer, source.answers()
   return {
     "bos_token_id": tokenizer.bos_id,
-    "eos_token_id": ends,
+    "eos_token_id": sorted(answers.ends),
     "pad_token_id": tokenizer.pad_id,
-    "suppress_tokens": sorted(never),
+    "suppress_tokens": np.flatnonzero(~answers.allowed).tolist(),
     "max_new_tokens": 128,
     "do_sample": False,
   }
@@ -134,17 +130,8 @@ def tokenizer_files(source: Source) -> dict[str, bytes]:
 def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
   for part, value in source.read():
     theirs, layout = names.tensors(part, source.run.model)
-    stored = layout.store(value.astype(numpy_type(dtype)))
+    stored = layout.store(part.cast(value, dtype))
     yield from zip(theirs, stored, strict=True)
-
-
-def _rounded(value: np.ndarray, dtype: str) -> np.ndarray:
-  return value.astype(numpy_type(dtype)).astype(np.float32)
-
-
-def numpy_type(dtype: str) -> Any:
-  """Returns what weights of a --dtype are for NumPy."""
-  return np.float32 if dtype == "float32" else ml_dtypes.bfloat16
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

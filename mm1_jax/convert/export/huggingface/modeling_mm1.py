@@ -330,7 +330,7 @@ class Attention(nn.Module):
     if cache is not None:
       keys, values = cache.update(keys, values, self.layer)
     keys, values = (y.repeat_interleave(self.num_groups, dim=1) for y in (keys, values))
-    mask = seen(keys.shape[2])
+    mask = seen(keys.shape[2]).to(x.device)  # layers may be spread over devices
     y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -480,7 +480,7 @@ class MM1Model(MM1PreTrainedModel):
     if pixel_values is None:
       return x
     placeholder = input_ids == self.config.image_token_id
-    features = self.get_image_features(pixel_values).flatten(0, 1).to(x.dtype)
+    features = self.get_image_features(pixel_values).flatten(0, 1).to(x)
     if int(placeholder.sum()) != len(features):
       raise ValueError(
         f"{len(pixel_values)} pictures make {len(features)} tokens, but input_ids have "
@@ -508,6 +508,8 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
   there are runs of placeholders.
   """
 
+  # A Trainer has to divide by accumulation steps: the loss is a mean over one batch.
+  accepts_loss_kwargs = False
   _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
 
   def __init__(self, config: MM1Config):
@@ -562,9 +564,24 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
   def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
     inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
     cache = inputs.get("cache", inputs.get("past_key_values"))
-    if cache is not None and cache.get_seq_length() > 0:
-      inputs["pixel_values"] = None  # what was seen is in the cache
+    pixel_values = inputs.get("pixel_values")
+    if pixel_values is not None and cache is not None and cache.get_seq_length() > 0:
+      # What was seen is in the cache: of each row, the last pictures are new.
+      new = [
+        row[len(row) - num :]
+        for row, num in zip(
+          pixel_values.split(self._num_pictures(input_ids)),
+          self._num_pictures(inputs["input_ids"]),
+          strict=True,
+        )
+      ]
+      inputs["pixel_values"] = torch.cat(new) if any(map(len, new)) else None
     return inputs
+
+  @staticmethod
+  def create_masks_for_generate(attention_mask=None, **kwargs):
+    """Returns who is padding: the decoder makes its mask of it, for a static cache, too."""
+    return attention_mask
 
   def _expand_inputs_for_generation(
     self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
@@ -572,9 +589,7 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
     """Repeats each row, with its pictures, for beams or several answers."""
     pixel_values = kwargs.pop("pixel_values", None)
     if pixel_values is not None and expand_size > 1:
-      tokens = (input_ids == self.config.image_token_id).sum(1)
-      counts = (tokens // math.prod(self.config.token_grid)).tolist()
-      rows = pixel_values.split(counts)
+      rows = pixel_values.split(self._num_pictures(input_ids))
       pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
     input_ids, kwargs = super()._expand_inputs_for_generation(
       expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
@@ -582,3 +597,8 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
     if pixel_values is not None:
       kwargs["pixel_values"] = pixel_values
     return input_ids, kwargs
+
+  def _num_pictures(self, input_ids):
+    """Returns how many pictures each row has placeholders for."""
+    tokens = (input_ids == self.config.image_token_id).sum(1)
+    return (tokens // math.prod(self.config.token_grid)).tolist()
