@@ -48,7 +48,7 @@ class Layout:
   act_bs: P = P(BATCH_AXES, "sequence")  # rows and their positions: the decoder in training
   act_i: P = P((*BATCH_AXES, "tensor", "sequence"))  # pictures, over all chips: [I, h, w, D]
   act_bshk: P = P(BATCH_AXES, None, "tensor", None)
-  cache_ubckh: P = P(None, BATCH_AXES, None, "tensor", None)
+  cache_ubkch: P = P(None, BATCH_AXES, "tensor", None, None)
 
 
 LAYOUT = Layout()

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mm1_jax.inference.model import Model
 from mm1_jax.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -286,3 +287,35 @@ def test_fine_tuning_takes_the_pretrained_params(straight, tmp_path):
   metrics = read_metrics(tmp_path)
   assert list(metrics["loss/sft"]) == [1, 2]
   assert list(metrics["eval/loss/sft"]) == [2]
+
+
+# Adapters start at nothing, on a model that has seen ten batches: they need a high rate.
+@pytest.mark.parametrize(("spec", "rate"), [("moe", 3e-3), ("moe,lora", 3e-2)])
+def test_fine_tuning_of_a_sparse_model_learns_and_answers(straight, tmp_path, spec, rate):
+  """With adapters too: held-out loss falls, the router has its losses, and the run can be asked."""
+  num_steps = 30
+  result = run(
+    tmp_path,
+    f"mm1_debug_sft.py:{spec}",
+    train__init_from=straight[0],
+    train__num_steps=num_steps,
+    train__eval_every=5,
+    checkpoint__every=num_steps,
+    optimizer__learning_rate=rate,
+  )
+  check_ok(result)
+  metrics = read_metrics(tmp_path)
+  held_out = metrics["eval/loss/sft"]  # of the same batch
+  assert held_out[num_steps] < held_out[5] - 0.01
+  for name in ("moe/balance_loss", "moe/router_z_loss"):
+    assert min(metrics[name].values()) > 0
+  before, after = arrays(straight[0], NUM_STEPS), arrays(tmp_path, num_steps)
+  decoder = [name for name in before if name.startswith("params.decoder.units.")]
+  kept = {name for name in decoder if np.array_equal(before[name], after[name])}
+  assert kept == (set(decoder) if "lora" in spec else set())
+  adapters = [name for name in after if ".lora." in name and name.endswith(".b")]
+  assert all(np.any(after[name]) for name in adapters)
+  assert bool(adapters) == ("lora" in spec)
+  model = Model.load(tmp_path)
+  assert model.chat
+  assert all(isinstance(x, str) for x in model.generate([["Hi"], ["What?"]], max_new_tokens=4))

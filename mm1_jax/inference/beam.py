@@ -188,7 +188,7 @@ def _follow(cache: KVCache, parents: Int[Array, "B K"]) -> KVCache:
     rows = (first[:, None] + parents).reshape(-1)
     return jax.tree.map(lambda x: x[:, rows], layers), segment_ids[rows]
 
-  kept = LAYOUT.cache_ubckh, LAYOUT.act_b
+  kept = LAYOUT.cache_ubkch, LAYOUT.act_b
   take = jax.shard_map(take, in_specs=(*kept, LAYOUT.act_b), out_specs=kept)
   layers, segments = take(cache.layers, cache.segment_ids, reshard(parents, LAYOUT.act_b))
   return KVCache(layers, segments, cache.length)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head and grouped-query attention, its masks, rotary positions, and the KV cache.
 
-Letters: B rows, S query positions, C cached positions, D width, H heads, K kv heads, h head dim.
+Letters: B rows, S query positions, C cached positions, D width, H heads, K kv heads, h head dim,
+U layers whose cache is one.
 """
 
 import math
@@ -22,10 +23,21 @@ from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 
 class KV(NamedTuple):
-  """Keys and values of one layer; with leading dims, of a stack of layers."""
+  """The keys and values of a stack of layers.
 
-  keys: Float[Array, "B C K h"]
-  values: Float[Array, "B C K h"]
+  A head's slots lie side by side, as its products want them: with the heads of a slot side by side,
+  XLA:CPU transposed the whole cache for every new token.
+  """
+
+  keys: Float[Array, "U B K C h"]
+  values: Float[Array, "U B K C h"]
+
+
+class Place(NamedTuple):
+  """Where in a `KV` a layer's next keys and values go."""
+
+  layer: Int[Array, ""]
+  slot: Int[Array, ""]
 
 
 def packed_causal_mask(
@@ -165,22 +177,19 @@ class Attention(nnx.Module):
     causal: bool = True,
     positions: Int[Array, "B S"] | None = None,
     cache: KV | None = None,
-    offset: Int[Array, ""] | int = 0,
+    place: Place | None = None,
   ) -> tuple[Float[Array, "B S D"], KV | None]:
-    """Returns the output, and the cache with this call's keys and values at slots offset...
+    """Returns the output, and the cache with this call's keys and values from `place` on.
 
-    For `mask`, `segment_ids` and `causal` see `attend`.
+    A `cache` needs a `place`. For `mask`, `segment_ids` and `causal` see `attend`.
     """
     queries = self._project(x, self.query, self.query_bias, self.query_norm, positions)
     keys = self._project(x, self.key, self.key_bias, self.key_norm, positions)
     values = self._project(x, self.value, self.value_bias)
     if cache is not None:
-      start = (0, offset, 0, 0)
-      cache = KV(
-        jax.lax.dynamic_update_slice(cache.keys, keys.astype(cache.keys.dtype), start),
-        jax.lax.dynamic_update_slice(cache.values, values.astype(cache.values.dtype), start),
-      )
-      keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
+      assert place is not None
+      cache = KV(_write(cache.keys, keys, place), _write(cache.values, values, place))
+      keys, values = (_read(stack, place).astype(x.dtype) for stack in cache)
     heads = attend(queries, keys, values, mask=mask, segment_ids=segment_ids, causal=causal)
     out = multiply(
       "bshk,hkd->bsd", heads, gather(self.out[...], x.dtype, rows=x), out_sharding=spec_of(x)
@@ -198,3 +207,15 @@ class Attention(nnx.Module):
     if positions is not None and self.rope_theta is not None:
       heads = rope(heads, positions, self.rope_theta, self.rope_scaling)
     return heads
+
+
+def _write(
+  stack: Float[Array, "U B K C h"], new: Float[Array, "B S K h"], place: Place
+) -> Float[Array, "U B K C h"]:
+  new = jnp.swapaxes(new, 1, 2)[None].astype(stack.dtype)
+  return jax.lax.dynamic_update_slice(stack, new, (place.layer, 0, 0, place.slot, 0))
+
+
+def _read(stack: Float[Array, "U B K C h"], place: Place) -> Float[Array, "B C K h"]:
+  layer = jax.lax.dynamic_index_in_dim(stack, place.layer, keepdims=False)
+  return jnp.swapaxes(layer, 1, 2)

@@ -4,6 +4,7 @@
 Letters: B rows, S positions, D width, F mlp, V vocabulary, U units, L layers a unit, C cache slots.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mm1_jax.config import DecoderConfig, ModelConfig
-from mm1_jax.models.attention import KV, Attention, packed_causal_mask
+from mm1_jax.models.attention import KV, Attention, Place, packed_causal_mask
 from mm1_jax.models.layers import RMSNorm, multiply, normal, run_blocks, stack
 from mm1_jax.models.lora import LoRA, merge
 from mm1_jax.models.moe import MoE, MoEStats
@@ -24,7 +25,7 @@ from mm1_jax.sharding import LAYOUT, gather, spec_of
 class KVCache(NamedTuple):
   """Keys and values of all layers for the slots filled so far."""
 
-  layers: list[KV]  # one KV[U, B, C, K, h] for each of the unit's L layers
+  layers: list[KV]  # of U layers, for each of the unit's L layers
   segment_ids: Int[Array, "B C"]  # 0 where a slot is empty or padding
   length: Int[Array, ""]  # slots filled
 
@@ -107,12 +108,13 @@ class Unit(nnx.Module):
     )
 
   def __call__(self, x, caches: list[KV] | None, **kwargs):
+    """Returns the residual stream, the last layer's MoE statistics, and the caches."""
     stats, new_caches = None, []
     for i, layer in enumerate(self.layers):
       cache = caches[i] if caches is not None else None
       x, stats, cache = merge(layer)(x, cache=cache, **kwargs)
       new_caches.append(cache)
-    return x, (stats, new_caches if caches is not None else None)
+    return x, stats, new_caches if caches is not None else None
 
 
 class Decoder(nnx.Module):
@@ -172,34 +174,40 @@ class Decoder(nnx.Module):
     all there is. Segment 0 is padding: it is seen by no real position and routed to no expert.
     """
     kwargs = {"positions": positions, "valid": segment_ids > 0}
-    key_segments = segment_ids
+    run = functools.partial(run_blocks, remat=self.cfg.remat, scan=self.cfg.scan)
     if cache is None:
       kwargs |= {"segment_ids": segment_ids}
-    else:
-      offset = cache.length
-      key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, offset))
-      mask = packed_causal_mask(segment_ids, key_segments, offset)
-      kwargs |= {"mask": mask, "offset": offset}
 
-    def body(x, unit_and_caches):
-      unit, caches = unit_and_caches
-      return unit(x, caches, **kwargs)
+      def body(x, unit):
+        x, stats, _ = unit(x, None, **kwargs)
+        return x, stats
 
-    layers = None if cache is None else cache.layers
-    x, (stats, layers) = run_blocks(
-      body, x, (self.units, layers), remat=self.cfg.remat, scan=self.cfg.scan
-    )
-    if cache is not None and layers is not None:
-      cache = KVCache(layers, key_segments, cache.length + x.shape[1])
+      x, stats = run(body, x, self.units)
+      return DecoderOutput(self.norm(x), stats, None)
+
+    slot = cache.length
+    key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, slot))
+    kwargs |= {"mask": packed_causal_mask(segment_ids, key_segments, slot)}
+
+    # The caches of all units go from one to the next, and each writes its slots where they are.
+    # Taken apart and put together again, as the units are, they would be copied for each token.
+    def cached_body(x_and_caches, unit_and_number):
+      unit, number = unit_and_number
+      x, stats, caches = unit(*x_and_caches, place=Place(number, slot), **kwargs)
+      return (x, caches), stats
+
+    numbers = jnp.arange(len(cache.layers[0].keys))
+    (x, layers), stats = run(cached_body, (x, cache.layers), (self.units, numbers))
+    cache = KVCache(layers, key_segments, slot + x.shape[1])
     return DecoderOutput(self.norm(x), stats, cache)
 
   def init_cache(self, num_rows: int, num_slots: int) -> KVCache:
     """Returns an empty cache of `num_slots` positions for each of `num_rows` rows."""
     cfg = self.cfg.decoder
-    shape = (cfg.depth // cfg.layers_per_unit, num_rows, num_slots, cfg.num_kv_heads, cfg.head_dim)
+    shape = (cfg.depth // cfg.layers_per_unit, num_rows, cfg.num_kv_heads, num_slots, cfg.head_dim)
 
-    def empty() -> Float[Array, "U B C K h"]:
-      return jnp.zeros(shape, self.cfg.dtype, out_sharding=LAYOUT.cache_ubckh)
+    def empty() -> Float[Array, "U B K C h"]:
+      return jnp.zeros(shape, self.cfg.dtype, out_sharding=LAYOUT.cache_ubkch)
 
     segment_ids = jnp.zeros((num_rows, num_slots), jnp.int32, out_sharding=LAYOUT.act_b)
     layers = [KV(empty(), empty()) for _ in range(cfg.layers_per_unit)]

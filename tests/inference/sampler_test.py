@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache gives what the full forward gives, and tokens are drawn as asked."""
 
+import collections
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +229,35 @@ def test_decoding_in_parts_changes_nothing(params):
   parts = run_generate(params, parts=(2, 3, NEW))
   np.testing.assert_array_equal(parts[0], whole[0])
   np.testing.assert_array_equal(parts[1], whole[1])
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_new_token_moves_no_cache(moe):
+  """Compiled, `decode` writes a token's slots where they are: nothing else makes a whole cache.
+
+  A copy or a transposition for each token once made batches slower than PyTorch's.
+  """
+  model = run_config(moe=moe).model
+  # Two units: XLA makes no loop of one, and then it copies.
+  decoder = dataclasses.replace(model.decoder, depth=2 * model.decoder.layers_per_unit)
+  model = dataclasses.replace(model, decoder=decoder)
+  params = abstract_state(lambda: MM1(jax.random.key(0), model), one_device())
+  tokens, images = make_rows()
+  keys = jax.random.split(jax.random.key(0), len(LENGTHS))
+  draw = Draw(GREEDY, jnp.array(ALLOWED), jnp.array([EOS]), keys)
+  rows = place(left_pad(tokens), images, LENGTHS)
+  state = jax.eval_shape(
+    lambda params, *rows: prefill(params, *rows, draw, num_slots=SLOTS + NEW), params, *rows
+  )
+  program = decode.lower(params, state, draw, *place(np.zeros(len(LENGTHS), bool)), NEW).compile()
+  stack = state.cache.layers[0].keys.shape
+  made = collections.Counter(
+    op
+    for dims, op in re.findall(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", program.as_text())
+    if (shape := [*map(int, dims.split(","))]) == [*stack] or sorted(shape) == sorted(stack[1:])
+  )
+  assert made["dynamic-update-slice"]
+  assert not made.keys() & {"copy", "transpose", "broadcast", "concatenate"}, made
 
 
 def test_a_row_that_is_stopped_says_no_more(dense):

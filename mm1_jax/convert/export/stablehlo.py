@@ -206,7 +206,7 @@ class Programs:
     # The prompt's padding, behind its end, is written over.
     segment_ids = (jnp.arange(self.room)[None] < length).astype(jnp.int32)
     token, position, segment_ids = _rows(token.reshape(1, 1), length.reshape(1, 1), segment_ids)
-    layers = [KV(*(jax.sharding.reshard(x, LAYOUT.cache_ubckh) for x in kv)) for kv in cache]
+    layers = [KV(*(jax.sharding.reshard(x, LAYOUT.cache_ubkch) for x in kv)) for kv in cache]
     out = model.decode(token, position, KVCache(layers, segment_ids, length))
     return self._said(model, out.hidden), _pairs(out.cache)
 

@@ -196,6 +196,8 @@ SETS: dict[str, Callable[..., Iterator[Row]]] = {
   "chartqa": official_documents.chartqa,
   "dvqa": official_documents.dvqa,
   "stvqa": official_documents.stvqa,
+  "screenqa": official_documents.screenqa,
+  "design2code": official_documents.design2code,
   "tabmwp": official_documents.tabmwp,
   "arxivqa": official_documents.arxivqa,
   "synthdog": official_documents.synthdog,
@@ -217,7 +219,7 @@ SETS: dict[str, Callable[..., Iterator[Row]]] = {
 # Read object by object: JSON lines, or a list.
 OF_ROWS = ("nlvr2", "video", "arxivqa", "synthdog", "doc_downstream", "instructions")
 # These read what they are given themselves.
-OF_PATHS = ("iconqa", "flickr30k", "cauldron", "mantis", "synthdog_parquet")
+OF_PATHS = ("iconqa", "flickr30k", "design2code", "cauldron", "mantis", "synthdog_parquet")
 # A folder that a set needs besides, by the name of its flag.
 FOLDERS = {"video": "frames", "cauldron": "pictures", "synthdog_parquet": "pictures"}
 

@@ -3,14 +3,16 @@
 
 import json
 import os
+import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from mm1_jax.data.build.official_rows import LETTER, ROLES, Row, choice, row, short
+from mm1_jax.data.build.official_rows import LETTER, ROLES, Row, choice, most_frequent, row, short
 from mm1_jax.data.tokenizer import IMAGE
 
 READ = "Read all the text in the image."
+WRITE_PAGE = "Write the HTML code of this web page."
 
 
 def docvqa(data: Any) -> Iterator[Row]:
@@ -34,6 +36,34 @@ def stvqa(data: Any) -> Iterator[Row]:
   """`train_task_3.json`; of several right answers the first."""
   for q in data["data"]:
     yield row(q["question_id"], q["file_path"], (short(q["question"]), q["answers"][0]))
+
+
+def screenqa(questions: Any) -> Iterator[Row]:
+  """A file of `answers_and_bboxes` or `short_answers`; pictures are Rico's `combined/ID.jpg`.
+
+  The first has whole sentences, of which the most frequent is the answer; the second has short ones
+  that are all right, of which it is the first (github.com/google-research-datasets/screen_qa).
+  """
+  for i, q in enumerate(questions):
+    id, truth = q["image_id"], q["ground_truth"]
+    if isinstance(truth[0], str):
+      turn = short(q["question"]), truth[0]
+    else:
+      turn = q["question"].strip(), most_frequent([said["full_answer"] for said in truth])
+    yield row(f"{id}/{i}", f"{id}.jpg", turn)
+
+
+def design2code(*folders: pathlib.Path) -> Iterator[Row]:
+  """Folders with `ID.html` and its screenshot `ID.png`, as published (SALT-NLP/Design2Code).
+
+  The set was made to test models, and its pages are of C4's validation part.
+  """
+  for folder in folders:
+    pages = sorted(folder.glob("*.html"))
+    if not pages:
+      raise FileNotFoundError(f"'{folder}' has no *.html")
+    for page in pages:
+      yield row(page.stem, f"{page.stem}.png", (WRITE_PAGE, page.read_text().strip()))
 
 
 def tabmwp(problems: Any) -> Iterator[Row]:

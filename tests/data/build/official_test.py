@@ -13,7 +13,7 @@ from mm1_jax.config import SourceConfig
 from mm1_jax.data.build import official
 from mm1_jax.data.build.__main__ import main as build
 from mm1_jax.data.build.official import SETS, uniform_frames
-from mm1_jax.data.build.official_documents import READ
+from mm1_jax.data.build.official_documents import READ, WRITE_PAGE
 from mm1_jax.data.build.official_grounding import GROUNDED
 from mm1_jax.data.build.official_rows import CAPTION, LETTER, OCR_CAPTION, SHORT, box
 from mm1_jax.data.sources import DataError, Source
@@ -101,6 +101,20 @@ CASES = {  # set: its files; then (pictures, question, answer) of the first conv
     ["003a8ae2ef43b901.jpg"],
     f"what is the brand of this camera?\n{SHORT}",
     "dakota",
+  ),
+  "screenqa": (
+    [
+      [
+        {
+          "image_id": 383,
+          "question": "Which website are we using for booking?",
+          "ground_truth": ["kiwi.com", "Kiwi", "Kiwi.com"],
+        }
+      ]
+    ],
+    ["383.jpg"],
+    f"Which website are we using for booking?\n{SHORT}",
+    "kiwi.com",
   ),
   "textcaps": (
     [{"data": [{"caption_id": 1, "image_id": "ab", "caption_str": "A sign reads STOP."}]}],
@@ -370,6 +384,7 @@ OTHERS = {  # not JSON, or more than a file
   "refcoco",
   "flickr30k",
   "iconqa",
+  "design2code",
   "cauldron",
   "mantis",
   "synthdog_parquet",
@@ -490,6 +505,30 @@ def test_iconqa(tmp_path, jpeg):
   rows, images = tmp_path / "out.jsonl", tmp_path / "train"
   build(["llava", f"--input={rows}", f"--images={images}", f"--output={tmp_path}/built"])
   assert len(Source(SourceConfig("iconqa", f"{tmp_path}/built-*.arrayrecord"))) == 3
+
+
+def test_screenqa_in_whole_sentences(tmp_path):
+  element = {"text": "128-bit", "bounds": [84, 1201, 1356, 1300], "vh_index": 7}
+  said = ["It has 128 bits.", "128 bits.", "128 bits."]
+  truth = [{"full_answer": answer, "ui_elements": [element]} for answer in said]
+  question = {"image_id": 31, "question": "How many bits?", "ground_truth": truth}
+  (tmp_path / "train.json").write_text(json.dumps([question]))
+  (row,) = convert(tmp_path, "screenqa", tmp_path / "train.json")
+  assert row["image"] == ["31.jpg"]
+  assert texts(row) == ["<image>\nHow many bits?", "128 bits."]
+
+
+def test_design2code(tmp_path):
+  pages = tmp_path / "pages"
+  pages.mkdir()
+  for name in ("2.html", "2.png", "10.html", "10.png", "rick.jpg"):
+    (pages / name).write_text(f"<html>{name}</html>\n")
+  rows = convert(tmp_path, "design2code", pages)
+  assert [(row["id"], row["image"]) for row in rows] == [("10", ["10.png"]), ("2", ["2.png"])]
+  assert texts(rows[1]) == [f"<image>\n{WRITE_PAGE}", "<html>2.html</html>"]
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(DataError, match=r"empty: not of the form of design2code.*has no \*\.html"):
+    convert(tmp_path, "design2code", tmp_path / "empty")
 
 
 def parquet(path, rows: list[dict]):
