@@ -54,7 +54,6 @@ def resized(run: RunConfig, rows: int, length: int, images: int, depth: int) -> 
     model=dataclasses.replace(run.model, decoder=decoder),
     data=dataclasses.replace(run.data, batch_size=rows, seq_len=length, images_per_row=images),
     train=dataclasses.replace(run.train, accumulation_steps=1),
-    mesh=MeshConfig(fsdp=-1),
   )
 
 
@@ -67,8 +66,9 @@ SERIES = {
   "blocks": [(n, dense(rows=128, depth=n), BASE) for n in (13, 26, 52)],
   "experts": [(n, sparse(n), MOE) for n in (8, 16, 32, 64)],
   "chips": [(chips, dense(rows=256), f"v5p-{2 * chips}") for chips in (64, 128, 256)],
-  "chips and rows": [
-    (chips, dense(rows=2 * chips), f"v5p-{2 * chips}") for chips in (64, 128, 256, 512)
+  "chips and rows": [  # MM1's encoder is 1280 wide, which is no multiple of 512
+    (chips, dense(rows=2 * chips, data=max(1, chips // 256)), f"v5p-{2 * chips}")
+    for chips in (64, 128, 256, 512)
   ],
 }
 
