@@ -27,11 +27,11 @@ BASE, MOE = "v5p-128", "v5p-256"  # 64 and 128 chips
 IDEAL = {"chips": 0.5, "chips and rows": 1.0, "experts": 1.0}  # else 2: linear
 
 
-def dense(*, rows=256, length=4096, images=16, depth=26) -> RunConfig:
-  """Returns MM1-3B's step on 64 chips, in one micro-batch."""
-  return resized(
-    RunConfig.from_dict(mm1_3b.get_config(BASE).to_dict()), rows, length, images, depth
-  )
+def dense(*, rows=256, length=4096, images=16, depth=26, data=1) -> RunConfig:
+  """Returns MM1-3B's step in one micro-batch, its params sharded over all chips but for `data`."""
+  run = RunConfig.from_dict(mm1_3b.get_config(BASE).to_dict())
+  run = resized(run, rows, length, images, depth)
+  return dataclasses.replace(run, mesh=MeshConfig(data=data, fsdp=-1))
 
 
 def sparse(experts: int) -> RunConfig:
