@@ -84,7 +84,11 @@ def start(
 
   An override is for all of them, or a list with one value for each.
   """
-  port, processes = free_port(), []
+  port, processes, environment = free_port(), [], dict(os.environ)
+  if num_processes > 1:
+    # Only the first process writes compiled programs. Where it finds them and the others compile,
+    # it waits for them at the first collective: 30 s, and then Gloo gives up.
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
   for i in range(num_processes):
     args = ["--config=configs/mm1_debug.py", f"--workdir={workdir}"]
     values = SMALL | {name.replace("__", "."): value for name, value in overrides.items()}
@@ -98,7 +102,7 @@ def start(
     process = subprocess.Popen(
       [sys.executable, str(WORKER), json.dumps((hooks or {}).get(i)), *args],
       cwd=ROOT,
-      env={**os.environ, "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"},
+      env=environment | {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"},
       stdout=out,
       stderr=err,
       start_new_session=True,
