@@ -122,7 +122,8 @@ def _has_mosaic(rows: Array, other: Array) -> bool:
   device = jax.sharding.get_abstract_mesh().abstract_device
   hopper = device is not None and any(name in device.device_kind for name in HOPPER)
   whole = all(dim % GPU_TILE == 0 for dim in (rows.shape[-1], *other.shape[-2:][other.ndim == 2 :]))
-  return hopper and whole and rows.dtype in (jnp.bfloat16, jnp.float16)
+  enough = rows.shape[0] >= GPU_TILE  # a block's rows; a few decoded tokens are not
+  return hopper and whole and enough and rows.dtype in (jnp.bfloat16, jnp.float16)
 
 
 def mosaic_product(rows, weights, sizes, *, transpose: bool = False):

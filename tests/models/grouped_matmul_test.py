@@ -117,3 +117,7 @@ def test_mosaic_kernels_are_for_whole_tiles_on_hopper(kind, dtype, num_out, chos
       product = jax.make_jaxpr(functools.partial(lib.grouped_matmul, transpose=transpose))
       jaxpr = product(rows, jax.ShapeDtypeStruct(shape, dtype), sizes)
       assert ("wgmma" in str(jaxpr)) == chosen
+      few = product(
+        jax.ShapeDtypeStruct((16, 128), dtype), jax.ShapeDtypeStruct(shape, dtype), sizes
+      )
+      assert "wgmma" not in str(few)
