@@ -5,7 +5,7 @@
   python -m bench.gpu_step --size=tiny      # on a CPU: whether it runs, nothing about speed
 
 As bench/cpu_step.py, with a decoder of 1.2B params, ViT-L at 336 pixels, and rows of 2048. The
-peer (bench/torch_peer.py) attends by its fused kernels and is compiled by `torch.compile`. With
+peer (bench/torch_peer.py) attends by its fused kernels, and `torch.compile` compiles its layers. With
 `--kind=moe` a decoder of half the width has 8 experts in every second layer; the peer's are
 Mixtral's.
 

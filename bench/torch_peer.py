@@ -27,7 +27,9 @@ from transformers import (
   LlamaForCausalLM,
   MixtralConfig,
 )
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 
 from bench.workers import answer
 
@@ -92,6 +94,19 @@ class Peer(nn.Module):
     placeholder = (tokens == self.image_token)[..., None]
     return text.masked_scatter(placeholder, self.projector(features).to(text.dtype))
 
+  def compile_blocks(self) -> None:
+    """Compiles the layers, one program for all that are alike, and the loss.
+
+    As one program, the model took PyTorch longer than two minutes. Experts stay as they are: how
+    many rows each gets is known only as it runs.
+    """
+    for module in self.modules():
+      if isinstance(module, MixtralExperts):
+        module.forward = torch.compiler.disable(module.forward)
+      elif isinstance(module, CLIPEncoderLayer | LlamaDecoderLayer):
+        module.compile()
+    self.loss = torch.compile(self.loss)
+
   def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the mean cross-entropy of the targets."""
     x = self.embed(batch["tokens"], batch["images"], batch["image_mask"])
@@ -99,12 +114,12 @@ class Peer(nn.Module):
     mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
     positions = batch["positions"]
     hidden = self.llm.model(inputs_embeds=x, attention_mask=mask, position_ids=positions)
-    logits = self.llm.lm_head(hidden.last_hidden_state).float()
-    nll = functional.cross_entropy(
-      logits.flatten(0, 1), batch["targets"].flatten(), reduction="none"
-    )
-    weights = batch["loss_mask"].flatten()
-    return (nll * weights).sum() / weights.sum()
+    return self.loss(hidden.last_hidden_state, batch["targets"], batch["loss_mask"])
+
+  def loss(self, hidden, targets, weights) -> torch.Tensor:
+    logits = self.llm.lm_head(hidden).float()
+    nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return (nll * weights.flatten()).sum() / weights.sum()
 
 
 class Torch:
@@ -117,7 +132,8 @@ class Torch:
     # Float32 params, as ours; matrix products in the run's dtype.
     self._cast = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
     self._model = Peer(run).to(self._device)
-    self._forward = torch.compile(self._model) if compiled else self._model
+    if compiled:
+      self._model.compile_blocks()
     params = self._model.parameters()
     self._optimizer = torch.optim.AdamW(params, 1e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
     with np.load(folder / "batch.npz") as arrays:
@@ -130,7 +146,7 @@ class Torch:
     for _ in range(num):
       begin = time.perf_counter()
       with self._cast:
-        value = self._forward(self._batch)
+        value = self._model(self._batch)
       value.backward()
       nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
       self._optimizer.step()

@@ -125,10 +125,9 @@ def attend(
     else:
       mask = (segment_ids[:, :, None] == whole[:, None, :])[:, None]
   queries, keys, values = (checkpoint_name(x, "qkv") for x in (queries, keys, values))
-  if fused:
-    out = cudnn_attention(queries, keys, values, mask, causal=in_order)
-  else:
-    out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
+  if fused:  # which is kept with "attention", see `layers.remat_policy`
+    return cudnn_attention(queries, keys, values, mask, causal=in_order)
+  out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
   return checkpoint_name(out, "attention")
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from mm1_jax.sharding import spec_of
 
+FORWARD_KERNEL = "dot_product_attention_fwd_wrapper"  # the primitive's name in jax 0.10 and 0.11
 LENGTH_MULTIPLE = 2  # of the positions in a row
 
 

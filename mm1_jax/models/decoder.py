@@ -152,14 +152,7 @@ class Decoder(nnx.Module):
       weight: `head_weight`, from a caller that needs it more than once.
     """
     weight = self.head_weight(hidden) if weight is None else weight
-    rows, positions, _ = spec_of(hidden)
-    return multiply(
-      "bsd,vd->bsv",
-      hidden,
-      weight,
-      preferred_element_type=jnp.float32,
-      out_sharding=P(rows, positions, "tensor"),
-    )
+    return _logits(hidden, weight)
 
   def __call__(
     self,
@@ -212,3 +205,34 @@ class Decoder(nnx.Module):
     segment_ids = jnp.zeros((num_rows, num_slots), jnp.int32, out_sharding=LAYOUT.act_b)
     layers = [KV(empty(), empty()) for _ in range(cfg.layers_per_unit)]
     return KVCache(layers, segment_ids, jnp.zeros((), jnp.int32))
+
+
+@jax.custom_vjp
+def _logits(hidden: Float[Array, "B S D"], weight: Float[Array, "V D"]) -> Float[Array, "B S V"]:
+  """Returns a product in float32, whose gradients are products in the dtype of its factors.
+
+  The gradient of float32 logits is float32, and would make float32 products of both: on an H100
+  they took 1.8 and 3.1 times as long as bfloat16's.
+  """
+  return _head_product(hidden, weight, dtype=jnp.float32)
+
+
+def _logits_forward(hidden, weight):
+  return _logits(hidden, weight), (hidden, weight)
+
+
+def _logits_backward(factors, grad):
+  dtype = factors[0].dtype
+  _, gradients = jax.vjp(functools.partial(_head_product, dtype=dtype), *factors)
+  return gradients(grad.astype(dtype))
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
+
+
+def _head_product(hidden, weight, *, dtype):
+  rows, positions, _ = spec_of(hidden)
+  out_sharding = P(rows, positions, "tensor")
+  return multiply(
+    "bsd,vd->bsv", hidden, weight, preferred_element_type=dtype, out_sharding=out_sharding
+  )

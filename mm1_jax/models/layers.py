@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core.primitives import name_p
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from mm1_jax.models.cudnn import FORWARD_KERNEL
 from mm1_jax.models.quantized import dequantize
 from mm1_jax.models.splash import tpu_kind
 from mm1_jax.sharding import LAYOUT, axes_of, gather, spec_of
@@ -27,12 +29,21 @@ def remat_policy(remat: str) -> Callable[..., Any]:
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   names = [] if remat == "full" else remat.split("+")
   host = [name.removeprefix("host:") for name in names if name.startswith("host:")]
-  return jax.checkpoint_policies.save_and_offload_only_these_names(
+  named = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[name for name in names if not name.startswith("host:")],
     names_which_can_be_offloaded=host,
     offload_src="device",
     offload_dst="pinned_host",
   )
+
+  def policy(primitive, *args, **params):
+    # The softmax's normaliser, its second output, cannot be named from outside, and without it the
+    # backward pass would run the whole kernel once more.
+    if primitive.name == FORWARD_KERNEL:
+      primitive, params = name_p, {"name": "attention"}
+    return named(primitive, *args, **params)
+
+  return policy
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], spec: P, std: float) -> nnx.Param:
@@ -171,7 +182,14 @@ def run_blocks(
   if scan:
     return jax.lax.scan(body, x, blocks)
   outs = []
-  for i in range(jax.tree.leaves(blocks)[0].shape[0]):
-    x, out = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], blocks))
+  for block in _unstack(blocks):
+    x, out = body(x, block)
     outs.append(out)
   return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+
+def _unstack(blocks: Any) -> list[Any]:
+  """Returns the blocks of a stack. Unlike that of indexing, the gradient is written in one go."""
+  leaves, treedef = jax.tree.flatten(blocks)
+  split = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
+  return [treedef.unflatten([x[0] for x in parts]) for parts in zip(*split, strict=True)]

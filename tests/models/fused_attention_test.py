@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mm1_jax.config import BATCH_AXES, MESH_AXES
 from mm1_jax.models import attention
 from mm1_jax.models.attention import attend, filling, packed_causal_mask
-from mm1_jax.models.cudnn import cudnn_attention, has_kernel
+from mm1_jax.models.cudnn import FORWARD_KERNEL, cudnn_attention, has_kernel
+from mm1_jax.models.layers import run_blocks
 from mm1_jax.models.splash import block_size, splash_attention
 from mm1_jax.sharding import LAYOUT
 
@@ -154,6 +156,25 @@ def test_attend_chooses_by_the_devices_of_the_mesh(
   assert ("splash_mha_fwd_segmented" in str(jaxpr)) == (kernel == "splash")
   # Only where rows are packed is there an order of positions to keep to.
   assert calls == ([packed_rows] if kernel == "cudnn" else [])
+
+
+@pytest.mark.parametrize(("remat", "runs"), [("qkv", 2), ("qkv+attention", 1)])
+def test_cudnn_runs_once_where_attention_is_kept(remat, runs, monkeypatch):
+  """Its softmax's normaliser has no name, and a backward pass without it runs the kernel again."""
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+  mesh = mesh_of("gpu")
+  x = jax.ShapeDtypeStruct(
+    (2, 256, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, LAYOUT.act_bshk)
+  )
+
+  def total(x):
+    block = lambda x, _: (attend(x, x, x), None)
+    x, _ = run_blocks(block, x, jnp.zeros(3), remat=remat, scan=True)
+    return jnp.sum(x.astype(jnp.float32))
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    jaxpr = jax.make_jaxpr(jax.grad(total))(x)
+  assert str(jaxpr).count(f"= {FORWARD_KERNEL}[") == runs
 
 
 def mesh_of(platform: str) -> AbstractMesh:

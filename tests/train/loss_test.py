@@ -133,17 +133,36 @@ def test_the_losses_weights(decoder):
   assert float(losses.total) == pytest.approx(float(expected), rel=1e-6)
 
 
-def arrays(jaxpr):
-  """Yields the shape and dtype of everything that a jaxpr computes, in its inner jaxprs too."""
+def test_in_bfloat16_no_product_of_the_head_is_float32(decoder, hidden):
+  """Float32 logits have a float32 gradient, which would pass its dtype on to both products."""
+  factors = jnp.asarray(hidden, jnp.bfloat16), decoder.embedding[...].astype(jnp.bfloat16)
+
+  def gradients(hidden, weight):
+    logits, pull = jax.vjp(decoder.logits, hidden, weight)
+    return logits, *pull(jnp.sin(logits))
+
+  jaxpr = jax.make_jaxpr(gradients)(*factors)
+  products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+  assert len(products) >= 3
+  assert {x.aval.dtype for e in products for x in e.invars} == {jnp.dtype("bfloat16")}
+  hidden, weight = (np.asarray(x, np.float64) for x in factors)
+  logits, d_hidden, d_weight = tiny.jit(gradients)(*factors)
+  assert logits.dtype == np.float32
+  assert tiny.largest_difference(logits, hidden @ weight.T) < 1e-5
+  grad = np.sin(np.asarray(logits, np.float64))
+  assert tiny.largest_difference(d_hidden, grad @ weight) < 0.01
+  assert tiny.largest_difference(d_weight, np.einsum("bsv,bsd->vd", grad, hidden)) < 0.01
+
+
+def equations(jaxpr):
+  """Yields all that a jaxpr does, in its inner jaxprs too."""
   for equation in jaxpr.eqns:
-    for out in equation.outvars:
-      if hasattr(out.aval, "shape"):
-        yield tuple(out.aval.shape), out.aval.dtype
+    yield equation
     for value in equation.params.values():
       for inner in value if isinstance(value, list | tuple) else [value]:
         inner = getattr(inner, "jaxpr", inner)
         if hasattr(inner, "eqns"):
-          yield from arrays(inner)
+          yield from equations(inner)
 
 
 def logits_of_whole_rows() -> set:
@@ -152,7 +171,8 @@ def logits_of_whole_rows() -> set:
     tiny_step.make_state(RUN), tiny.put(tiny.BATCH, tiny.mesh(*tiny_step.ONE))
   )
   vocab = RUN.model.decoder.vocab_size
-  found = list(arrays(jaxpr.jaxpr))
+  outputs = (out.aval for equation in equations(jaxpr.jaxpr) for out in equation.outvars)
+  found = [(tuple(x.shape), x.dtype) for x in outputs if hasattr(x, "shape")]
   assert any(vocab in shape for shape, _ in found), "no logits at all: the walk is wrong"
   size = tiny.BATCH.tokens.size * vocab
   return {(s, str(t)) for s, t in found if vocab in s and np.prod(s) >= size}
