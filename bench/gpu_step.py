@@ -5,9 +5,9 @@
   python -m bench.gpu_step --size=tiny      # on a CPU: whether it runs, nothing about speed
 
 As bench/cpu_step.py, with a decoder of 1.2B params, ViT-L at 336 pixels, and rows of 2048. The
-peer (bench/torch_peer.py) attends by its fused kernels, and `torch.compile` compiles its layers. With
-`--kind=moe` a decoder of half the width has 8 experts in every second layer; the peer's are
-Mixtral's.
+peer (bench/torch_peer.py) attends by its fused kernels, and its layers are compiled by
+`torch.compile`. With `--kind=moe` a decoder of half the width has 8 experts in every second layer;
+the peer's are Mixtral's.
 
 One after the other, each with the whole GPU, of which 80 GB suffice.
 """

@@ -26,8 +26,9 @@ def get_config(kind: str = "dense") -> ConfigDict:
   config.model.connector.update(token_grid=(4, 4), hidden=96, depth=1)
   common.decoder(config, depth=4, width=128, heads=4, kv_heads=2, mlp_dim=384)
   config.model.decoder.vocab_size = 4096
-  # A CPU has no bfloat16 units, and memory is no concern at this size.
-  config.model.dtype, config.model.remat = "float32", "none"
+  # A CPU has no bfloat16 units, and memory is no concern at this size. Few blocks compile as fast
+  # unrolled as in a scan, which copies all that the backward pass needs.
+  config.model.dtype, config.model.remat, config.model.scan = "float32", "none", False
   config.data.update(seq_len=256, batch_size=16, images_per_row=3, window_rows=512)
   config.train.update(num_steps=300, eval_every=100, eval_batches=4)
   config.optimizer.warmup_steps = 30

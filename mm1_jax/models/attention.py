@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.config import RopeScaling
+from mm1_jax.models.blocked import blocked_attention, has_parts
 from mm1_jax.models.cudnn import LENGTH_MULTIPLE, cudnn_attention, has_kernel, on_gpu
 from mm1_jax.models.layers import RMSNorm, broadcast, constant, multiply, normal
 from mm1_jax.models.splash import LANES, block_size, splash_attention, tpu_kind
@@ -75,7 +76,7 @@ def rope(
     frequency *= kept + (1 - kept) / scaling.factor
   angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return rotated.astype(x.dtype)
 
@@ -102,14 +103,15 @@ def attend(
   is of one segment sees each other, with `causal` only at its own slot or before.
 
   On TPUs, rows of whole blocks with segments go through splash attention; on GPUs, rows in 16 bits
-  through cuDNN's kernel. All else is plain XLA.
+  through cuDNN's kernel. All else is plain XLA, which leaves out what it can of causal rows
+  (`models.blocked`).
 
   Where the positions of a row are split over `sequence`, the queries stay so, and see the keys and
   values of the whole row, which are few with grouped queries. The device with a row's end has more
   to see than that with its beginning: of n devices, it does 2 - 1/n times the mean.
   """
   fused = has_kernel(queries, keys)
-  in_order = False  # whether the kernel itself keeps to the order of positions
+  in_order = False  # whether the order of positions is kept without the mask
   if segment_ids is not None:
     rows, parts, *_ = spec_of(queries)
     whole = jax.sharding.reshard(segment_ids, P(rows))
@@ -119,7 +121,7 @@ def attend(
       block = block_size(num_positions, chip, causal=causal)
       return splash_attention(queries, keys, values, whole, causal=causal, block=block)
     keys, values = (jax.sharding.reshard(x, P(rows, None, *spec_of(x)[2:])) for x in (keys, values))
-    in_order = causal and fused and num_parts == 1
+    in_order = causal and num_parts == 1 and (fused or has_parts(num_positions))
     if causal and not in_order:
       mask = packed_causal_mask(segment_ids, whole, 0)
     else:
@@ -127,7 +129,11 @@ def attend(
   queries, keys, values = (checkpoint_name(x, "qkv") for x in (queries, keys, values))
   if fused:  # which is kept with "attention", see `layers.remat_policy`
     return cudnn_attention(queries, keys, values, mask, causal=in_order)
-  out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
+  if in_order:
+    assert mask is not None
+    out = blocked_attention(queries, keys, values, mask)
+  else:
+    out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
   return checkpoint_name(out, "attention")
 
 

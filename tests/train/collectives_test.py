@@ -37,8 +37,12 @@ def count(run: RunConfig) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_collectives_are_those_of_the_golden_file(kind):
-  """A gather outside of its loop, or a gradient reduced twice, costs a pod more than any bug."""
+  """A gather outside of its loop, or a gradient reduced twice, costs a pod more than any bug.
+
+  Its blocks are in a loop here, as those of the large models are.
+  """
   values = mm1_debug.get_config(kind).to_dict()
+  values["model"]["scan"] = True
   lines = [
     f"{name}: {count(RunConfig.from_dict(values | {'mesh': mesh}))}"
     for name, mesh in MESHES.items()
