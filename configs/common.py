@@ -19,6 +19,7 @@ def base(name: str) -> ConfigDict:
   config = ConfigDict(values)
   # A value that may be absent needs its type named before the command line can set it.
   for group, key, kind in (
+    (config.model, "image_group", int),
     (config.optimizer, "learning_rate", float),
     (config.optimizer, "vit_learning_rate", float),
     (config.optimizer, "connector_learning_rate", float),

@@ -29,6 +29,7 @@ def get_config(kind: str = "dense") -> ConfigDict:
   # A CPU has no bfloat16 units, and memory is no concern at this size. Few blocks compile as fast
   # unrolled as in a scan, which copies all that the backward pass needs.
   config.model.dtype, config.model.remat, config.model.scan = "float32", "none", False
+  config.model.image_group = 8  # half of the sample's slots are empty
   config.data.update(seq_len=256, batch_size=16, images_per_row=3, window_rows=512)
   config.train.update(num_steps=300, eval_every=100, eval_batches=4)
   config.optimizer.warmup_steps = 30

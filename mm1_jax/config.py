@@ -263,8 +263,16 @@ class ModelConfig:
   # What is kept on the host crosses PCIe twice.
   remat: str = "full"
   scan: bool = True  # False unrolls the blocks: slower to compile, easier to debug
+  # Slots whose pictures a chip encodes at a time; of such groups, those without any picture on any
+  # chip are left out. None encodes all slots at once: best where most are filled, as on a pod, for
+  # each group gathers the encoder's weights.
+  image_group: int | None = None
 
   def __post_init__(self):
+    _require(
+      self.image_group is None or self.image_group > 0,
+      f"model.image_group is {self.image_group}; it must be positive, or None for all slots.",
+    )
     whole = self.remat in ("none", "dots", "full")
     for name in () if whole else self.remat.split("+"):
       _require(

@@ -111,7 +111,11 @@ def gather(weight: jax.Array, dtype: jax.typing.DTypeLike, *, rows: jax.Array) -
   spec, over = spec_of(weight), set(axes_of(*spec_of(rows)))
   stored = set(axes_of(*spec))
   kept = [None if (over | set(FSDP_AXES)) & set(axes_of(entry)) else entry for entry in spec]
-  weight = jax.sharding.reshard(weight.astype(dtype), P(*spec, reduced=frozenset(over - stored)))
+  # Without the barrier XLA gathers a block's slice of a stack, [1, F, D], as it is, and where D is
+  # split the one dim of length 1 ends up in its tiles: making a matrix of it took as long as 20
+  # passes over it (MM1-30B on v5p-512).
+  weight = jax.lax.optimization_barrier(weight.astype(dtype))
+  weight = jax.sharding.reshard(weight, P(*spec, reduced=frozenset(over - stored)))
   return jax.sharding.reshard(weight, P(*kept, reduced=frozenset(over)))
 
 

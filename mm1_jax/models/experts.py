@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from mm1_jax.models.grouped_matmul import grouped_matmul, grouped_outer
@@ -57,8 +58,10 @@ def _backward(named, residuals, dy):
   del named
   x, weights, (gate, up, down), sizes, g, u = residuals
   dh = _matmul(dy, down, sizes, transpose=True)
-  # The barrier keeps the four in one pass.
+  # The barrier keeps the four in one pass. Of the layout, XLA for TPUs chose one that the products
+  # by weights like, and transposed what goes into this pass and two of what comes out of it.
   h, dg, du, dweights = jax.lax.optimization_barrier(_between(g, u, weights, dh))
+  h, dg, du = (with_layout_constraint(a, Layout(tuple(range(a.ndim)))) for a in (h, dg, du))
   dx = _matmul(dg, gate, sizes, transpose=True) + _matmul(du, up, sizes, transpose=True)
   dgate, dup, ddown = (_outer(*ab, sizes) for ab in ((x, dg), (x, du), (h, dy)))
   return dx, dweights, (dgate, dup, ddown), None

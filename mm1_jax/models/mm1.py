@@ -6,11 +6,13 @@ Letters: B rows, S positions, N image slots a row, T tokens per image, D width.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import ModelConfig
@@ -33,22 +35,36 @@ class MM1(nnx.Module):
   def embed_text(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     return self.decoder.embed(tokens)
 
-  def embed_image(self, images: UInt8[Array, "B N H W 3"]) -> Float[Array, "B N*T D"]:
+  def embed_image(
+    self, images: UInt8[Array, "B N H W 3"], mask: Bool[Array, "B N"] | None = None
+  ) -> Float[Array, "B N*T D"]:
     """Returns the tokens of a row's pictures, in slot order.
 
-    The pictures are spread over all chips: over the ones that share a row, too.
+    The pictures are spread over all chips: over the ones that share a row, too. `mask` says which
+    slots hold one; with it, `ModelConfig.image_group` may leave out slots that do not.
     """
     num_rows, num_images = images.shape[:2]
     mesh = jax.sharding.get_abstract_mesh().shape
     shared = mesh["tensor"] * mesh["sequence"]
     # Empty slots, only if the chips that share rows could not share their pictures evenly.
     num_slots = num_images + -num_images % (shared // math.gcd(num_rows, shared))
-    images = jnp.pad(images, ((0, 0), (0, num_slots - num_images), *((0, 0),) * 3))
-    images = jax.sharding.reshard(images.reshape(-1, *images.shape[2:]), LAYOUT.act_i)
-    tokens = jax.sharding.reshard(self.connector(self.vit(images)), LAYOUT.act_b)
+
+    def spread(x):
+      x = jnp.pad(x, ((0, 0), (0, num_slots - num_images), *((0, 0),) * (x.ndim - 2)))
+      return jax.sharding.reshard(x.reshape(-1, *x.shape[2:]), LAYOUT.act_i)
+
+    size = self.cfg.image_group
+    if size is None or mask is None:
+      tokens = self._encode(spread(images))
+    else:
+      tokens = in_groups(self._encode, spread(images), spread(mask), size)
+    tokens = jax.sharding.reshard(tokens, LAYOUT.act_b)
     shape = (num_rows, num_slots * tokens.shape[1], tokens.shape[2])
     tokens = jax.lax.reshape(tokens, shape, out_sharding=LAYOUT.act_b)
     return tokens[:, : num_images * self.cfg.connector.num_tokens]
+
+  def _encode(self, images: UInt8[Array, "I H W 3"]) -> Float[Array, "I T D"]:
+    return self.connector(self.vit(images))
 
   def merge(
     self,
@@ -71,18 +87,24 @@ class MM1(nnx.Module):
     return jnp.where(placeholder[..., None], picked, text)
 
   def embed(
-    self, tokens: Int[Array, "B S"], images: UInt8[Array, "B N H W 3"]
+    self,
+    tokens: Int[Array, "B S"],
+    images: UInt8[Array, "B N H W 3"],
+    image_mask: Bool[Array, "B N"] | None = None,
   ) -> Float[Array, "B S D"]:
     """Returns the decoder's input. A batch without image slots runs no encoder at all."""
     text = self.embed_text(tokens)
-    return self.merge(text, self.embed_image(images), tokens) if images.shape[1] else text
+    if not images.shape[1]:
+      return text
+    return self.merge(text, self.embed_image(images, image_mask), tokens)
 
   def __call__(self, batch: Batch) -> DecoderOutput:
     tokens, positions, segment_ids = (
       jax.sharding.reshard(x, LAYOUT.act_bs)
       for x in (batch.tokens, batch.positions, batch.segment_ids)
     )
-    return self.decoder(self.embed(tokens, batch.images), positions, segment_ids)
+    embedded = self.embed(tokens, batch.images, batch.image_mask)
+    return self.decoder(embedded, positions, segment_ids)
 
   def prefill(
     self,
@@ -100,3 +122,44 @@ class MM1(nnx.Module):
   ) -> DecoderOutput:
     """Reads one more token a row."""
     return self.decoder(self.embed_text(tokens), positions, jnp.ones_like(tokens), cache)
+
+
+def in_groups(
+  encode: Callable[[Array], Array],
+  images: UInt8[Array, "I H W 3"],
+  mask: Bool[Array, " I"],
+  size: int,
+) -> Float[Array, "I T D"]:
+  """Encodes pictures in groups of `size` a chip, and leaves out groups that hold none on any chip.
+
+  Each chip puts its filled slots first, so that it has as few groups with a picture as can be. The
+  tokens of a group that was left out are 0.
+  """
+  slots, grouped = LAYOUT.act_i, P(None, *LAYOUT.act_i)
+
+  @functools.partial(jax.shard_map, in_specs=(slots, slots), out_specs=(grouped, grouped, slots))
+  def split(images, mask):
+    order = jnp.argsort(~mask)  # stable
+    more = -len(order) % size
+    images, mask = (
+      jnp.pad(x[order], ((0, more), *((0, 0),) * (x.ndim - 1))).reshape(-1, size, *x.shape[1:])
+      for x in (images, mask)
+    )
+    return images, mask, jnp.argsort(order)
+
+  @functools.partial(jax.shard_map, in_specs=(grouped, slots), out_specs=slots)
+  def join(tokens, place):
+    tokens = tokens.reshape(-1, *tokens.shape[2:])
+    return tokens.at[place].get(unique_indices=True, mode="promise_in_bounds")
+
+  images, mask, place = split(images, mask)
+  tokens = jax.eval_shape(encode, images[0])
+
+  def nothing(images):
+    return jnp.zeros(tokens.shape, tokens.dtype, out_sharding=slots)
+
+  def group(_, images_and_mask):
+    images, mask = images_and_mask
+    return None, jax.lax.cond(jnp.any(mask), encode, nothing, images)
+
+  return join(jax.lax.scan(group, None, (images, mask))[1], place)

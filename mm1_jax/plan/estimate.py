@@ -156,12 +156,12 @@ def read_plan(compiled: Compiled, run: RunConfig, topology: Topology, what: What
 
 
 def usual_step(plan: Plan) -> tuple[float, float]:
-  """Returns the two bounds of a step in which every conditional takes its shorter branch.
+  """Returns the two bounds of a step in which every conditional takes its usual branch.
 
   The model has one kind of conditional: a dropless layer whose load is too uneven for one chip's
   buffers takes its longer way (`MoEConfig.exchange_factor`). `Plan.step` counts that way.
   """
-  simulator = Simulator(Module(plan.compiled.hlo), plan.topology, shortest=True)
+  simulator = Simulator(Module(plan.compiled.hlo), plan.topology, usual=True)
   return simulator.run("roofline").seconds, simulator.run("estimate").seconds
 
 

@@ -137,11 +137,13 @@ class Schedule:
 class Simulator:
   """Runs a module; the prices of its instructions are computed once.
 
-  Of a conditional the branch counts that takes longest; with `shortest`, the other one.
+  Of a conditional the branch counts that takes longest; with `usual`, the one of a true predicate:
+  the model writes its conditionals so. The shortest would be wrong: a rematerialised conditional
+  may have nothing to do where the backward pass needs much.
   """
 
-  def __init__(self, module: Module, topology: Topology, *, shortest: bool = False):
-    self._pick = min if shortest else max
+  def __init__(self, module: Module, topology: Topology, *, usual: bool = False):
+    self._usual = usual
     self.module = module
     self.pricer = Pricer(module, topology)
     self.trip_counts: dict[str, int] = {}
@@ -220,13 +222,15 @@ class Simulator:
       clock.repeat(begin, num - 2)
 
   def _branch(self, branch: Instruction, clock: Clock, ledger: Ledger, price: Price) -> None:
-    """Runs the branch that takes longest, or shortest."""
+    """Runs the branch that takes longest, or the usual one."""
     listed = (branch.attribute("branch_computations") or "{}")[1:-1].replace("%", "")
     names = [name.strip() for name in listed.split(",") if name.strip()]
-    names = names or [branch.called("true_computation"), branch.called("false_computation")]
-    seconds = {}
-    for name in names:
+    names = names or [branch.called("false_computation"), branch.called("true_computation")]
+
+    def seconds(name: str) -> float:
       trial = clock.copy()
       self._run(name, trial, Ledger(), price)
-      seconds[name] = trial.now
-    self._run(self._pick(names, key=lambda name: seconds[name]), clock, ledger, price)
+      return trial.now
+
+    picked = names[-1] if self._usual else max(names, key=seconds)
+    self._run(picked, clock, ledger, price)
