@@ -61,7 +61,7 @@ def vision_run() -> RunConfig:
   return dataclasses.replace(
     run,
     name="vision",
-    model=dataclasses.replace(run.model, decoder=decoder, remat=ALL),
+    model=dataclasses.replace(run.model, decoder=decoder, remat=f"{ALL}+vit_mlp_up"),
     data=dataclasses.replace(run.data, seq_len=1792, batch_size=512, images_per_row=slots),
     train=dataclasses.replace(run.train, accumulation_steps=2),
   )

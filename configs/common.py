@@ -258,9 +258,10 @@ def decoder(
   )
 
 
-# What keeps all of a block's matrix products, without and with the experts', or those of its
-# attention; see `model.remat`.
-KEEP_PRODUCTS = "qkv+attention+residual+mlp_gate+mlp_up"
+# What keeps the matrix products of a block, see `model.remat`: all but one of the encoder's, all,
+# the experts' too, or those of attention alone.
+KEEP_DECODER = "qkv+attention+residual+mlp_gate+mlp_up"
+KEEP_PRODUCTS = f"{KEEP_DECODER}+vit_mlp_up"
 KEEP_EXPERTS = f"{KEEP_PRODUCTS}+expert_gate+expert_up"
 KEEP_ATTENTION = "qkv+attention"
 

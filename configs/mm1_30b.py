@@ -10,7 +10,7 @@ from configs import common
 
 SLICES = {
   "v5e-256": common.preset(fsdp=256, steps=2),
-  "v5p-512": common.preset(data=2, fsdp=128, remat=common.KEEP_PRODUCTS),
+  "v5p-512": common.preset(data=2, fsdp=128, remat=common.KEEP_DECODER),
   "v6e-256": common.preset(fsdp=256, steps=2, remat=common.KEEP_ATTENTION),
   "tpu7x-256": common.preset(fsdp=256, steps=2, remat=common.KEEP_PRODUCTS),
 }

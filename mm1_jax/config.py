@@ -29,6 +29,7 @@ REMAT_NAMES = (
   "residual",  # the stream between attention and feed-forward network
   "mlp_gate",
   "mlp_up",
+  "vit_mlp_up",  # the encoder's; the names before the MLP's are shared
   "expert_gate",
   "expert_up",
 )

@@ -43,7 +43,7 @@ class MLP(nnx.Module):
 
   def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
     h = multiply("ipd,df->ipf", x, gather(self.up[...], x.dtype, rows=x))
-    h = checkpoint_name(h + broadcast(self.up_bias[...], h), "mlp_up")
+    h = checkpoint_name(h + broadcast(self.up_bias[...], h), "vit_mlp_up")
     h = ACTIVATIONS[self.activation](h)
     y = multiply("ipf,fd->ipd", h, gather(self.down[...], x.dtype, rows=x), out_sharding=spec_of(x))
     return y + broadcast(self.down_bias[...], y)

@@ -85,6 +85,16 @@ def test_remat_and_scan_change_nothing(model, changes):
 
 
 @pytest.mark.parametrize(
+  ("size", "sizes"), [(3, ONE), pytest.param(1, (1, 2, 2, 2), marks=pytest.mark.slow)], ids=str
+)
+def test_pictures_in_groups_change_nothing(size, sizes):
+  """Of 16 slots 6 are empty: some groups are encoded, and some are not."""
+  run = MODELS["dense"]
+  changed = dataclasses.replace(run, model=dataclasses.replace(run.model, image_group=size))
+  assert_equal(loss_and_gradients(changed, sizes), loss_and_gradients(run, ONE))
+
+
+@pytest.mark.parametrize(
   ("remat", "again"),
   [
     ("none", 0),

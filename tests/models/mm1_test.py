@@ -63,6 +63,27 @@ def test_image_tokens_are_those_of_each_picture_alone(models, mesh):
   assert np.abs(both[:, tiny.TOKENS :] - both[:, : tiny.TOKENS]).max() > 0.1
 
 
+@pytest.mark.parametrize(("sizes", "size"), [((1,), 3), ((2,), 2)])
+def test_groups_of_slots_without_a_picture_are_left_out(sizes, size):
+  """The tokens of all pictures are the same; those of slots that were not encoded are 0."""
+  mesh, batch = tiny.mesh(*sizes), tiny.BATCH
+  grouped = dataclasses.replace(RUNS["dense"].model, image_group=size)
+  with jax.set_mesh(mesh):
+    run = tiny.jit(lambda model, images, mask: model.embed_image(images, mask))
+    args = tiny.put((batch.images, batch.image_mask), mesh)
+    whole, out = (
+      np.asarray(run(tiny.make_model(cfg, mesh), *args)).reshape(-1, tiny.TOKENS, 32)
+      for cfg in (RUNS["dense"].model, grouped)
+    )
+  mask = batch.image_mask.reshape(-1)
+  assert tiny.largest_difference(out[mask], whole[mask]) < 1e-6
+  chips = mesh.size
+  groups = -(-mask.reshape(chips, -1).sum(axis=1).max() // size)
+  encoded = np.abs(out).max(axis=(1, 2)) > 0
+  assert encoded.sum() == min(groups * size * chips, mask.size) < mask.size
+  assert (np.abs(whole).max(axis=(1, 2)) > 0).all()
+
+
 def test_pictures_are_seen_by_what_follows_them_in_their_example_only(models, mesh):
   """Another first picture in row 0: its example changes from there on, all else stays."""
   images = tiny.BATCH.images.copy()

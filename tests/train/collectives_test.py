@@ -39,10 +39,10 @@ def count(run: RunConfig) -> str:
 def test_collectives_are_those_of_the_golden_file(kind):
   """A gather outside of its loop, or a gradient reduced twice, costs a pod more than any bug.
 
-  Its blocks are in a loop here, as those of the large models are.
+  Its blocks are in a loop here and all pictures encoded at once, as in the large models.
   """
   values = mm1_debug.get_config(kind).to_dict()
-  values["model"]["scan"] = True
+  values["model"].update(scan=True, image_group=None)
   lines = [
     f"{name}: {count(RunConfig.from_dict(values | {'mesh': mesh}))}"
     for name, mesh in MESHES.items()
