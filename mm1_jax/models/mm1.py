@@ -7,6 +7,7 @@ Letters: B rows, S positions, N image slots a row, T tokens per image, D width.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,14 +153,13 @@ def in_groups(
     tokens = tokens.reshape(-1, *tokens.shape[2:])
     return tokens.at[place].get(unique_indices=True, mode="promise_in_bounds")
 
-  images, mask, place = split(images, mask)
-  tokens = jax.eval_shape(encode, images[0])
-
   def nothing(images):
+    tokens: Any = jax.eval_shape(encode, images)
     return jnp.zeros(tokens.shape, tokens.dtype, out_sharding=slots)
 
   def group(_, images_and_mask):
     images, mask = images_and_mask
     return None, jax.lax.cond(jnp.any(mask), encode, nothing, images)
 
+  images, mask, place = split(images, mask)
   return join(jax.lax.scan(group, None, (images, mask))[1], place)

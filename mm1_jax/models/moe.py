@@ -211,7 +211,7 @@ def _run_slots(tokens, matrices, num_slots: int) -> Float[Array, "n D"]:
 
   rows = to_experts(spread(x, slots, owners))
   rows = swiglu(rows, to_experts(spread_weights(weights, slots, owners)), matrices)
-  rows = rows.reshape(num_here, num_chips, -1, rows.shape[-1])
+  rows = jnp.reshape(rows, (num_here, num_chips, -1, x.shape[-1]))
   rows = exchange(jnp.swapaxes(rows, 0, 1))
   return collect(rows.reshape(num_slots, -1), slots, owners)
 
