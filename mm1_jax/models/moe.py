@@ -22,7 +22,7 @@ chip's tokens are in one list, n tokens, m rows of a buffer.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -210,8 +210,8 @@ def _run_slots(tokens, matrices, num_slots: int) -> Float[Array, "n D"]:
     return jnp.swapaxes(parts, 0, 1).reshape(num_here, -1, rows.shape[-1])
 
   rows = to_experts(spread(x, slots, owners))
-  rows = swiglu(rows, to_experts(spread_weights(weights, slots, owners)), matrices)
-  rows = jnp.reshape(rows, (num_here, num_chips, -1, x.shape[-1]))
+  out: Any = swiglu(rows, to_experts(spread_weights(weights, slots, owners)), matrices)
+  rows = out.reshape(num_here, num_chips, -1, x.shape[-1])
   rows = exchange(jnp.swapaxes(rows, 0, 1))
   return collect(rows.reshape(num_slots, -1), slots, owners)
 
