@@ -8,6 +8,7 @@ the same within 0.5%).
 
 import dataclasses
 
+from configs.common import KEEP_DECODER
 from mm1_jax.config import (
   ConnectorConfig,
   DataConfig,
@@ -22,7 +23,7 @@ from mm1_jax.config import (
 )
 from mm1_jax.plan.topology import Topology, find_topology
 
-ALL = "qkv+attention+residual+mlp_gate+mlp_up"  # no matrix product of a dense block twice
+ALL = KEEP_DECODER  # no matrix product of a dense block twice
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,9 @@ import dataclasses
 import pathlib
 import sys
 
-from bench.peer_shapes import ALL, SHAPES, Shape, Step
+from bench.peer_shapes import SHAPES, Shape, Step
 from configs import mm1_3b
+from configs.common import KEEP_PRODUCTS
 from mm1_jax.config import RunConfig
 from mm1_jax.plan.compile import default_cache
 from mm1_jax.plan.estimate import Plan, make_plan, usual_step
@@ -61,7 +62,7 @@ def vision_run() -> RunConfig:
   return dataclasses.replace(
     run,
     name="vision",
-    model=dataclasses.replace(run.model, decoder=decoder, remat=f"{ALL}+vit_mlp_up"),
+    model=dataclasses.replace(run.model, decoder=decoder, remat=KEEP_PRODUCTS),
     data=dataclasses.replace(run.data, seq_len=1792, batch_size=512, images_per_row=slots),
     train=dataclasses.replace(run.train, accumulation_steps=2),
   )
