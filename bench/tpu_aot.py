@@ -8,9 +8,10 @@ and `mm1_jax.plan` prices it, see docs/plans.md. A shape takes minutes and some 
 compiled once is found again, so a second run takes as long as tracing does.
 
 For each step: `roof`, every operation at its roofline; `mid`, the figure to quote; `pred`, the
-compiler's own cycles. A dropless layer over an `expert` axis has a second way for the case that a
-chip's experts get more than `exchange_factor` times their share. `usual` is a step in which no
-layer goes that way; `worst` one in which all do, and all tokens want the experts of one chip.
+compiler's own cycles. A dropless layer over an `expert` axis has buffers of `exchange_factor` times
+an even load, and a second way for the case that a chip's experts get more. `even` is a step in which
+all get the same, and the kernels skip what is empty; `full` one in which all have their buffers full;
+`worst` one in which all go the second way, and all tokens want the experts of one chip.
 """
 
 import argparse
@@ -108,10 +109,14 @@ def rows(name: str, shape: Shape, plan: Plan) -> list[tuple[str, ...]]:
   peer = f"{shape.maxtext.seconds:g}", f"{shape.maxtext_mfu:.1%}"
   if plan.step is None:
     return [(*head, "", "", "refused", "", "", memory, *peer, "")]
+
+  def usual(even_load: bool) -> Step:
+    lower, upper = usual_step(plan, even_load=even_load)
+    return Step(lower, (lower * upper) ** 0.5, upper)
+
   worst = Step(plan.step.lower, plan.step.seconds, plan.step.upper)
-  lower, upper = usual_step(plan)
-  usual = Step(lower, (lower * upper) ** 0.5, upper)
-  cases = {"": usual} if usual == worst else {"usual": usual, "worst": worst}
+  even, full = usual(True), usual(False)
+  cases = {"": full} if full == worst else {"even": even, "full": full, "worst": worst}
   return [
     (
       *head,

@@ -77,9 +77,10 @@ class Work:
 class Pricer:
   """Prices the instructions of one module on one topology."""
 
-  def __init__(self, module: Module, topology: Topology):
+  def __init__(self, module: Module, topology: Topology, grouped_rows: int | None = None):
     self.module = module
     self.topology = topology
+    self.grouped_rows = grouped_rows  # see `kernel_cost`
     self.chip = topology.chip
     self.notes: collections.Counter[str] = collections.Counter()  # what was assumed, how often
 
@@ -176,7 +177,7 @@ class Pricer:
     if target in _FREE_CALLS:
       return []
     if target == "tpu_custom_call":
-      cost = kernel_cost(instruction, computation)
+      cost = kernel_cost(instruction, computation, self.grouped_rows)
       self.notes[f"kernel by {cost.source}"] += 1
       seconds = max(
         cost.flops / (self.chip.peak_flops * cost.efficiency), cost.bytes / self.chip.hbm_bandwidth

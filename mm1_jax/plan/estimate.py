@@ -155,13 +155,20 @@ def read_plan(compiled: Compiled, run: RunConfig, topology: Topology, what: What
   )
 
 
-def usual_step(plan: Plan) -> tuple[float, float]:
+def usual_step(plan: Plan, *, even_load: bool = False) -> tuple[float, float]:
   """Returns the two bounds of a step in which every conditional takes its usual branch.
 
   The model has one kind of conditional: a dropless layer whose load is too uneven for one chip's
   buffers takes its longer way (`MoEConfig.exchange_factor`). `Plan.step` counts that way.
+
+  With `even_load` every chip's experts get as many tokens as any other's, and the rest of its
+  buffers is empty; without, the buffers are full to the last row, which is more than there are.
   """
-  simulator = Simulator(Module(plan.compiled.hlo), plan.topology, usual=True)
+  rows = None
+  if even_load and (moe := plan.run.model.decoder.moe):
+    chips = plan.topology.num_devices // plan.mesh["tensor"]
+    rows = plan.tokens * moe.top_k // chips // plan.run.train.accumulation_steps
+  simulator = Simulator(Module(plan.compiled.hlo), plan.topology, usual=True, grouped_rows=rows)
   return simulator.run("roofline").seconds, simulator.run("estimate").seconds
 
 

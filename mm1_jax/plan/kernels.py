@@ -24,8 +24,14 @@ class KernelCost:
   source: str  # where the FLOPs come from
 
 
-def kernel_cost(instruction: Instruction, computation: Computation) -> KernelCost:
-  """Returns the cost of a `tpu_custom_call`."""
+def kernel_cost(
+  instruction: Instruction, computation: Computation, grouped_rows: int | None = None
+) -> KernelCost:
+  """Returns the cost of a `tpu_custom_call`.
+
+  A grouped product works on all rows of its operands, or on the first `grouped_rows` of them:
+  tiles that belong to no group are skipped, but a program does not say how many there are.
+  """
   name = f"{instruction.op_name} {instruction.name}"
   operands = [x.shapes[0] for x in computation.operands(instruction) if len(x.shapes) == 1]
   estimate = _estimate(instruction.attributes)
@@ -38,7 +44,7 @@ def kernel_cost(instruction: Instruction, computation: Computation) -> KernelCos
     if flops:
       return KernelCost(flops, num_bytes, ATTENTION_EFFICIENCY, "attention")
   elif re.search(r"gmm|megablox|ragged_dot|grouped_matmul", name):
-    flops = _grouped_flops(instruction.shapes, operands)
+    flops = _grouped_flops(instruction.shapes, operands, grouped_rows)
     if flops:
       return KernelCost(flops, num_bytes, GROUPED_EFFICIENCY, "grouped matmul")
   flops = estimate.get("flops", 0.0)
@@ -77,7 +83,7 @@ def _attention_flops(name: str, attributes: str, operands: list[Shape]) -> float
   return 2.0 * products * (q.size / q.dims[-1]) * positions * mean_dim * visited
 
 
-def _grouped_flops(results: list[Shape], operands: list[Shape]) -> float:
+def _grouped_flops(results: list[Shape], operands: list[Shape], filled: int | None) -> float:
   """Returns the FLOPs of [m, k] x [e, k, n] -> [m, n], or of its gradient [k, m] x [m, n].
 
   A tile at the border of two groups is computed for both.
@@ -95,5 +101,6 @@ def _grouped_flops(results: list[Shape], operands: list[Shape]) -> float:
     return 0.0
   if groups is None or not rows:
     return 0.0
+  rows = min(rows, filled or rows)
   borders = (groups.dims[0] - 1) * _TILE / rows
   return 2.0 * rows * groups.dims[1] * groups.dims[2] * (1 + borders)

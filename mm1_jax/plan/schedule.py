@@ -139,13 +139,20 @@ class Simulator:
 
   Of a conditional the branch counts that takes longest; with `usual`, the one of a true predicate:
   the model writes its conditionals so. The shortest would be wrong: a rematerialised conditional
-  may have nothing to do where the backward pass needs much.
+  may have nothing to do where the backward pass needs much. For `grouped_rows` see `kernel_cost`.
   """
 
-  def __init__(self, module: Module, topology: Topology, *, usual: bool = False):
+  def __init__(
+    self,
+    module: Module,
+    topology: Topology,
+    *,
+    usual: bool = False,
+    grouped_rows: int | None = None,
+  ):
     self._usual = usual
     self.module = module
-    self.pricer = Pricer(module, topology)
+    self.pricer = Pricer(module, topology, grouped_rows)
     self.trip_counts: dict[str, int] = {}
     self._works: dict[str, list[Work]] = {}
 

@@ -4,20 +4,21 @@
 Letters: B rows, S positions, c positions of a chunk, D width, V vocabulary, M sources.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import RunConfig
 from mm1_jax.models.decoder import Decoder
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.models.moe import MoEStats
-from mm1_jax.sharding import LAYOUT
+from mm1_jax.sharding import LAYOUT, spec_of
 
 CHUNK = 512  # positions whose logits exist at a time
 
@@ -39,17 +40,25 @@ class Losses(NamedTuple):
 
 
 def cross_entropy(
-  decoder: Decoder, hidden: Float[Array, "B S D"], batch: Batch, num_sources: int
-) -> TokenSums:
+  decoder: Decoder,
+  hidden: Float[Array, "B S D"],
+  batch: Batch,
+  num_sources: int,
+  z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], TokenSums]:
   """Sums -log p(target) where `loss_mask` is set, chunk by chunk along the row.
 
-  Logits exist for a chunk only, in the forward and (recomputed) in the backward pass: [B, S, V] in
-  float32 would be the largest array of the whole step.
+  Logits exist for a chunk only: [B, S, V] in float32 would be the largest array of the whole step.
+  So that none are made twice, a chunk's gradients are taken while its logits are there, in the
+  forward pass; the backward pass multiplies them by one number.
+
+  Returns:
+    What is to be differentiated, the nats and `z_loss` times the squared log normalisers; and the
+    sums to report, which have no gradient.
   """
   num_parts = jax.sharding.get_abstract_mesh().shape["sequence"]  # that rows are split into
   size = math.gcd(hidden.shape[1] // num_parts, CHUNK)
   hidden = jax.sharding.reshard(hidden, LAYOUT.act_bs)
-  weight = decoder.head_weight(hidden)
 
   def chunks(x):
     """Returns [chunks, B, parts x size, ...]: of every part of a row a piece at a time."""
@@ -60,29 +69,65 @@ def cross_entropy(
     spec = P(None, *LAYOUT.act_bs)
     return jax.lax.reshape(x, (x.shape[0], rows, num_parts * size, *rest), out_sharding=spec)
 
-  def chunk_sums(weight, hidden, targets, mask, sources) -> TokenSums:
-    logits = decoder.logits(hidden, weight)
+  def of_chunk(factors, labels: _Labels) -> tuple[Float[Array, ""], TokenSums]:
+    logits = decoder.logits(*factors)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     # A masked sum, not a gather: the vocabulary may be split over chips.
-    is_target = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
+    is_target = jnp.arange(logits.shape[-1])[None, None] == labels.targets[..., None]
     nll = normaliser - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    by_source = jax.nn.one_hot(sources, num_sources) * mask[..., None]
-    return TokenSums(
+    by_source = jax.nn.one_hot(labels.sources, num_sources) * labels.mask[..., None]
+    sums = TokenSums(
       nll=jnp.sum(by_source * nll[..., None], axis=(0, 1)),
       count=jnp.sum(by_source, axis=(0, 1)),
-      z=jnp.sum(mask * normaliser**2),
+      z=jnp.sum(labels.mask * normaliser**2),
     )
+    return jnp.sum(sums.nll) + z_loss * sums.z, sums
 
-  # A row of one chunk has its logits whole in the backward pass in any case.
-  of_chunk = jax.checkpoint(chunk_sums) if hidden.shape[1] > num_parts * size else chunk_sums
+  labels = _Labels(batch.targets, batch.loss_mask, batch.source_ids)
+  xs = jax.tree.map(chunks, (hidden, labels))
+  return _sum_chunks(of_chunk, decoder.head_weight(hidden), *xs)
 
-  def body(sums, xs):
-    return jax.tree.map(jnp.add, sums, of_chunk(weight, *xs)), None
 
-  zeros = TokenSums(jnp.zeros(num_sources), jnp.zeros(num_sources), jnp.zeros(()))
-  xs = jax.tree.map(chunks, (hidden, batch.targets, batch.loss_mask, batch.source_ids))
-  sums, _ = jax.lax.scan(body, zeros, xs)
-  return sums
+class _Labels(NamedTuple):
+  targets: Int[Array, "B S"]
+  mask: Float[Array, "B S"]
+  sources: Int[Array, "B S"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_chunks(of_chunk, weight: Float[Array, "V D"], hidden, labels):
+  """Returns the sum of `of_chunk((hidden, weight), labels)` over the first dim of both."""
+  sums = jax.lax.map(lambda xs: of_chunk((xs[0], weight), xs[1]), (hidden, labels))
+  return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+
+def _sum_chunks_forward(of_chunk, weight, hidden, labels):
+  gradients = jax.value_and_grad(of_chunk, has_aux=True)
+
+  def body(of_weight, xs):
+    hidden, labels = xs
+    sums, (of_hidden, more) = gradients((hidden, weight), labels)
+    return of_weight + more, (sums, of_hidden)
+
+  # Each chip has a sum of its own, see `gather`.
+  spec = spec_of(weight)
+  zeros = jnp.zeros_like(weight, out_sharding=P(*spec.partitions, unreduced=spec.reduced))
+  of_weight, (sums, of_hidden) = jax.lax.scan(body, zeros, (hidden, labels))
+  return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), (of_weight, of_hidden)
+
+
+def _sum_chunks_backward(of_chunk, gradients, cotangents):
+  del of_chunk
+  factor, _ = cotangents  # the sums beside it are to report
+
+  def scaled(x):  # in float32: the factor rounded would be off in one direction for all
+    alike = jax.sharding.reshard(factor, P(reduced=spec_of(x).unreduced))
+    return (x.astype(jnp.float32) * alike).astype(x.dtype)
+
+  return *map(scaled, gradients), None
+
+
+_sum_chunks.defvjp(_sum_chunks_forward, _sum_chunks_backward)
 
 
 def loss_fn(
@@ -99,8 +144,9 @@ def loss_fn(
     share: of the batch that this is; weighs the router losses, which are means already.
   """
   output = model(batch)
-  tokens = cross_entropy(model.decoder, output.hidden, batch, len(run.data.leaves) or 1)
-  total = (jnp.sum(tokens.nll) + run.train.z_loss * tokens.z) / num_targets
+  num_sources = len(run.data.leaves) or 1
+  total, tokens = cross_entropy(model.decoder, output.hidden, batch, num_sources, run.train.z_loss)
+  total /= num_targets
   cfg = run.model.decoder.moe
   if cfg is not None and output.moe is not None:
     # Each sparse layer's losses count in full, as in ST-MoE and AXLearn.

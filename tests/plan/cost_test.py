@@ -52,7 +52,7 @@ def test_what_stays_in_vmem_is_free():
   assert hbm_bytes(entry.by_name["f"], entry, module) == LAYER
 
 
-def kernel(op_name: str, result: str, *operands: str, config: str = ""):
+def kernel(op_name: str, result: str, *operands: str, config: str = "", **kwargs):
   params = "".join(f"  %p{i} = {shape} parameter({i})\n" for i, shape in enumerate(operands))
   names = ", ".join(f"%p{i}" for i in range(len(operands)))
   text = (
@@ -61,7 +61,7 @@ def kernel(op_name: str, result: str, *operands: str, config: str = ""):
     f", backend_config={{{config}}}\n}}\n"
   )
   entry = Module(text).computations["main"]
-  return kernel_cost(entry.by_name["k"], entry)
+  return kernel_cost(entry.by_name["k"], entry, **kwargs)
 
 
 def test_causal_attention():
@@ -88,6 +88,17 @@ def test_grouped_products():
     "jit(f)/tgmm", "f32[16,512,1024]{2,1,0}", "bf16[512,8192]{1,0}", "bf16[8192,1024]{1,0}"
   )
   assert gradient.flops == cost.flops
+
+
+def test_rows_of_no_group_cost_nothing():
+  """Of the product and of its gradient; and more rows than there are, are not."""
+  weights = "bf16[16,512,1024]{2,1,0}"
+  product = "jit(f)/gmm", "bf16[8192,1024]{1,0}", "bf16[8192,512]{1,0}", weights
+  outer = "jit(f)/tgmm", weights, "bf16[512,8192]{1,0}", "bf16[8192,1024]{1,0}"
+  for call in (product, outer):
+    filled = kernel(*call, grouped_rows=6000)
+    assert filled.flops == 2 * (6000 + 15 * 512) * 512 * 1024
+    assert kernel(*call, grouped_rows=9000) == kernel(*call)
 
 
 def test_any_other_kernel_says_itself():

@@ -5,6 +5,7 @@ Letters: B rows, S positions, D width, V vocabulary, M sources.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from mm1_jax.train.step import train_step
 
 RUN = tiny_step.run_config()
 NUM_SOURCES = 2
-WEIGHTS = (1.0, 2.0), 0.3  # of the sources' sums and of z, so that each shows in the gradient
+Z_LOSS, FACTOR = 0.3, 1.7  # of z in the loss, and of the loss in what is differentiated
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def mesh():
 
 
 def dense(weight, hidden, batch) -> tuple[dict, dict]:
-  """Returns the sums, and the gradient of their sum weighted by WEIGHTS, in float64."""
+  """Returns the loss and the sums, and the gradient of FACTOR times the loss, in float64."""
   weight, hidden = np.asarray(weight, np.float64), hidden.astype(np.float64)
   logits = hidden @ weight.T
   top = logits.max(axis=-1)
@@ -57,9 +58,9 @@ def dense(weight, hidden, batch) -> tuple[dict, dict]:
   }
   probs = np.exp(logits - normaliser[..., None])
   one_hot = np.eye(logits.shape[-1])[batch.targets]
-  share = sum(a * w for a, w in zip(WEIGHTS[0], of_source, strict=True))
-  d_logits = share[..., None] * (probs - one_hot)
-  d_logits += (WEIGHTS[1] * mask * 2 * normaliser)[..., None] * probs
+  d_logits = mask[..., None] * (probs - one_hot)
+  d_logits += (Z_LOSS * mask * 2 * normaliser)[..., None] * probs
+  d_logits *= FACTOR
   grads = {
     "hidden": d_logits @ weight,
     "weight": np.einsum("bsv,bsd->vd", d_logits, hidden),
@@ -70,8 +71,8 @@ def dense(weight, hidden, batch) -> tuple[dict, dict]:
 def chunked(decoder, hidden, batch) -> tuple[TokenSums, dict]:
   def total(decoder, hidden):
     hidden = jax.sharding.reshard(hidden, LAYOUT.act_b)
-    sums = cross_entropy(decoder, hidden, batch, NUM_SOURCES)
-    return jnp.sum(jnp.array(WEIGHTS[0]) * sums.nll) + WEIGHTS[1] * sums.z, sums
+    loss, sums = cross_entropy(decoder, hidden, batch, NUM_SOURCES, Z_LOSS)
+    return FACTOR * loss, sums
 
   (d_decoder, d_hidden), sums = tiny.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(
     decoder, jnp.asarray(hidden)
@@ -90,6 +91,22 @@ def test_sums_and_gradients_are_the_dense_ones(decoder, hidden, chunk, monkeypat
   np.testing.assert_allclose(sums.z, expected["z"], rtol=1e-5)
   for name, grad in expected_grads.items():
     assert tiny.largest_difference(grads[name], grad) < 1e-5, name
+
+
+def test_the_loss_is_made_of_the_sums(decoder, hidden):
+  """Where it is differentiated and where, as in evaluation, it is not."""
+
+  def loss(hidden):
+    hidden = jax.sharding.reshard(hidden, LAYOUT.act_b)
+    return cross_entropy(decoder, hidden, tiny.BATCH, NUM_SOURCES, Z_LOSS)
+
+  expected, _ = dense(decoder.embedding[...], hidden, tiny.BATCH)
+  total = sum(expected["nll"]) + Z_LOSS * expected["z"]
+  value, sums = tiny.jit(loss)(hidden)
+  (trained, of_trained), _ = tiny.jit(jax.value_and_grad(loss, has_aux=True))(hidden)
+  assert float(value) == pytest.approx(total, rel=1e-5)
+  assert float(trained) == pytest.approx(float(value), rel=1e-6)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), of_trained, sums)
 
 
 def test_logits_far_from_zero_do_not_overflow(decoder, hidden):
@@ -184,13 +201,21 @@ def test_no_array_holds_the_logits_of_whole_rows(monkeypatch):
 
 
 def test_the_search_for_whole_logits_can_fail(monkeypatch):
-  """It finds rows of one chunk, and chunks that are kept for the backward pass."""
+  """It finds rows of one chunk."""
   whole = (*tiny.BATCH.tokens.shape, RUN.model.decoder.vocab_size)
   monkeypatch.setattr(loss_module, "CHUNK", tiny.BATCH.tokens.shape[1])
   assert (whole, "float32") in logits_of_whole_rows()
+
+
+def test_no_logits_are_made_twice(decoder, hidden, monkeypatch):
+  """A chunk's loss and both of its gradients take one product by the head each."""
   monkeypatch.setattr(loss_module, "CHUNK", 4)
-  monkeypatch.setattr(jax, "checkpoint", lambda f: f)
-  assert (4, 8, 4, whole[2]) in {shape for shape, _ in logits_of_whole_rows()}
+
+  def loss(decoder, hidden):
+    return cross_entropy(decoder, hidden, tiny.BATCH, NUM_SOURCES, Z_LOSS)[0]
+
+  program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(decoder, hidden).compile().as_text()
+  assert len(re.findall(r" dot\(", program)) == 3
 
 
 def test_micro_batches_take_every_row_once():
