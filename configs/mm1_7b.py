@@ -10,7 +10,7 @@ from configs import common
 
 SLICES = {
   "v5e-256": common.preset(fsdp=256, steps=2),
-  "v5p-256": common.preset(fsdp=128, steps=2, remat=common.KEEP_PRODUCTS),
+  "v5p-256": common.preset(fsdp=128, steps=1, remat=common.KEEP_DECODER),
   "v6e-256": common.preset(fsdp=256, steps=2, remat=common.KEEP_PRODUCTS),
   "tpu7x-256": common.preset(fsdp=256, steps=1, remat=common.KEEP_PRODUCTS),
 }
