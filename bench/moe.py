@@ -2,6 +2,7 @@
 """The sparse layer's two paths side by side: dropless against bounded, however tokens fall.
 
   python -m bench.moe
+  python -m bench.moe --experts=64 --warm-steps=300
 
 Times in one process, the paths by turns, the fastest of `--repeats` each (on a CPU, the time that
 its cores worked):
@@ -12,7 +13,9 @@ its cores worked):
           router that has trained for `--warm-steps` steps on the bounded path.
 
 `rows` is what an expert product works on, in units of the choices there are: the bounded path pays
-for its slots, full or not. `dropped` is the share of choices that found none.
+for its slots, full or not. `dropped` is the share of choices that found none. `expert` and `chip`
+are the loads of the fullest expert, and of the fullest of 8 chips with an eighth of the experts
+each, in any layer, relative to an even one: what `MoEConfig.exchange_factor` has to leave room for.
 """
 
 import argparse
@@ -37,7 +40,8 @@ from mm1_jax.train.feed import training_batches
 from mm1_jax.train.step import init_state, train_step
 
 PATHS = {"bounded 1.25": 1.25, "bounded 2.0": 2.0, "dropless": None}
-COLUMNS = "{:<10} {:<14} {:>9} {:>7} {:>7} {:>9} {:>9}"
+COLUMNS = "{:<10} {:<14} {:>9} {:>7} {:>7} {:>9} {:>7} {:>9}"
+NUM_CHIPS = 8  # that experts are split over, for the load of the fullest
 
 
 def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -54,9 +58,16 @@ def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
   return best
 
 
+def fullest(load: jax.Array, num_parts: int) -> float:
+  """Returns the load [..., experts] of the fullest of so many equal parts, relative to the mean."""
+  parts = np.asarray(load).reshape(*load.shape[:-1], num_parts, -1).sum(axis=-1)
+  return float(np.max(parts)) * num_parts
+
+
 def show(routing: str, times: dict[str, float], stats: dict[str, Any], num_experts: int) -> None:
   for path, seconds in times.items():
     factor = PATHS[path]
+    load = stats[path].load
     print(
       COLUMNS.format(
         routing,
@@ -64,7 +75,8 @@ def show(routing: str, times: dict[str, float], stats: dict[str, Any], num_exper
         f"{1e3 * seconds:.1f}",
         f"{seconds / times['bounded 1.25']:.2f}",
         f"{factor or 1.0:.2f}",
-        f"{float(jnp.max(stats[path].load)) * num_experts:.2f}",
+        f"{fullest(load, num_experts):.2f}",
+        f"{fullest(load, NUM_CHIPS):.2f}",
         f"{100 * float(jnp.mean(stats[path].dropped)):.1f}%",
       ),
       flush=True,
@@ -123,7 +135,10 @@ def steps(run: RunConfig, mesh: Mesh, warm_steps: int, repeats: int) -> None:
     moe = dataclasses.replace(run.model.decoder.moe, capacity_factor=factor)
     decoder = dataclasses.replace(run.model.decoder, moe=moe)
     changed = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
-    calls[path] = functools.partial(step, state, batch, run=changed)
+    # A layer's settings are part of its state's structure, not of its arrays.
+    like = jax.eval_shape(lambda run=changed: init_state(MM1(jax.random.key(0), run.model), run))
+    same = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(state))
+    calls[path] = functools.partial(step, same, batch, run=changed)
     stats[path] = LayerStats(calls[path]()[1], moe.num_experts)
   show("real", fastest(calls, repeats), stats, run.model.decoder.moe.num_experts)
 
@@ -139,11 +154,16 @@ class LayerStats:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description="Times the paths of the sparse layer.")
+  parser.add_argument("--experts", type=int, default=8, help=f"a multiple of {NUM_CHIPS}")
   parser.add_argument("--warm-steps", type=int, default=40, help="steps before the timed one")
   parser.add_argument("--repeats", type=int, default=5, help="timings of each, the fastest counts")
   args = parser.parse_args()
-  run = RunConfig.from_dict(mm1_debug.get_config("moe").to_dict())
-  print(COLUMNS.format("routing", "path", "ms", "ratio", "rows", "max load", "dropped"))
+  if args.experts < NUM_CHIPS or args.experts % NUM_CHIPS:
+    parser.error(f"--experts {args.experts} must be a multiple of {NUM_CHIPS}.")
+  config = mm1_debug.get_config("moe")
+  config.model.decoder.moe.num_experts = args.experts
+  run = RunConfig.from_dict(config.to_dict())
+  print(COLUMNS.format("routing", "path", "ms", "ratio", "rows", "expert", "chip", "dropped"))
   mesh = make_mesh(run)
   with jax.set_mesh(mesh):
     layers(run, mesh, args.repeats)

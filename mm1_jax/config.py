@@ -263,7 +263,7 @@ class ModelConfig:
   # ("full"), or its input and what is named, such as "qkv+attention+host:mlp_up"; see REMAT_NAMES.
   # What is kept on the host crosses PCIe twice.
   remat: str = "full"
-  scan: bool = True  # False unrolls the blocks: slower to compile, easier to debug
+  scan: bool = True  # False unrolls blocks and groups: slower to compile, easier to debug
   # Slots whose pictures a chip encodes at a time; of such groups, those without any picture on any
   # chip are left out. None encodes all slots at once: best where most are filled, as on a pod, for
   # each group gathers the encoder's weights.

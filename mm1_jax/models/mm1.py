@@ -58,7 +58,8 @@ class MM1(nnx.Module):
     if size is None or mask is None:
       tokens = self._encode(spread(images))
     else:
-      tokens = in_groups(self._encode, spread(images), spread(mask), size)
+      pictures = spread(images), spread(mask)
+      tokens = in_groups(self._encode, *pictures, size, scan=self.cfg.scan)
     tokens = jax.sharding.reshard(tokens, LAYOUT.act_b)
     shape = (num_rows, num_slots * tokens.shape[1], tokens.shape[2])
     tokens = jax.lax.reshape(tokens, shape, out_sharding=LAYOUT.act_b)
@@ -130,11 +131,14 @@ def in_groups(
   images: UInt8[Array, "I H W 3"],
   mask: Bool[Array, " I"],
   size: int,
+  *,
+  scan: bool,
 ) -> Float[Array, "I T D"]:
   """Encodes pictures in groups of `size` a chip, and leaves out groups that hold none on any chip.
 
   Each chip puts its filled slots first, so that it has as few groups with a picture as can be. The
-  tokens of a group that was left out are 0.
+  tokens of a group that was left out are 0. Without `scan` the groups are unrolled: a loop copies
+  all that the backward pass needs of each.
   """
   slots, grouped = LAYOUT.act_i, P(None, *LAYOUT.act_i)
 
@@ -162,4 +166,5 @@ def in_groups(
     return None, jax.lax.cond(jnp.any(mask), encode, nothing, images)
 
   images, mask, place = split(images, mask)
-  return join(jax.lax.scan(group, None, (images, mask))[1], place)
+  _, tokens = jax.lax.scan(group, None, (images, mask), unroll=not scan)
+  return join(tokens, place)
