@@ -2,7 +2,7 @@
 """The sparse layer's two paths side by side: dropless against bounded, however tokens fall.
 
   python -m bench.moe
-  python -m bench.moe --experts=64 --warm-steps=300
+  python -m bench.moe --experts=64
 
 Times in one process, the paths by turns, the fastest of `--repeats` each (on a CPU, the time that
 its cores worked):

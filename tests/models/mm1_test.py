@@ -63,11 +63,11 @@ def test_image_tokens_are_those_of_each_picture_alone(models, mesh):
   assert np.abs(both[:, tiny.TOKENS :] - both[:, : tiny.TOKENS]).max() > 0.1
 
 
-@pytest.mark.parametrize(("sizes", "size"), [((1,), 3), ((2,), 2)])
-def test_groups_of_slots_without_a_picture_are_left_out(sizes, size):
+@pytest.mark.parametrize(("sizes", "size", "scan"), [((1,), 3, False), ((2,), 2, True)])
+def test_groups_of_slots_without_a_picture_are_left_out(sizes, size, scan):
   """The tokens of all pictures are the same; those of slots that were not encoded are 0."""
   mesh, batch = tiny.mesh(*sizes), tiny.BATCH
-  grouped = dataclasses.replace(RUNS["dense"].model, image_group=size)
+  grouped = dataclasses.replace(RUNS["dense"].model, image_group=size, scan=scan)
   with jax.set_mesh(mesh):
     run = tiny.jit(lambda model, images, mask: model.embed_image(images, mask))
     args = tiny.put((batch.images, batch.image_mask), mesh)
