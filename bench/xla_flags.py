@@ -10,7 +10,7 @@ runs: `mm1_jax.plan` prices the programs, see docs/plans.md. Differences under 5
 
 import argparse
 
-from bench.peer_shapes import L7B, text_only
+from bench.peer_shapes import ALL, L7B, text_only
 from mm1_jax.plan.compile import PlanError, parse_option
 from mm1_jax.plan.estimate import make_plan
 from mm1_jax.plan.topology import find_topology
@@ -28,7 +28,7 @@ def main() -> None:
   parser.add_argument("--options", default=SETS, help="sets divided by ;, options by ,")
   args = parser.parse_args()
   topology = find_topology(args.slice)
-  run = text_only(L7B, topology, TOKENS, remat="qkv+attention+residual+mlp_gate+mlp_up", depth=2)
+  run = text_only(L7B, topology, TOKENS, remat=ALL, depth=2)
   print("| slice | options | roof ms | **mid ms** | pred ms |\n|---|---|---|---|---|")
   for text in args.options.split(";"):
     options = dict(map(parse_option, filter(None, text.strip().split(","))))
