@@ -207,15 +207,16 @@ def test_the_search_for_whole_logits_can_fail(monkeypatch):
   assert (whole, "float32") in logits_of_whole_rows()
 
 
-def test_no_logits_are_made_twice(decoder, hidden, monkeypatch):
-  """A chunk's loss and both of its gradients take one product by the head each."""
+@pytest.mark.parametrize(("trained", "products"), [((0, 1), 3), ((1,), 2)])
+def test_no_logits_are_made_twice(decoder, hidden, trained, products, monkeypatch):
+  """A chunk's loss and its gradients take one product by the head each; a frozen head has none."""
   monkeypatch.setattr(loss_module, "CHUNK", 4)
 
   def loss(decoder, hidden):
     return cross_entropy(decoder, hidden, tiny.BATCH, NUM_SOURCES, Z_LOSS)[0]
 
-  program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(decoder, hidden).compile().as_text()
-  assert len(re.findall(r" dot\(", program)) == 3
+  program = jax.jit(jax.grad(loss, argnums=trained)).lower(decoder, hidden).compile().as_text()
+  assert len(re.findall(r" dot\(", program)) == products
 
 
 def test_micro_batches_take_every_row_once():
