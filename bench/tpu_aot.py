@@ -2,6 +2,7 @@
 """Train steps through the real TPU compiler, beside MaxText's: `python -m bench.tpu_aot`.
 
   python -m bench.tpu_aot --shape=d30_8k,moe64 --markdown=table.md
+  python -m bench.tpu_aot --shape=family
 
 Nothing runs on a TPU: the compiler (`make libtpu`) makes the program of a slice that is not there,
 and `mm1_jax.plan` prices it, see docs/plans.md. A shape takes minutes and some gigabytes; what was
@@ -20,14 +21,17 @@ import pathlib
 import sys
 
 from bench.peer_shapes import SHAPES, Shape, Step
-from configs import mm1_3b
+from configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe
 from configs.common import KEEP_PRODUCTS
 from mm1_jax.config import RunConfig
+from mm1_jax.plan.compare import markdown_table
 from mm1_jax.plan.compile import default_cache
 from mm1_jax.plan.estimate import Plan, make_plan, usual_step
 from mm1_jax.plan.memory import GIB
+from mm1_jax.plan.report import figures
 from mm1_jax.plan.topology import find_topology
 
+FAMILY = (mm1_3b, mm1_7b, mm1_30b, mm1_3b_moe, mm1_7b_moe, mm1_30b_moe)
 COLUMNS = (
   "shape",
   "slice",
@@ -69,36 +73,35 @@ def vision_run() -> RunConfig:
   )
 
 
-def vision_table() -> list[tuple[str, ...]]:
+def vision_table() -> str:
   plan = make_plan(vision_run(), find_topology("v5p-128"), cache=default_cache())
   assert plan.step is not None
   step = plan.step
   per_image = 1e6 * step.seconds * plan.topology.num_chips / plan.images
-  return [
-    (
-      "shape",
-      "slice",
-      "pictures a chip",
-      "roof s",
-      "**mid s**",
-      "pred s",
-      "MFU",
-      "GiB",
-      "chip-us a picture",
-    ),
-    ("---",) * 9,
-    (
-      "vision",
-      "v5p-128",
-      str(plan.images // plan.topology.num_chips),
-      f"{step.lower:.3g}",
-      f"**{step.seconds:.3g}**",
-      f"{step.upper:.3g}",
-      f"{plan.mfu(step.seconds):.1%}",
-      f"{sum(plan.memory.values()) / GIB:.1f}",
-      f"{per_image:.0f}",
-    ),
-  ]
+  head = "shape", "slice", "pictures a chip", "roof s", "**mid s**", "pred s", "MFU", "GiB"
+  row = (
+    "vision",
+    "v5p-128",
+    str(plan.images // plan.topology.num_chips),
+    f"{step.lower:.3g}",
+    f"**{step.seconds:.3g}**",
+    f"{step.upper:.3g}",
+    f"{plan.mfu(step.seconds):.1%}",
+    f"{sum(plan.memory.values()) / GIB:.1f}",
+    f"{per_image:.0f}",
+  )
+  return markdown([(*head, "chip-us a picture"), ("---",) * len(row), row])
+
+
+def family_table() -> str:
+  """Returns the family's training steps on v5p, as their presets are."""
+  plans = []
+  for module in FAMILY:
+    slice_name = next(name for name in module.SLICES if name.startswith("v5p"))
+    run = RunConfig.from_dict(module.get_config(slice_name).to_dict())
+    print(f"compiling {run.name} ...", file=sys.stderr, flush=True)
+    plans.append(figures(make_plan(run, find_topology(slice_name), cache=default_cache())))
+  return markdown_table(plans)
 
 
 def rows(name: str, shape: Shape, plan: Plan) -> list[tuple[str, ...]]:
@@ -142,12 +145,15 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument(
-    "--shape", default=",".join(SHAPES), help="which, of %(default)s; or vision, on its own"
+    "--shape",
+    default=",".join(SHAPES),
+    help="which, of %(default)s; or on its own: vision, or family, MM1's six on their v5p slices",
   )
   parser.add_argument("--markdown", help="file to write the table to as well")
   args = parser.parse_args()
-  if args.shape == "vision":
-    print(markdown(vision_table()))
+  alone = {"vision": vision_table, "family": family_table}
+  if args.shape in alone:
+    print(alone[args.shape]())
     return
   names = args.shape.split(",")
   if unknown := [name for name in names if name not in SHAPES]:
