@@ -74,6 +74,7 @@ def vision_run() -> RunConfig:
 
 
 def vision_table() -> str:
+  """Returns the step of `vision_run` on a v5p-128."""
   plan = make_plan(vision_run(), find_topology("v5p-128"), cache=default_cache())
   assert plan.step is not None
   step = plan.step
@@ -136,6 +137,15 @@ def rows(name: str, shape: Shape, plan: Plan) -> list[tuple[str, ...]]:
   ]
 
 
+def peer_table(names: list[str]) -> str:
+  """Returns the steps of the shapes of these names, each beside MaxText's."""
+  table = [COLUMNS, ("---",) * len(COLUMNS)]
+  for name in names:
+    print(f"compiling {name} ...", file=sys.stderr, flush=True)
+    table += rows(name, SHAPES[name], plan_shape(SHAPES[name]))
+  return markdown(table)
+
+
 def markdown(table: list[tuple[str, ...]]) -> str:
   return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
@@ -151,18 +161,14 @@ def main() -> None:
   )
   parser.add_argument("--markdown", help="file to write the table to as well")
   args = parser.parse_args()
+  names = args.shape.split(",")
   alone = {"vision": vision_table, "family": family_table}
   if args.shape in alone:
-    print(alone[args.shape]())
-    return
-  names = args.shape.split(",")
-  if unknown := [name for name in names if name not in SHAPES]:
-    parser.error(f"no shape {unknown}; there are {', '.join(SHAPES)}.")
-  table = [COLUMNS, ("---",) * len(COLUMNS)]
-  for name in names:
-    print(f"compiling {name} ...", file=sys.stderr, flush=True)
-    table += rows(name, SHAPES[name], plan_shape(SHAPES[name]))
-  text = markdown(table)
+    text = alone[args.shape]()
+  elif unknown := [name for name in names if name not in SHAPES]:
+    parser.error(f"no shape {unknown}; there are {', '.join(SHAPES)}; alone, {', '.join(alone)}.")
+  else:
+    text = peer_table(names)
   print(text)
   if args.markdown:
     pathlib.Path(args.markdown).write_text(text + "\n")

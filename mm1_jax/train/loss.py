@@ -44,17 +44,24 @@ def cross_entropy(
   hidden: Float[Array, "B S D"],
   batch: Batch,
   num_sources: int,
-  z_loss: float = 0.0,
+  z_loss: float,
 ) -> tuple[Float[Array, ""], TokenSums]:
   """Sums -log p(target) where `loss_mask` is set, chunk by chunk along the row.
 
   Logits exist for a chunk only: [B, S, V] in float32 would be the largest array of the whole step.
   So that none are made twice, a chunk's gradients are taken while its logits are there, in the
-  forward pass; the backward pass multiplies them by one number.
+  forward pass; the backward pass multiplies them by one number (Liger Kernel, arXiv 2410.10989).
+
+  Args:
+    decoder: for its head.
+    hidden: what the decoder returned.
+    batch: targets, their mask and their sources.
+    num_sources: M.
+    z_loss: weight of the squared log normalisers.
 
   Returns:
-    What is to be differentiated, the nats and `z_loss` times the squared log normalisers; and the
-    sums to report, which have no gradient.
+    What is to be differentiated, in nats, with the weighted squares; and the sums to report, which
+    have no gradient.
   """
   num_parts = jax.sharding.get_abstract_mesh().shape["sequence"]  # that rows are split into
   size = math.gcd(hidden.shape[1] // num_parts, CHUNK)
