@@ -8,7 +8,7 @@ line asks.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -100,7 +100,8 @@ def gather(weight: jax.Array, dtype: jax.typing.DTypeLike, *, rows: jax.Array) -
   Casting first halves the bytes on the wire. The result is of the type that JAX calls *reduced*
   over the axes of `rows`: its gradient stays a sum of its own on each chip until it has left all
   loops, and then comes back as a reduce-scatter over FSDP and, of what is left of it on a chip, an
-  all-reduce over `data`. Typed as whole, it would be all-reduced whole, each time it is used.
+  all-reduce over `data` (which `train.step` puts off until all micro-batches are summed). Typed as
+  whole, it would be all-reduced whole, each time it is used.
 
   Args:
     weight: as it is stored.
@@ -108,15 +109,58 @@ def gather(weight: jax.Array, dtype: jax.typing.DTypeLike, *, rows: jax.Array) -
     rows: what it is to be multiplied with, or picked by; split along anything but width. Where
       that is over `tensor` too, as pictures are, the weight is gathered over that as well.
   """
-  spec, over = spec_of(weight), set(axes_of(*spec_of(rows)))
-  stored = set(axes_of(*spec))
-  kept = [None if (over | set(FSDP_AXES)) & set(axes_of(entry)) else entry for entry in spec]
+  split, done = spec_of(weight).partitions, spec_of(weight).reduced
+  over = set(axes_of(*spec_of(rows)))
+  stored = set(axes_of(*split))
+  kept = [None if (over | set(FSDP_AXES)) & set(axes_of(entry)) else entry for entry in split]
   # Without the barrier XLA gathers a block's slice of a stack, [1, F, D], as it is, and where D is
   # split the one dim of length 1 ends up in its tiles: making a matrix of it took as long as 20
   # passes over it (MM1-30B on v5p-512).
   weight = jax.lax.optimization_barrier(weight.astype(dtype))
-  weight = jax.sharding.reshard(weight, P(*spec, reduced=frozenset(over - stored)))
-  return jax.sharding.reshard(weight, P(*kept, reduced=frozenset(over)))
+  weight = jax.sharding.reshard(weight, P(*split, reduced=done | (over - stored)))
+  return jax.sharding.reshard(weight, P(*kept, reduced=done | over))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def on_each_chip(
+  f: Callable[..., jax.Array], split: tuple, weights: tuple[jax.Array, ...]
+) -> jax.Array:
+  """Returns `f(*weights)`, which each chip computes from its own parts of stored weights.
+
+  For what is made of weights before they meet any row: the result is *reduced* as they are (see
+  `gather`), where JAX's own rule for a product would sum the gradient over `data` first.
+
+  Args:
+    f: needs nothing of other chips.
+    split: mesh axes that the result is split over, dim by dim.
+    weights: all reduced over the same axes.
+  """
+  specs = tuple(map(spec_of, weights))
+  out = P(*split, reduced=specs[0].reduced)
+  run = jax.shard_map(lambda ws: f(*ws), in_specs=(specs,), out_specs=out, check_vma=False)
+  return run(weights)
+
+
+def _on_each_chip_forward(f, split, weights):
+  return on_each_chip(f, split, weights), weights
+
+
+def _on_each_chip_backward(f, split, weights, grad):
+  specs = tuple(map(spec_of, weights))
+
+  def transpose(weights, grad):
+    def over_others(x, spec):  # parts of the result that were made of the same part of a weight
+      others = [axis for axis in axes_of(*split) if axis not in axes_of(*spec.partitions)]
+      return jax.lax.psum(x, others) if others else x
+
+    return tuple(map(over_others, jax.vjp(f, *weights)[1](grad), specs))
+
+  out = tuple(P(*spec.partitions, unreduced=spec.reduced) for spec in specs)
+  run = jax.shard_map(transpose, in_specs=(specs, spec_of(grad)), out_specs=out, check_vma=False)
+  return (run(weights, grad),)
+
+
+on_each_chip.defvjp(_on_each_chip_forward, _on_each_chip_backward)
 
 
 def spec_of(x: jax.Array) -> P:

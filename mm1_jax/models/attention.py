@@ -206,7 +206,7 @@ class Attention(nnx.Module):
   def _project(self, x, weight, bias, norm=None, positions=None) -> Float[Array, "B S H h"]:
     heads = multiply("bsd,dhk->bshk", x, gather(weight[...], x.dtype, rows=x))
     if bias is not None:
-      heads += bias[...].astype(x.dtype)[None, None]
+      heads += broadcast(bias[...], heads)
     if norm is not None:
       heads = norm(heads)
     if positions is not None and self.rope_theta is not None:

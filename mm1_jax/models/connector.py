@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from mm1_jax.config import ConnectorConfig, ModelConfig
 from mm1_jax.models.attention import attend
-from mm1_jax.models.layers import LayerNorm, Linear, normal, resize_grid
+from mm1_jax.models.layers import LayerNorm, Linear, broadcast, normal, resize_grid
 from mm1_jax.sharding import LAYOUT, spec_of
 
 STD = 0.02  # Honeybee's initialisation of every matrix and convolution
@@ -56,7 +56,8 @@ def depthwise_conv(
   out = jnp.zeros_like(x[:, :height, :width])
   for i in range(rows):
     for j in range(columns):
-      out += x[:, i : i + height, j : j + width] * kernel[i, j][None, None, None]
+      shifted = x[:, i : i + height, j : j + width]
+      out += shifted * broadcast(kernel[i, j], shifted)
   return out
 
 
@@ -93,7 +94,7 @@ class RegNetBlock(nnx.Module):
 
   def __call__(self, x: Float[Array, "I h w C"]) -> Float[Array, "I h w O"]:
     y = jax.nn.silu(self.norm1(self.conv1(x)))
-    y = depthwise_conv(y, self.conv2[...].astype(y.dtype))
+    y = depthwise_conv(y, self.conv2[...])
     y = self.squeeze_excite(jax.nn.silu(self.norm2(y)))
     y = self.norm3(self.conv3(y))
     if self.shortcut is not None and self.shortcut_norm is not None:
@@ -151,9 +152,10 @@ class AttentionPool(nnx.Module):
       return y.reshape(*y.shape[:2], cfg.num_heads, cfg.hidden // cfg.num_heads)
 
     x = self.norm(x.reshape(num, height * width, channels))
-    queries = self.queries[...].astype(x.dtype)[None]
-    queries = jnp.broadcast_to(queries, (num, cfg.num_tokens, cfg.hidden), out_sharding=spec_of(x))
-    pooled = attend(heads(queries), heads(self.key(x)), heads(self.value(x)), mask=None)
+    keys = self.key(x)
+    shape = (num, cfg.num_tokens, cfg.hidden)
+    queries = broadcast(self.queries[...], jnp.zeros(shape, x.dtype, out_sharding=spec_of(keys)))
+    pooled = attend(heads(queries), heads(keys), heads(self.value(x)), mask=None)
     return self.out(pooled.reshape(num, cfg.num_tokens, cfg.hidden)).reshape(
       num, *cfg.token_grid, cfg.hidden
     )
@@ -203,6 +205,6 @@ class Connector(nnx.Module):
 
   def __call__(self, x: Float[Array, "I h w C"]) -> Float[Array, "I T D"]:
     if self.positions is not None:
-      x += resize_grid(self.positions[...], (x.shape[1], x.shape[2])).astype(x.dtype)[None]
+      x += broadcast(resize_grid(self.positions[...], (x.shape[1], x.shape[2])), x)
     x = self.readout(self.body(x))
     return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mm1_jax.config import DecoderConfig, ModelConfig
 from mm1_jax.models.attention import KV, Attention, Place, packed_causal_mask
-from mm1_jax.models.layers import RMSNorm, multiply, normal, run_blocks, stack
+from mm1_jax.models.layers import RMSNorm, multiply, normal, rows_of, run_blocks, stack
 from mm1_jax.models.lora import LoRA, merge
 from mm1_jax.models.moe import MoE, MoEStats
 from mm1_jax.sharding import LAYOUT, gather, spec_of
@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
 
   def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     table = gather(self.embedding[...], self.cfg.dtype, rows=tokens)
-    return table.at[tokens].get(out_sharding=P(*spec_of(tokens), None))
+    return rows_of(table, tokens)
 
   def head_weight(self, hidden: Float[Array, "B S D"]) -> Float[Array, "V D"]:
     """Returns the output matrix in the compute dtype, whole along D, for `logits` of `hidden`."""

@@ -34,7 +34,7 @@ from mm1_jax.models.dispatch import collect, invert, places, spread, spread_weig
 from mm1_jax.models.experts import swiglu
 from mm1_jax.models.grouped_matmul import padded_rows
 from mm1_jax.models.layers import normal
-from mm1_jax.sharding import LAYOUT, spec_of
+from mm1_jax.sharding import LAYOUT, gather, spec_of
 
 
 class MoEStats(NamedTuple):
@@ -75,14 +75,14 @@ class MoE(nnx.Module):
     """
     routing, probs, logits = self._route(x, valid)
     capacity = None if dropless else self._capacity(x.shape[1])
+    weights = self.gate[...], self.up[...], self.down[...]
     run = jax.shard_map(
       functools.partial(_run, capacity=capacity, exchange_factor=self.cfg.exchange_factor),
-      in_specs=(*(spec_of(x),) * 3, LAYOUT.expert_edf, LAYOUT.expert_edf, LAYOUT.expert_efd),
+      in_specs=(*(spec_of(x),) * 3, *map(spec_of, weights)),
       out_specs=(spec_of(x),) * 2,
       check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )
     experts = jnp.where(valid[..., None], routing.experts, self.cfg.num_experts)
-    weights = self.gate[...], self.up[...], self.down[...]
     y, kept = run(x, routing.weights, experts, *weights)
     return y, self._stats(routing, probs, logits, valid, kept)
 
@@ -99,7 +99,7 @@ class MoE(nnx.Module):
     logits = jnp.einsum(
       "bsd,de->bse",
       x.astype(jnp.float32),
-      self.router[...],
+      gather(self.router[...], jnp.float32, rows=x),
       precision=jax.lax.Precision.HIGHEST,
     )
     probs = jax.nn.softmax(logits)

@@ -99,11 +99,10 @@ class ViT(nnx.Module):
     x = self._patches(images)
     x = multiply("ihwp,pd->ihwd", x, gather(self.patch[...], x.dtype, rows=x))
     num, height, width, dim = x.shape
-    x += resize_grid(self.positions[...], (height, width)).astype(x.dtype)[None]
+    x += broadcast(resize_grid(self.positions[...], (height, width)), x)
     x = x.reshape(num, height * width, dim)
     if cfg.vision.class_token:
-      cls = (self.class_token[...] + self.class_position[...]).astype(x.dtype)
-      cls = jnp.broadcast_to(cls[None, None], (num, 1, dim), out_sharding=LAYOUT.act_i)
+      cls = broadcast(self.class_token[...] + self.class_position[...], x[:, :1])
       x = jnp.concatenate([cls, x], axis=1)
     if self.pre_norm is not None:
       x = self.pre_norm(x)

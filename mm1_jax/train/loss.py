@@ -114,12 +114,14 @@ def _sum_chunks_forward(of_chunk, weight, hidden, labels):
   def body(of_weight, xs):
     hidden, labels = xs
     sums, (of_hidden, more) = gradients((hidden, weight), labels)
-    return of_weight + more, (sums, of_hidden)
+    return of_weight + more.astype(jnp.float32), (sums, of_hidden)
 
-  # Each chip has a sum of its own, see `gather`.
+  # Each chip has a sum of its own, see `gather`; in float32, see `layers.broadcast`.
   spec = spec_of(weight)
-  zeros = jnp.zeros_like(weight, out_sharding=P(*spec.partitions, unreduced=spec.reduced))
+  where = P(*spec.partitions, unreduced=spec.reduced)
+  zeros = jnp.zeros(weight.shape, jnp.float32, out_sharding=where)
   of_weight, (sums, of_hidden) = jax.lax.scan(body, zeros, (hidden, labels))
+  of_weight = of_weight.astype(weight.dtype)
   return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), (of_weight, of_hidden)
 
 

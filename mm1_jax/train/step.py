@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import RunConfig
 from mm1_jax.models.mm1 import MM1
+from mm1_jax.sharding import spec_of
 from mm1_jax.train.loss import Losses, TokenSums, loss_fn, split_rows
 from mm1_jax.train.optimizer import (
   Params,
@@ -120,8 +122,14 @@ def _options(mesh: Mesh) -> dict[str, bool | int | float | str] | None:
 def _gradients(
   trainable: Params, frozen: Params, batch: Batch, run: RunConfig
 ) -> tuple[Losses, Params]:
-  """Returns the losses of a batch and their gradient, summed over micro-batches."""
+  """Returns the losses of a batch and their gradient, summed over micro-batches.
+
+  Slices of chips share gradients over `data`, by their slowest network: once a step, in float32.
+  Until then each has a sum of its own, which is the type of a gradient by a *reduced* param.
+  """
   num = run.train.accumulation_steps
+  across = frozenset({"data"} if jax.sharding.get_abstract_mesh().shape["data"] > 1 else ())
+  trainable, frozen = (_reshard(x, reduced=across) for x in (trainable, frozen))
   num_targets = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
 
   def micro(rows: Batch) -> tuple[Losses, Params]:
@@ -135,18 +143,29 @@ def _gradients(
     return losses, grads
 
   if num == 1:
-    return micro(batch)
+    losses, grads = micro(batch)
+    return losses, _reshard(grads)
 
   def body(carry, rows):
     losses, grads = micro(rows)
     summed = jax.tree.map(jnp.add, carry, (losses.total, losses.tokens, grads))
     return summed, losses.moe
 
+  def no_gradient(param):
+    where = P(*spec_of(param).partitions, unreduced=across)
+    return jnp.zeros_like(param, out_sharding=where)
+
   num_sources = len(run.data.leaves) or 1
   sums = TokenSums(jnp.zeros(num_sources), jnp.zeros(num_sources), jnp.zeros(()))
-  zeros = jnp.zeros(()), sums, jax.tree.map(jnp.zeros_like, trainable)
+  zeros = jnp.zeros(()), sums, jax.tree.map(no_gradient, trainable)
   (total, tokens, grads), moe = jax.lax.scan(body, zeros, split_rows(batch, num))
-  return Losses(total, tokens, jax.tree.map(lambda x: jnp.mean(x, axis=0), moe)), grads
+  moe = jax.tree.map(lambda x: jnp.mean(x, axis=0), moe)
+  return Losses(total, tokens, moe), _reshard(grads)
+
+
+def _reshard(params: Params, **kind: frozenset[str]) -> Params:
+  """Returns params split as they are, with sums over an axis made or, of a `kind`, put off."""
+  return jax.tree.map(lambda x: jax.sharding.reshard(x, P(*spec_of(x).partitions, **kind)), params)
 
 
 def _is_spike(guard: Guard, norm: Float[Array, ""], run: RunConfig) -> Bool[Array, ""]:
