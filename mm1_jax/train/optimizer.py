@@ -70,7 +70,7 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
       optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
     )
   return optax.chain(
-    optax.clip_by_global_norm(cfg.clip_norm),
+    optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
     precondition,
     optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
     _scale_by_rates(run),
@@ -81,11 +81,13 @@ def _scale_by_rates(run: RunConfig) -> optax.GradientTransformation:
   """Returns what turns directions into steps downhill, each part's at its own rate."""
   schedules = {part: make_schedule(run, part) for part in PARTS}
 
-  def init(_) -> optax.ScaleByScheduleState:
+  def init(params: Params) -> optax.ScaleByScheduleState:
+    del params
     return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
-  def update(updates, state, _=None):
-    steps = {part: -schedule(state.count) for part, schedule in schedules.items()}
+  def update(updates, state, params=None):
+    steps = {part: jnp.negative(schedule(state.count)) for part, schedule in schedules.items()}
+    del params
     updates = jax.tree_util.tree_map_with_path(
       lambda path, x: jnp.asarray(steps[_names(path)[0]], x.dtype) * x, updates
     )

@@ -286,6 +286,14 @@ def test_gradients_are_clipped_by_their_global_norm(params):
     assert float(optax.tree.norm(mu)) / (1 - cfg.b1) == pytest.approx(expected, rel=1e-5)
 
 
+def test_without_a_clip_norm_gradients_keep_their_size(params):
+  cfg = dataclasses.replace(DECAYED, clip_norm=None)
+  size = float(optax.tree.norm(gradients(params, 0)))
+  _, state = updates_of(make_optimizer(with_optimizer(cfg)), params, num=1, size=1e6 / size)
+  mu = next(s.mu for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s))
+  assert float(optax.tree.norm(mu)) / (1 - cfg.b1) == pytest.approx(1e6, rel=1e-5)
+
+
 def is_adam(x) -> bool:
   return isinstance(x, optax.ScaleByAdamState)
 
