@@ -307,7 +307,7 @@ class SourceConfig(_Group, where="data source '{name}': "):
 
   name: str
   path: str = ""  # glob of ArrayRecord shards; a group has none
-  # Share of positions, relative to the others of its group; 0 waits for `data.reweight`.
+  # Share (see `data.weight_by`), relative to the others of its group; 0 waits for `data.reweight`.
   weight: PositiveOrZero = 1.0
   sources: tuple["SourceConfig", ...] = ()  # of a group
   epochs: Positive | None = None  # after so many the source leaves the mixture; None is endless
@@ -370,6 +370,9 @@ class DataConfig(_Group, where="data."):
   """What is trained on, and how rows are filled."""
 
   sources: tuple[SourceConfig, ...] = ()  # the mixture, as a tree; `leaves` has it flat
+  # What weights are shares of. The papers' fine-tuning draws examples; from the mean lengths of
+  # each source's examples follow its shares of positions.
+  weight_by: Literal["positions", "examples"] = "positions"
   reweight: tuple[ReweightConfig, ...] = ()  # by ascending step
   eval_sources: tuple[SourceConfig, ...] = ()  # held out; each is evaluated whole, on its own
   tokenizer: str = ""  # SentencePiece model file
@@ -401,7 +404,7 @@ class DataConfig(_Group, where="data."):
     )
 
   def shares(self, step: int) -> tuple[float, ...]:
-    """Returns what share of a batch's positions each of the leaves has at a step; 1 in all.
+    """Returns what share each of the leaves has at a step, of what `weight_by` says; 1 in all.
 
     A group whose sources all have weight 0 leaves its share to the others.
     """

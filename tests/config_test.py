@@ -131,6 +131,7 @@ def test_continual_pretraining_is_mm1_5s():
   """Documents at 1344 x 1344 (720 tokens), all text a target, and no room that is lost."""
   run, first, last = load("mm1_5_continual_3b"), load("mm1_3b"), load("mm1_5_sft_3b")
   assert [source.weight for source in run.data.leaves] == [0.25] * 4
+  assert run.data.weight_by == last.data.weight_by == "examples"
   assert run.data.tiling is not None
   slots = run.data.tiling.max_slots
   assert slots * run.model.connector.num_tokens == 720
@@ -220,6 +221,7 @@ def test_sft_keeps_the_model_and_changes_the_rest(model):
   assert sft.model == pretrained.model
   assert (sft.data.batch_size, sft.data.seq_len, sft.train.num_steps) == (256, 2048, 10_000)
   assert sft.optimizer.name == "adafactor"
+  assert (pretrained.data.weight_by, sft.data.weight_by) == ("positions", "examples")
   assert [source.name for source in sft.data.sources] == ["sft"]
 
 
