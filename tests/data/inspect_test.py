@@ -20,6 +20,7 @@ from mm1_jax.config import (
   ReweightConfig,
   RunConfig,
   SourceConfig,
+  TilingConfig,
   VisionConfig,
 )
 from mm1_jax.data import inspect
@@ -169,6 +170,20 @@ def test_weights_of_examples_are_shown_as_both_shares(make_run, write, jpeg, tmp
       assert found[name][f"{kind}_examples_fraction"] == pytest.approx(examples)
   assert "The weights are shares of examples." in Page(drawing.page).text
   assert drawing.failed == []
+
+
+def test_sub_images_count_in_the_length_of_an_example(make_run, write, jpeg, tmp_path):
+  """A caption has five of 6 positions, `<s>` and a word: 32, beside a text of 3."""
+  run = make_run(
+    write("captions", [[jpeg(50), "a"]]),
+    write("text", [["a b"]]),
+    **{"seq_len": 70, "batch_size": 2, "images_per_row": 10, "window_rows": 8},
+    weight_by="examples",
+    tiling=TilingConfig(grid=(2, 2)),
+  )
+  found = inspect.draw_stream(run, tmp_path, num_batches=4, num_rows=2).facts["sources"]
+  assert found["captions"]["asked_fraction"] == pytest.approx(32 / 35)
+  assert found["captions"]["planned_examples_fraction"] == pytest.approx(0.5)
 
 
 def test_a_later_step_is_the_one_that_training_gets(make_run, tmp_path):
