@@ -31,13 +31,13 @@ def base(name: str) -> ConfigDict:
   return config
 
 
-# Shares of positions; see `mixture`.
+# Shares of positions; see `mixture`, and `data.weight_by`.
 MM1 = {"captions": 0.45, "interleaved": 0.45, "text": 0.10}
 # 7% of the captions are synthetic (VeCap).
 MM1_VECAP = {**MM1, "captions": (0.45, {"web": 0.93, "vecap": 0.07})}
 MM1_5 = {"captions": 0.50, "interleaved": 0.10, "text": 0.40}
 # Conversations of MM1 (appendix A.3), in thousands. The papers draw examples at random from all of
-# them; weights here are shares of positions, so sets of short ones are drawn more often.
+# them, so these weights are shares of examples, as `sft` sets it.
 MM1_SFT = {
   "text": 13,  # Apple's own
   "llava_conversation": 57,
@@ -57,7 +57,8 @@ MM1_SFT = {
   "ai2d": 15,
   "infovqa": 24,
 }
-# MM1.5's (arXiv 2409.20566, Fig. 4): shares of the groups, and in them thousands of conversations.
+# MM1.5's (arXiv 2409.20566, Fig. 4): shares of the groups, and in them thousands of conversations;
+# of examples again.
 # Which sets of "knowledge" are mathematics, science or code is our reading.
 MM1_5_SFT = {
   "single": (
@@ -172,13 +173,15 @@ def pretrain(name: str, *, data: str = "data") -> ConfigDict:
 def sft(config: ConfigDict, *, data: str = "data") -> ConfigDict:
   """Returns MM1's supervised fine-tuning (section 4) of a pre-trained `config`.
 
-  10k steps of 256 x 2048, Adafactor at 1e-5 to 0, everything trained, loss on answers only. Set
+  10k steps of 256 x 2048, Adafactor at 1e-5 to 0, everything trained, loss on answers only.
+  Examples are drawn at random from all sets: weights are shares of examples. Set
   `--config.train.init_from` to the pre-training run.
   """
   config.name += "_sft"
   config.data.sources = mixture(data, {"sft": 1.0})
   config.data.eval_sources = mixture(data, {"sft": 1.0}, part="heldout")
   config.data.reweight = ()
+  config.data.weight_by = "examples"
   config.data.chat = True
   config.data.seq_len, config.data.batch_size = 2048, 256
   config.data.images_per_row = 6

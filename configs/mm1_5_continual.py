@@ -5,9 +5,9 @@ r"""MM1.5's continual pre-training (arXiv 2409.20566), between pre-training and 
       --config.train.init_from=gs://BUCKET/mm1_3b
 
 30k steps of 256 rows, Adafactor at 1e-5, on documents with much text, each read at 1344 x 1344
-pixels: 2 x 2 sub-images of 672 and an overview. Its four sets are drawn alike: PDFA, IDL,
-RenderedText and DocStruct-4M, 45M pages in all. The paper does not say how long its rows are: 4096
-positions hold four pages of 730 and about 1,200 tokens of text.
+pixels: 2 x 2 sub-images of 672 and an overview. As many pages are drawn of each of its four sets:
+PDFA, IDL, RenderedText and DocStruct-4M, 45M pages in all. The paper does not say how long its rows
+are: 4096 positions hold four pages of 730 and about 1,200 tokens of text.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config(model: str = "3b") -> ConfigDict:
   common.high_resolution(config, grid=(2, 2), overview="first")
   config.data.sources = common.mixture("data", SETS)
   config.data.eval_sources = common.mixture("data", SETS, part="heldout")
-  config.data.update(batch_size=256, images_per_row=20)
+  config.data.update(batch_size=256, images_per_row=20, weight_by="examples")
   config.train.num_steps = 30_000
   common.adafactor(config, learning_rate=1e-5)
   return config

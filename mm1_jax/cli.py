@@ -5,7 +5,9 @@ Here ends `ml_collections`: behind `load_config` there are only frozen dataclass
 """
 
 import logging as std_logging
+import operator
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -60,8 +62,16 @@ def read_config(path: str) -> RunConfig:
 
 def parse(argv: list[str]) -> list[str]:
   """Parses flags; a config file or an override that is wrong is a ConfigError like any other."""
+  # `config_flags` would read "None" as a number or a string.
+  overrides = [(arg, re.fullmatch(r"--?config\.([^=]+)=(.*)", arg)) for arg in argv]
+  last = {match[1]: match[2] for _, match in overrides if match}
+  rest = [arg for arg, match in overrides if not match or match[2] != "None"]
   try:
-    return flags.FLAGS(argv)
+    left = flags.FLAGS(rest)
+    for key in (key for key, value in last.items() if value == "None"):
+      group, _, name = f"config.{key}".rpartition(".")
+      setattr(operator.attrgetter(group)(flags.FLAGS), name, None)
+    return left
   except Exception as e:  # a config file is a program, and may raise anything
     raise ConfigError(f"{_reason(e)} See --help.") from e
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen configuration: every default, every cross-field rule, and nothing else.
+"""Frozen configuration: every default, every range, every cross-field rule, and nothing else.
 
 `configs/*.py` write an `ml_collections.ConfigDict`; `RunConfig.from_dict` turns its plain dict into
-the dataclasses below. No code past this point looks a key up by name or supplies a default.
+the dataclasses below. No code past this point looks a key up by name or supplies a default. The
+type of each number says in which range it must lie, see `ranges.py`.
 
   RunConfig > ModelConfig > VisionConfig, ConnectorConfig, DecoderConfig > MoEConfig, LoRAConfig
             > DataConfig > SourceConfig
@@ -16,9 +17,23 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from mm1_jax import ranges
+from mm1_jax.ranges import (
+  Count,
+  CountOrZero,
+  Decay,
+  Fraction,
+  NormEps,
+  Positive,
+  PositiveOrZero,
+  Range,
+  Seed,
+)
 
 PARTS = ("vit", "connector", "decoder")
+Axis = Annotated[int, Range(at_least=-1, below=2**31)]  # -1 takes what is left
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp", "expert")  # that rows are split over
 FSDP_AXES = ("fsdp", "expert", "sequence")  # that dense weights are split over, beside `tensor`
@@ -48,30 +63,41 @@ def _require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
-def _require_positive(group: Any, path: str, *fields: str) -> None:
-  for field in fields:
-    value = getattr(group, field)
-    _require(value > 0, f"{path}.{field} {value} must be positive.")
+class _Group:
+  """Settings that belong together, checked however they are made: by number, then `_check`."""
+
+  _where: str  # what stands before a field's name in messages; names fields in braces
+
+  def __init_subclass__(cls, *, where: str):
+    cls._where = where
+
+  def __post_init__(self):
+    for message in ranges.outside(self, self._where.format(**vars(self))):
+      raise ConfigError(message)
+    self._check()
+
+  def _check(self) -> None:
+    """Raises a ConfigError if fields do not fit together."""
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(_Group, where="model.vision."):
   """ViT image encoder, CLIP-compatible (MM1 section 3.1: ViT-H/14 at 378 pixels)."""
 
-  image_size: tuple[int, int] = (378, 378)  # height, width in pixels
-  patch_size: int = 14
-  width: int = 1280
-  depth: int = 32
-  num_heads: int = 16
-  mlp_dim: int = 5120
+  image_size: tuple[Count, Count] = (378, 378)  # height, width in pixels
+  patch_size: Count = 14
+  width: Count = 1280
+  depth: Count = 32
+  num_heads: Count = 16
+  mlp_dim: Count = 5120
   activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
   class_token: bool = True
   pre_norm: bool = True  # CLIP's ln_pre, in front of the first block
-  norm_eps: float = 1e-5
+  norm_eps: NormEps = 1e-5
   # Grid the learned positions are stored at; bicubically resized to the image's own grid.
-  position_grid: tuple[int, int] = (27, 27)
+  position_grid: tuple[Count, Count] = (27, 27)
   # Block whose output is the feature: -1 the last block, -2 the one before it, ...
-  feature_layer: int = -1
+  feature_layer: Annotated[int, Range(at_least=-(2**31), at_most=-1)] = -1
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -87,12 +113,10 @@ class VisionConfig:
     """Blocks that are built and run: none past the feature layer."""
     return self.depth + 1 + self.feature_layer
 
-  def __post_init__(self):
-    counts = ("patch_size", "width", "depth", "num_heads", "mlp_dim")
-    _require_positive(self, "model.vision", *counts)
+  def _check(self) -> None:
     for side in self.image_size:
       _require(
-        side > 0 and side % self.patch_size == 0,
+        side % self.patch_size == 0,
         f"model.vision.image_size {self.image_size} must be a multiple of patch_size "
         f"{self.patch_size} on both sides: {max(1, side // self.patch_size) * self.patch_size} "
         f"or {(side // self.patch_size + 1) * self.patch_size} would fit.",
@@ -102,34 +126,29 @@ class VisionConfig:
       f"model.vision.width {self.width} must be a multiple of num_heads {self.num_heads}.",
     )
     _require(
-      -self.depth <= self.feature_layer <= -1,
+      -self.depth <= self.feature_layer,
       f"model.vision.feature_layer {self.feature_layer} must lie in [-{self.depth}, -1].",
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class ConnectorConfig:
+class ConnectorConfig(_Group, where="model.connector."):
   """Vision-language connector (MM1 section 3.2; C-Abstractor of Honeybee, arXiv 2312.06742)."""
 
   kind: Literal["c_abstractor", "average_pool", "attention_pool", "linear", "mlp"] = "c_abstractor"
-  token_grid: tuple[int, int] = (12, 12)  # tokens down and across; 8x8, 12x12, 16x16 in the papers
-  hidden: int = 1024  # C-Abstractor's convolution width, attention pool's query width
-  depth: int = 3  # RegNet blocks in each of the C-Abstractor's two stages
-  mlp_depth: int = 2  # layers of the read-out
-  num_heads: int = 16  # attention pool only
+  # Tokens down and across; 8x8, 12x12 and 16x16 in the papers.
+  token_grid: tuple[Count, Count] = (12, 12)
+  hidden: Count = 1024  # C-Abstractor's convolution width, attention pool's query width
+  depth: Count = 3  # RegNet blocks in each of the C-Abstractor's two stages
+  mlp_depth: Count = 2  # layers of the read-out
+  num_heads: Count = 16  # attention pool only
 
   @property
   def num_tokens(self) -> int:
     """Decoder positions an image takes (T), without its delimiters."""
     return self.token_grid[0] * self.token_grid[1]
 
-  def __post_init__(self):
-    counts = ("hidden", "depth", "mlp_depth", "num_heads")
-    _require_positive(self, "model.connector", *counts)
-    _require(
-      min(self.token_grid) > 0,
-      f"model.connector.token_grid {self.token_grid} must have positive sides, such as (12, 12).",
-    )
+  def _check(self) -> None:
     _require(
       self.kind != "attention_pool" or self.hidden % self.num_heads == 0,
       f"model.connector.hidden {self.hidden} must be a multiple of num_heads {self.num_heads}.",
@@ -137,69 +156,57 @@ class ConnectorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(_Group, where="model.decoder.moe."):
   """Sparse feed-forward layers (MM1 section 3.4: top-2 gating, GShard and ST-MoE losses)."""
 
-  num_experts: int = 64
-  every: int = 2  # the last layer of every group of this many is sparse
-  top_k: int = 2
-  # Slots per expert and row = capacity_factor * top_k * S / num_experts; None never drops a token.
-  capacity_factor: float | None = 2.0
+  num_experts: Count = 64
+  every: Count = 2  # the last layer of every group of this many is sparse
+  top_k: Count = 2
+  # Slots per expert and row = capacity_factor * top_k * S / num_experts.
+  capacity_factor: Annotated[float, Range(above=0, none="drops no token")] | None = 2.0
   # Dropless over an `expert` axis: rows that a chip has room for, relative to an even load. Where
   # one chip gets more, that layer takes its tokens in rounds: slower, but nothing is dropped.
-  exchange_factor: float = 1.5
-  balance_loss: float = 0.01
-  router_z_loss: float = 0.001
+  exchange_factor: Annotated[float, Range(at_least=1)] = 1.5
+  balance_loss: PositiveOrZero = 0.01
+  router_z_loss: PositiveOrZero = 0.001
 
-  def __post_init__(self):
-    _require_positive(self, "model.decoder.moe", "num_experts", "every")
+  def _check(self) -> None:
     _require(
-      1 <= self.top_k <= self.num_experts,
+      self.top_k <= self.num_experts,
       f"model.decoder.moe.top_k {self.top_k} must lie in [1, num_experts = {self.num_experts}].",
-    )
-    _require(
-      self.capacity_factor is None or self.capacity_factor > 0,
-      f"model.decoder.moe.capacity_factor {self.capacity_factor} must be positive, or None.",
-    )
-    _require(
-      self.exchange_factor >= 1,
-      f"model.decoder.moe.exchange_factor {self.exchange_factor} must be at least 1, which is room "
-      f"for an even load.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(_Group, where="model.decoder.rope_scaling."):
   """Llama 3.1's stretch of RoPE's slow frequencies to longer contexts (arXiv 2407.21783, 3.4.1).
 
   Wavelengths above original_positions / low_freq_factor grow by `factor`, those below
   original_positions / high_freq_factor stay, and those between go over from one to the other.
   """
 
-  factor: float = 8.0
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_positions: int = 8192
+  factor: Annotated[float, Range(at_least=1)] = 8.0
+  low_freq_factor: Positive = 1.0
+  high_freq_factor: Positive = 4.0
+  original_positions: Count = 8192
 
-  def __post_init__(self):
-    _require_positive(self, "model.decoder.rope_scaling", "factor", "original_positions")
+  def _check(self) -> None:
     _require(
-      0 < self.low_freq_factor < self.high_freq_factor,
-      f"model.decoder.rope_scaling.low_freq_factor {self.low_freq_factor} must be positive and "
-      f"below high_freq_factor {self.high_freq_factor}.",
+      self.low_freq_factor < self.high_freq_factor,
+      f"model.decoder.rope_scaling.low_freq_factor {self.low_freq_factor} must be below "
+      f"high_freq_factor {self.high_freq_factor}.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(_Group, where="model.decoder.lora."):
   """Adapters of the decoder's matrices, which stand still beside them (arXiv 2106.09685)."""
 
-  rank: int = 16
-  alpha: float = 32.0  # the product of the adapters counts alpha / rank
+  rank: Count = 16
+  alpha: Positive = 32.0  # the product of the adapters counts alpha / rank
   matrices: tuple[str, ...] = LORA_MATRICES
 
-  def __post_init__(self):
-    _require_positive(self, "model.decoder.lora", "rank", "alpha")
+  def _check(self) -> None:
     _require(bool(self.matrices), "model.decoder.lora.matrices is empty; name one, or no lora.")
     for name in self.matrices:
       _require(
@@ -209,19 +216,19 @@ class LoRAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(_Group, where="model.decoder."):
   """Decoder-only LLM: pre-RMSNorm, RoPE, GQA, SwiGLU, no biases but Qwen 2's."""
 
-  vocab_size: int = 49152
-  width: int = 3072
-  depth: int = 26
-  num_heads: int = 24
-  num_kv_heads: int = 8
-  head_dim: int = 128
-  mlp_dim: int = 8064
-  rope_theta: float = 1e4
+  vocab_size: Count = 49152
+  width: Count = 3072
+  depth: Count = 26
+  num_heads: Count = 24
+  num_kv_heads: Count = 8
+  head_dim: Count = 128
+  mlp_dim: Count = 8064
+  rope_theta: Annotated[float, Range(above=1)] = 1e4
   rope_scaling: RopeScaling | None = None
-  norm_eps: float = 1e-5
+  norm_eps: NormEps = 1e-5
   qk_norm: bool = False
   qkv_bias: bool = False
   tie_embeddings: bool = True
@@ -233,9 +240,7 @@ class DecoderConfig:
     """Layers in the repeating unit that the decoder scans over."""
     return self.moe.every if self.moe else 1
 
-  def __post_init__(self):
-    counts = ("vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-    _require_positive(self, "model.decoder", *counts)
+  def _check(self) -> None:
     _require(
       self.num_heads % self.num_kv_heads == 0,
       f"model.decoder.num_heads {self.num_heads} must be a multiple of num_kv_heads "
@@ -251,13 +256,13 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Group, where="model."):
   """The three parts, and how they are computed."""
 
   vision: VisionConfig = VisionConfig()
   connector: ConnectorConfig = ConnectorConfig()
   decoder: DecoderConfig = DecoderConfig()
-  image_token_id: int = 4  # the tokenizer's `<image>` id; checked when the tokenizer is loaded
+  image_token_id: CountOrZero = 4  # the tokenizer's `<image>` id; checked when that is loaded
   dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; params are float32
   # What the backward pass keeps of a block: all ("none"), matmul outputs ("dots"), its input alone
   # ("full"), or its input and what is named, such as "qkv+attention+host:mlp_up"; see REMAT_NAMES.
@@ -267,13 +272,9 @@ class ModelConfig:
   # Slots whose pictures a chip encodes at a time; of such groups, those without any picture on any
   # chip are left out. None encodes all slots at once: best where most are filled, as on a pod, for
   # each group gathers the encoder's weights.
-  image_group: int | None = None
+  image_group: Count | None = None
 
-  def __post_init__(self):
-    _require(
-      self.image_group is None or self.image_group > 0,
-      f"model.image_group is {self.image_group}; it must be positive, or None for all slots.",
-    )
+  def _check(self) -> None:
     whole = self.remat in ("none", "dots", "full")
     for name in () if whole else self.remat.split("+"):
       _require(
@@ -294,28 +295,27 @@ class ModelConfig:
       f"use at most {patches}, or a larger model.vision.image_size.",
     )
     _require(
-      0 <= self.image_token_id < self.decoder.vocab_size,
+      self.image_token_id < self.decoder.vocab_size,
       f"model.image_token_id {self.image_token_id} must lie in [0, vocab_size = "
       f"{self.decoder.vocab_size}).",
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(_Group, where="data source '{name}': "):
   """One stream of records, or a group of them that shares its weight out."""
 
   name: str
   path: str = ""  # glob of ArrayRecord shards; a group has none
-  # Share of positions, relative to the others of its group; 0 waits for `data.reweight`.
-  weight: float = 1.0
+  # Share (see `data.weight_by`), relative to the others of its group; 0 waits for `data.reweight`.
+  weight: PositiveOrZero = 1.0
   sources: tuple["SourceConfig", ...] = ()  # of a group
-  epochs: float | None = None  # after so many the source leaves the mixture; None is endless
-  limit: int | None = None  # use so many of its examples, picked at random
-  seed: int = 0  # another one gives another order, and another pick
+  epochs: Positive | None = None  # after so many the source leaves the mixture; None is endless
+  limit: Count | None = None  # use so many of its examples, picked at random
+  seed: Seed = 0  # another one gives another order, and another pick
 
-  def __post_init__(self):
+  def _check(self) -> None:
     where = f"data source '{self.name}'"
-    _require(self.weight >= 0, f"{where} has weight {self.weight}; it must not be negative.")
     _require(
       bool(self.path) != bool(self.sources),
       f"{where} has {'both' if self.path else 'neither'} 'path' {'and' if self.path else 'nor'} "
@@ -326,39 +326,31 @@ class SourceConfig:
       not (self.sources and used),
       f"{where} is a group and has no {' and '.join(used)} of its own; set them for its sources.",
     )
-    for field in used:
-      value = getattr(self, field)
-      _require(value > 0, f"{where} has {field} {value}; it must be positive, or None.")
 
 
 @dataclasses.dataclass(frozen=True)
-class ReweightConfig:
+class ReweightConfig(_Group, where="data.reweight at step {step}: "):
   """New weights for sources and groups, from a step on; those not named keep theirs."""
 
-  step: int
-  weights: tuple[tuple[str, float], ...]  # by name, such as "captions", or "captions/web" in it
-
-  def __post_init__(self):
-    where = f"data.reweight at step {self.step}"
-    _require(self.step > 0, f"{where}: from step 0 on, the sources' own weights hold.")
-    for name, weight in self.weights:
-      _require(weight >= 0, f"{where}: weight {weight} of '{name}' must not be negative.")
+  step: Count  # before the first of these, the sources' own weights hold
+  # By name, such as "captions", or "captions/web" in it.
+  weights: tuple[tuple[str, PositiveOrZero], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class TilingConfig:
+class TilingConfig(_Group, where="data.tiling."):
   """Pictures cut into sub-images of the encoder's size (MM1 section 4.1, MM1.5 section 4.5)."""
 
   # Rows and columns of every picture: MM1 has (2, 2). None chooses for each picture a grid of
   # `min_tiles` to `max_tiles` sub-images, as MM1.5 does.
-  grid: tuple[int, int] | None = None
-  min_tiles: int = 4
-  max_tiles: int = 9  # MM1.5 trains with 9 and answers with up to 16
+  grid: tuple[Count, Count] | None = None
+  min_tiles: Count = 4
+  max_tiles: Count = 9  # MM1.5 trains with 9 and answers with up to 16
   overview: Literal["last", "first", "none"] = "last"  # where the whole picture stands, made small
   # Text in front of the sub-images: (image, row, column), or what parts columns and rows.
   marks: Literal["none", "index", "separators"] = "none"
-  max_images: int = 2  # pictures of an example with more are not cut
-  last: int | None = None  # cut just so many pictures, the last, however many there are
+  max_images: Count = 2  # pictures of an example with more are not cut
+  last: CountOrZero | None = None  # cut just so many pictures, the last, however many there are
 
   @property
   def max_slots(self) -> int:
@@ -366,46 +358,42 @@ class TilingConfig:
     num = self.grid[0] * self.grid[1] if self.grid else self.max_tiles
     return num + (self.overview != "none" and num > 1)
 
-  def __post_init__(self):
-    _require_positive(self, "data.tiling", "min_tiles", "max_tiles", "max_images")
-    _require(
-      self.grid is None or min(self.grid) > 0,
-      f"data.tiling.grid {self.grid} must have positive sides, such as (2, 2), or be None.",
-    )
+  def _check(self) -> None:
     _require(
       self.min_tiles <= self.max_tiles,
       f"data.tiling.min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}.",
     )
-    _require(
-      self.last is None or self.last >= 0, f"data.tiling.last {self.last} must not be negative."
-    )
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Group, where="data."):
   """What is trained on, and how rows are filled."""
 
   sources: tuple[SourceConfig, ...] = ()  # the mixture, as a tree; `leaves` has it flat
+  # What weights are shares of. The papers' fine-tuning draws examples; from the mean lengths of
+  # each source's examples follow its shares of positions.
+  weight_by: Literal["positions", "examples"] = "positions"
   reweight: tuple[ReweightConfig, ...] = ()  # by ascending step
   eval_sources: tuple[SourceConfig, ...] = ()  # held out; each is evaluated whole, on its own
   tokenizer: str = ""  # SentencePiece model file
-  seq_len: int = 4096  # positions in a row (S)
-  batch_size: int = 512  # rows in a global batch (B)
-  images_per_row: int = 16  # image slots of a row (N)
+  seq_len: Count = 4096  # positions in a row (S)
+  batch_size: Count = 512  # rows in a global batch (B)
+  images_per_row: CountOrZero = 16  # image slots of a row (N)
   # How a picture gets the encoder's size: out of shape, or whole, with a border.
   image_fit: Literal["squash", "pad"] = "squash"
   tiling: TilingConfig | None = None  # of high-resolution pictures; None leaves them whole
-  max_image_pixels: int = 64_000_000  # a picture of more is dropped before it is decoded
+  max_image_pixels: Count = 64_000_000  # a picture of more is dropped before it is decoded
   image_delimiters: bool = True  # <image_start>, <image_end> around an image's run
   # Rows of all sources, or each row of one source, as MM1 has it.
   packing: Literal["joint", "per_source"] = "joint"
   chat: bool = False  # conversations: generation then puts a prompt in the chat template
   chat_template: str = "default"  # or vicuna, llama3, chatml, or a file; see `data/template.py`
-  window_rows: int = 128  # rows that are packed together; more fill better and shuffle further
-  num_workers: int = 0  # processes that decode images; 0 decodes in the training process
-  prefetch_batches: int = 2  # made ahead, whatever the number of workers; all are in host memory
-  max_drop_fraction: float = 0.05  # of examples lost to unreadable images before the run stops
-  seed: int = 0
+  window_rows: Count = 128  # rows that are packed together; more fill better and shuffle further
+  # Processes that decode images; 0 decodes in the training process.
+  num_workers: Annotated[int, Range(at_least=0, at_most=4096)] = 0
+  prefetch_batches: Count = 2  # made ahead, whatever the number of workers; all are in host memory
+  max_drop_fraction: Fraction = 0.05  # of examples lost to unreadable images before the run stops
+  seed: Seed = 0
 
   @functools.cached_property
   def leaves(self) -> tuple[SourceConfig, ...]:
@@ -416,7 +404,7 @@ class DataConfig:
     )
 
   def shares(self, step: int) -> tuple[float, ...]:
-    """Returns what share of a batch's positions each of the leaves has at a step; 1 in all.
+    """Returns what share each of the leaves has at a step, of what `weight_by` says; 1 in all.
 
     A group whose sources all have weight 0 leaves its share to the others.
     """
@@ -427,7 +415,7 @@ class DataConfig:
     shares = tuple(_shares(self.sources, weights, 1.0))
     return tuple(share / (sum(shares) or 1.0) for share in shares)
 
-  def __post_init__(self):
+  def _check(self) -> None:
     for kind in ("sources", "eval_sources"):
       _check_names(getattr(self, kind), f"data.{kind}")
     for source in self.eval_sources:
@@ -437,8 +425,6 @@ class DataConfig:
         source.epochs is None and source.limit is None,
         f"{where} has epochs or a limit, but is evaluated whole, up to train.eval_batches.",
       )
-    counts = ("seq_len", "batch_size", "window_rows", "max_image_pixels", "prefetch_batches")
-    _require_positive(self, "data", *counts)
     _require(
       self.tiling is None or self.tiling.marks == "none" or self.chat,
       "data.tiling.marks needs data.chat: documents are cut at texts, which would part a picture.",
@@ -506,77 +492,69 @@ def _check_names(sources: Sequence[SourceConfig], where: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Group, where="optimizer."):
   """AdamW for pre-training, Adafactor for SFT; warm-up, then cosine to `final_fraction`."""
 
   name: Literal["adamw", "adafactor"] = "adamw"
-  learning_rate: float | None = None  # peak; None takes MM1's law, see `train.optimizer`
-  # Peaks of these parts; None is the same as above, 0 computes gradients and trains nothing.
-  vit_learning_rate: float | None = None
-  connector_learning_rate: float | None = None
-  warmup_steps: int = 2000
-  final_fraction: float = 0.1
-  weight_decay: float = 0.1  # times the current learning rate; never on norms and biases
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
+  # Peaks: MM1's law is in `train.optimizer`. A part without one of its own takes the first; 0
+  # computes gradients and trains nothing.
+  learning_rate: Annotated[float, Range(at_least=0, none="takes MM1's law")] | None = None
+  vit_learning_rate: PositiveOrZero | None = None
+  connector_learning_rate: PositiveOrZero | None = None
+  warmup_steps: CountOrZero = 2000
+  final_fraction: Fraction = 0.1
+  # Times the current learning rate; never on norms and biases.
+  weight_decay: Annotated[float, Range(at_least=0, at_most=1000)] = 0.1
+  b1: Decay = 0.9
+  b2: Decay = 0.95
+  eps: Annotated[float, Range(at_least=1e-30, below=1)] = 1e-8
   # Of AdamW's first moment; its second, and the params, are always float32.
   moment_dtype: Literal["float32", "bfloat16"] = "float32"
-  clip_norm: float = 1.0
+  clip_norm: Annotated[float, Range(above=0, none="clips nothing")] | None = 1.0
   frozen: tuple[str, ...] = ()  # parts with no gradient, no optimizer state and no decay
 
-  def __post_init__(self):
-    for field in ("learning_rate", "vit_learning_rate", "connector_learning_rate"):
-      rate = getattr(self, field)
-      _require(rate is None or rate >= 0, f"optimizer.{field} {rate} must not be negative.")
+  def _check(self) -> None:
     for part in self.frozen:
       _require(part in PARTS, f"optimizer.frozen names '{part}'; the parts are {PARTS}.")
     _require(len(set(self.frozen)) < len(PARTS), "optimizer.frozen leaves nothing to train.")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Group, where="train."):
   """One run of the loop; a stage is a config, not a trainer."""
 
-  num_steps: int = 200_000
-  accumulation_steps: int = 1  # micro-batches per step
-  z_loss: float = 1e-4  # on the softmax normaliser
+  num_steps: Count = 200_000
+  accumulation_steps: Count = 1  # micro-batches per step
+  z_loss: PositiveOrZero = 1e-4  # on the softmax normaliser
   init_from: str | None = None  # workdir (or checkpoint) whose params start this run
-  seed: int = 0
-  log_every: int = 10
-  eval_every: int = 1000
-  eval_batches: int | None = None  # per source; None evaluates all of it
+  seed: Seed = 0
+  log_every: Count = 10
+  eval_every: Count = 1000
+  eval_batches: Count | None = None  # per source; None evaluates all of it
   # A step is skipped when its gradient norm is not finite or exceeds spike_factor times the
   # running norm; `max_skipped` such steps in a row stop the run.
-  spike_factor: float = 20.0
-  max_skipped: int = 10
-
-  def __post_init__(self):
-    counts = ("num_steps", "accumulation_steps", "log_every", "eval_every", "max_skipped")
-    _require_positive(self, "train", *counts)
+  spike_factor: Annotated[float, Range(above=1)] = 20.0
+  max_skipped: Count = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(_Group, where="checkpoint."):
   """When to save, and what to keep."""
 
-  every: int = 1000  # steps
-  keep: int = 3  # newest checkpoints kept
-  keep_period: int | None = None  # steps that are kept for good
-
-  def __post_init__(self):
-    _require_positive(self, "checkpoint", "every", "keep")
+  every: Count = 1000  # steps
+  keep: Count = 3  # newest checkpoints kept
+  keep_period: Count | None = None  # steps that are kept for good
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(_Group, where="mesh."):
   """Devices along each axis; at most one axis is -1 and takes what is left."""
 
-  data: int = 1
-  fsdp: int = -1
-  expert: int = 1
-  tensor: int = 1
-  sequence: int = 1  # positions of a row, for rows that are too long for one device
+  data: Axis = 1
+  fsdp: Axis = -1
+  expert: Axis = 1
+  tensor: Axis = 1
+  sequence: Axis = 1  # positions of a row, for rows that are too long for one device
 
   def resolve(self, num_devices: int) -> tuple[int, ...]:
     """Returns the axis lengths for `num_devices`, in the order of `MESH_AXES`."""
@@ -598,14 +576,14 @@ class MeshConfig:
     )
     return tuple(sizes)
 
-  def __post_init__(self):
+  def _check(self) -> None:
     for axis in MESH_AXES:
       size = getattr(self, axis)
-      _require(size == -1 or size >= 1, f"mesh.{axis} {size} must be at least 1, or -1.")
+      _require(size != 0, f"mesh.{axis} {size} must be at least 1, or -1.")
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(_Group, where=""):
   """Everything that defines a run, apart from where it writes."""
 
   name: str = "mm1"
@@ -672,7 +650,7 @@ class RunConfig:
       )
     return self.mesh.resolve(num_devices)
 
-  def __post_init__(self):
+  def _check(self) -> None:
     data, train = self.data, self.train
     _require(
       self.image_positions <= data.seq_len,
@@ -681,7 +659,7 @@ class RunConfig:
     )
     fit = data.seq_len // self.image_positions
     _require(
-      0 <= data.images_per_row <= fit,
+      data.images_per_row <= fit,
       f"data.images_per_row {data.images_per_row}: a row of {data.seq_len} positions holds at "
       f"most {fit} images of {self.image_positions} positions.",
     )
@@ -746,7 +724,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
       raise ConfigError(f"{path} is {value!r}; it must be one of {list(args)}.")
     return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    return float(value) if abs(value) < 2**1023 else math.inf  # which no range holds
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
     raise ConfigError(f"{path} is {value!r}; it must be of type {hint.__name__}.")
   return value

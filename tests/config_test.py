@@ -10,8 +10,13 @@ import json
 import math
 import os
 import pathlib
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from configs import (
@@ -30,7 +35,6 @@ from configs import (
   mm1_sft,
 )
 from mm1_jax.config import (
-  CheckpointConfig,
   ConfigError,
   ConnectorConfig,
   DataConfig,
@@ -47,6 +51,7 @@ from mm1_jax.config import (
 )
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.topology import find_topology
+from mm1_jax.ranges import Range
 from mm1_jax.sharding import make_mesh
 from mm1_jax.train import optimizer
 
@@ -126,6 +131,7 @@ def test_continual_pretraining_is_mm1_5s():
   """Documents at 1344 x 1344 (720 tokens), all text a target, and no room that is lost."""
   run, first, last = load("mm1_5_continual_3b"), load("mm1_3b"), load("mm1_5_sft_3b")
   assert [source.weight for source in run.data.leaves] == [0.25] * 4
+  assert run.data.weight_by == last.data.weight_by == "examples"
   assert run.data.tiling is not None
   slots = run.data.tiling.max_slots
   assert slots * run.model.connector.num_tokens == 720
@@ -215,6 +221,7 @@ def test_sft_keeps_the_model_and_changes_the_rest(model):
   assert sft.model == pretrained.model
   assert (sft.data.batch_size, sft.data.seq_len, sft.train.num_steps) == (256, 2048, 10_000)
   assert sft.optimizer.name == "adafactor"
+  assert (pretrained.data.weight_by, sft.data.weight_by) == ("positions", "examples")
   assert [source.name for source in sft.data.sources] == ["sft"]
 
 
@@ -441,26 +448,13 @@ source = functools.partial(SourceConfig, path="x")
       lambda: VisionConfig(image_size=(378, 380)),
       r"image_size \(378, 380\) must be a multiple of patch_size 14 .*: 378 or 392 would fit",
     ),
-    (lambda: VisionConfig(image_size=(0, 378)), r"image_size \(0, 378\) must be a multiple"),
     (lambda: VisionConfig(num_heads=17), r"width 1280 must be a multiple of num_heads 17"),
-    (lambda: VisionConfig(feature_layer=0), r"feature_layer 0 must lie in \[-32, -1\]"),
     (lambda: VisionConfig(feature_layer=-33), r"feature_layer -33 must lie in \[-32, -1\]"),
-    (lambda: VisionConfig(patch_size=0), r"model\.vision\.patch_size 0 must be positive"),
-    (lambda: VisionConfig(num_heads=0), r"model\.vision\.num_heads 0 must be positive"),
-    (lambda: ConnectorConfig(depth=0), r"model\.connector\.depth 0 must be positive"),
-    (lambda: ConnectorConfig(mlp_depth=0), r"model\.connector\.mlp_depth 0 must be positive"),
-    (lambda: MoEConfig(every=0), r"model\.decoder\.moe\.every 0 must be positive"),
-    (lambda: DecoderConfig(num_kv_heads=0), r"model\.decoder\.num_kv_heads 0 must be positive"),
-    (lambda: DecoderConfig(depth=-2), r"model\.decoder\.depth -2 must be positive"),
-    (lambda: ConnectorConfig(token_grid=(0, 12)), r"token_grid \(0, 12\) must have positive sides"),
     (
       lambda: ConnectorConfig(kind="attention_pool", hidden=100),
       r"connector\.hidden 100 must be a multiple of num_heads 16",
     ),
     (lambda: MoEConfig(num_experts=4, top_k=5), r"top_k 5 must lie in \[1, num_experts = 4\]"),
-    (lambda: MoEConfig(top_k=0), r"top_k 0 must lie in \[1, num_experts = 64\]"),
-    (lambda: MoEConfig(capacity_factor=0.0), r"capacity_factor 0\.0 must be positive, or None"),
-    (lambda: MoEConfig(exchange_factor=0.9), r"exchange_factor 0\.9 must be at least 1"),
     (lambda: DecoderConfig(num_kv_heads=7), r"num_heads 24 must be a multiple of num_kv_heads 7"),
     (lambda: DecoderConfig(head_dim=127), r"head_dim 127 must be even"),
     (
@@ -481,15 +475,12 @@ source = functools.partial(SourceConfig, path="x")
       lambda: ModelConfig(image_token_id=49152),
       r"image_token_id 49152 must lie in \[0, vocab_size = 49152\)",
     ),
-    (lambda: source(name="a", weight=-1.0), r"source 'a' has weight -1\.0; it must not be neg"),
     (lambda: SourceConfig("a"), r"source 'a' has neither 'path' nor 'sources'"),
     (lambda: source("a", sources=(source("b"),)), r"source 'a' has both 'path' and 'sources'"),
     (
       lambda: SourceConfig("a", sources=(source("b"),), epochs=2.0),
       r"source 'a' is a group and has no epochs of its own; set them for its sources",
     ),
-    (lambda: source("a", epochs=0.0), r"source 'a' has epochs 0\.0; it must be positive, or None"),
-    (lambda: source("a", limit=-3), r"source 'a' has limit -3; it must be positive, or None"),
     (
       lambda: DataConfig(sources=(source("a/b"),)),
       r"data\.sources has the name 'a/b'; a name has no",
@@ -520,14 +511,6 @@ source = functools.partial(SourceConfig, path="x")
       r"data\.reweight has steps \[20, 10\]; they must ascend",
     ),
     (
-      lambda: reweighted((0, {"text": 1.0})),
-      r"reweight at step 0: from step 0 on, the sources' own",
-    ),
-    (
-      lambda: reweighted((5, {"text": -1.0})),
-      r"step 5: weight -1\.0 of 'text' must not be negative",
-    ),
-    (
       lambda: reweighted((5, {"text": 0.0, "captions": 0.0})),
       r"all of data\.sources have weight 0 at step 5",
     ),
@@ -535,9 +518,6 @@ source = functools.partial(SourceConfig, path="x")
       lambda: DataConfig(sources=(source(name="a"), source(name="a"), source(name="b"))),
       r"data\.sources names \['a'\] more than once",
     ),
-    (lambda: DataConfig(seq_len=0), r"data\.seq_len 0 must be positive"),
-    (lambda: DataConfig(batch_size=-1), r"data\.batch_size -1 must be positive"),
-    (lambda: DataConfig(window_rows=0), r"data\.window_rows 0 must be positive"),
     (
       lambda: OptimizerConfig(frozen=("vision",)),
       r"frozen names 'vision'; the parts are \('vit', 'connector', 'decoder'\)",
@@ -546,13 +526,7 @@ source = functools.partial(SourceConfig, path="x")
       lambda: OptimizerConfig(frozen=("vit", "connector", "decoder")),
       r"frozen leaves nothing to train",
     ),
-    (lambda: TrainConfig(num_steps=0), r"train\.num_steps 0 must be positive"),
-    (lambda: TrainConfig(accumulation_steps=0), r"train\.accumulation_steps 0 must be positive"),
-    (lambda: TrainConfig(log_every=0), r"train\.log_every 0 must be positive"),
-    (lambda: CheckpointConfig(every=0), r"checkpoint\.every 0 must be positive"),
-    (lambda: CheckpointConfig(keep=0), r"checkpoint\.keep 0 must be positive"),
     (lambda: MeshConfig(fsdp=0), r"mesh\.fsdp 0 must be at least 1, or -1"),
-    (lambda: MeshConfig(tensor=-2), r"mesh\.tensor -2 must be at least 1, or -1"),
     (
       lambda: RunConfig(data=DataConfig(seq_len=100, images_per_row=0)),
       r"data\.seq_len 100 cannot hold one image of 146 positions",
@@ -561,7 +535,6 @@ source = functools.partial(SourceConfig, path="x")
       lambda: RunConfig(data=DataConfig(images_per_row=29)),
       r"images_per_row 29: a row of 4096 positions holds at most 28 images of 146 positions",
     ),
-    (lambda: RunConfig(data=DataConfig(images_per_row=-1)), r"images_per_row -1: a row of 4096"),
     (
       lambda: RunConfig(train=TrainConfig(accumulation_steps=3)),
       r"data\.batch_size 512 must be a multiple of train\.accumulation_steps 3",
@@ -571,6 +544,94 @@ source = functools.partial(SourceConfig, path="x")
 def test_what_does_not_fit_together_is_refused(make, message):
   with pytest.raises(ConfigError, match=message):
     make()
+
+
+def groups(cls: type = RunConfig) -> Iterator[type]:
+  """Yields all dataclasses of a config."""
+  yield cls
+  for hint in typing.get_type_hints(cls).values():
+    for part in (hint, *typing.get_args(hint)):
+      if dataclasses.is_dataclass(part) and part is not cls:
+        yield from groups(part)
+
+
+def numbers(hint: Any, wrap=lambda number: number) -> Iterator[tuple[type, Range | None, Any]]:
+  """Yields a field's numbers: type, range, and what puts one where it belongs in the field."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if hint in (int, float):
+    yield hint, None, wrap
+  elif origin is typing.Annotated:
+    yield args[0], args[1], wrap
+  elif origin is tuple and args[-1] is Ellipsis:
+    yield from numbers(args[0], lambda number: wrap((number,)))
+  elif origin is tuple:
+    good = ["a" if arg is str else 1 for arg in args]
+    for i, arg in enumerate(args):
+      yield from numbers(arg, lambda x, i=i: wrap((*good[:i], x, *good[i + 1 :])))
+  else:
+    for arg in args if origin in (types.UnionType, typing.Union) else ():
+      yield from numbers(arg, wrap)
+
+
+NUMBERS = {
+  f"{cls.__name__}.{name}-{i}": (cls, name, *found)
+  for cls in dict.fromkeys(groups())
+  for name, hint in typing.get_type_hints(cls, include_extras=True).items()
+  for i, found in enumerate(numbers(hint))
+}
+
+
+def refused(bounds: Range, kind: type) -> list[Any]:
+  """Returns numbers that are just outside a range, far outside, or no numbers."""
+  last, least = np.float32(np.inf), -np.float32(np.inf)
+  found = [math.nan, math.inf, -math.inf, 1e39, -1e39, "1", True]
+  if kind is int:
+    found += [2**40, -(2**40), 1.0]
+    found += [x for x in (bounds.at_least - 1, bounds.at_most + 1) if math.isfinite(x)]
+  else:
+    found += [10**400]
+    found += [float(np.nextafter(np.float32(x), least)) for x in (bounds.at_least, bounds.above)]
+    found += [float(np.nextafter(np.float32(x), last)) for x in (bounds.at_most, bounds.below)]
+  return found + [x for x in (bounds.above, bounds.below) if math.isfinite(x)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_each_number_has_a_range_and_nothing_outside_is_taken(name):
+  """However a group is made; the message has the number's path, its value and the range."""
+  cls, field, kind, bounds, wrap = NUMBERS[name]
+  assert bounds is not None, f"{name} has no range; see mm1_jax/ranges.py"
+  needed = {SourceConfig: ("a", "x"), ReweightConfig: (1, (("a", 1.0),))}
+  good = cls(*needed.get(cls, ()))
+  for bad in refused(bounds, kind):
+    with pytest.raises(ConfigError) as error:
+      dataclasses.replace(good, **{field: wrap(bad)})
+    message = str(error.value)
+    path = {SourceConfig: f"data source 'a': {field}"}.get(cls, field)
+    assert path in message
+    assert str(bounds) in message or f"must be of type {kind.__name__}" in message
+    assert (repr(bad) if isinstance(bad, str) else str(bad)) in message
+    values = {field: wrap(bad)}
+    for group in reversed(cls._where.split(".")[:-1] if cls not in needed else []):
+      values = {group: values}
+    with pytest.raises(ConfigError):
+      RunConfig.from_dict(values)
+
+
+def test_numbers_that_mean_something_at_a_bound_are_taken():
+  OptimizerConfig(b1=0.0, b2=0.0, final_fraction=1.0, weight_decay=0.0, warmup_steps=0)
+  OptimizerConfig(learning_rate=0.0, vit_learning_rate=1e30, clip_norm=None)
+  DataConfig(max_drop_fraction=1, images_per_row=0, seed=2**32 - 1)
+  TrainConfig(num_steps=2**31 - 1, z_loss=0.0)
+  DecoderConfig(norm_eps=1e-12, rope_theta=1e12)
+  MeshConfig(data=-1, fsdp=1)
+
+
+def test_no_clipping_is_none_and_the_message_says_so():
+  with pytest.raises(
+    ConfigError,
+    match=r"optimizer\.clip_norm 0\.0 must lie in \(0, inf\), or be None, which clips nothing\.",
+  ):
+    OptimizerConfig(clip_norm=0.0)
 
 
 # The mesh, and the presets of slices.

@@ -198,7 +198,7 @@ def test_what_a_run_writes(straight):
   steps = list(range(1, NUM_STEPS + 1))
   every_step = [
     *("loss", "z_loss", "lr", "grad_norm", "skipped", "skipped_in_a_row"),
-    *(f"grad_norm/{part}" for part in ("vit", "connector", "decoder")),
+    *(f"{name}/{part}" for name in ("lr", "grad_norm") for part in ("vit", "connector", "decoder")),
     *(f"moe/load/0/{expert}" for expert in range(8)),
     *("moe/balance_loss", "moe/router_z_loss", "moe/dropped"),
     *("data/padded_fraction", "data/empty_slot_fraction", "data/dropped", "memory/peak_gib"),

@@ -16,7 +16,8 @@ TRAINING = {"jax", "flax", "optax", "orbax", "torch", "transformers", "tensorflo
 
 # Prefix -> ours it may import (itself aside); the longest prefix that fits a module decides.
 MAY_IMPORT: dict[str, set[str]] = {
-  "mm1_jax.config": set(),
+  "mm1_jax.config": {"mm1_jax.ranges"},
+  "mm1_jax.ranges": set(),
   "mm1_jax.batch": set(),
   "mm1_jax.sharding": CONTRACTS,
   "mm1_jax.cli": CONTRACTS,

@@ -65,6 +65,19 @@ CASES = {
   "wrong_value": Case(
     [DEBUG, "--config.optimizer.name=lion"], ["optimizer.name is 'lion'", "'adamw', 'adafactor'"]
   ),
+  "out_of_range": Case(
+    [DEBUG, "--config.optimizer.clip_norm=-1"],
+    ["optimizer.clip_norm -1.0 must lie in (0, inf), or be None, which clips nothing."],
+  ),
+  "nan": Case([DEBUG, "--config.train.z_loss=nan"], ["train.z_loss nan must lie in [0, inf)"]),
+  "none_is_taken": Case(
+    [DEBUG, "--config.optimizer.clip_norm=None", "--config.model.image_group=0"],
+    ["model.image_group 0 must lie in [1, 2147483648), or be None."],
+  ),
+  "none_is_no_number": Case([DEBUG, "--config.optimizer.b1=None"], ["b1 is None; it must be of"]),
+  "none_of_an_unknown_key": Case(
+    [DEBUG, "--config.train.init_form=None"], ["init_from", "init_form"]
+  ),
   "unknown_flag": Case([DEBUG, "--wrkdir=x"], ["wrkdir"]),
   "stray_argument": Case([DEBUG, "train"], ["['train']", "--config.key=value"]),
   "does_not_fit": Case(

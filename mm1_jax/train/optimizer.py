@@ -2,15 +2,15 @@
 """Optimizer: what moves, how fast, and what is left alone.
 
 The gradient is clipped by its global norm, preconditioned (AdamW or Adafactor), decayed, and
-scaled by the schedule; ViT and connector may have peaks of their own. What is frozen is not in the
-trees that the optimizer sees (`split_frozen`), so it has no gradient, no state and no decay.
+scaled by its part's schedule; ViT and connector may have peaks of their own. What is frozen is not
+in the trees that the optimizer sees (`split_frozen`), so it has no gradient, no state and no decay.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mm1_jax.config import PARTS, DecoderConfig, RunConfig
@@ -33,19 +33,23 @@ def learning_rate_law(num_params: int) -> float:
   return math.exp(-0.4214 * math.log(num_params) - 0.5535)
 
 
-def peak_learning_rate(run: RunConfig) -> float:
-  """Returns the configured peak rate, or the law's for this decoder."""
-  if run.optimizer.learning_rate is not None:
-    return run.optimizer.learning_rate
+def peak_learning_rate(run: RunConfig, part: str = "decoder") -> float:
+  """Returns a part's peak rate: its own, else the configured one, else the law's."""
+  cfg = run.optimizer
+  own = {"vit": cfg.vit_learning_rate, "connector": cfg.connector_learning_rate}.get(part)
+  if own is not None:
+    return own
+  if cfg.learning_rate is not None:
+    return cfg.learning_rate
   return learning_rate_law(backbone_params(run.model.decoder))
 
 
-def make_schedule(run: RunConfig) -> optax.Schedule:
-  """Returns the rate by step: linear warm-up, then cosine to `final_fraction` of the peak.
+def make_schedule(run: RunConfig, part: str = "decoder") -> optax.Schedule:
+  """Returns a part's rate by step: linear warm-up, then cosine to `final_fraction` of the peak.
 
   A run shorter than its warm-up ends inside it.
   """
-  cfg, peak = run.optimizer, peak_learning_rate(run)
+  cfg, peak = run.optimizer, peak_learning_rate(run, part)
   decay_steps = max(1, run.train.num_steps - cfg.warmup_steps)
   return optax.join_schedules(
     [
@@ -65,16 +69,31 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
     precondition = optax.chain(
       optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
     )
-  peak = peak_learning_rate(run)
-  own = {"vit": cfg.vit_learning_rate, "connector": cfg.connector_learning_rate}
-  factors = {part: rate / peak for part, rate in own.items() if rate is not None and peak}
   return optax.chain(
-    optax.clip_by_global_norm(cfg.clip_norm),
+    optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
     precondition,
     optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
-    optax.scale_by_learning_rate(make_schedule(run)),
-    optax.stateless(lambda updates, _: _scale_parts(updates, factors)),
+    _scale_by_rates(run),
   )
+
+
+def _scale_by_rates(run: RunConfig) -> optax.GradientTransformation:
+  """Returns what turns directions into steps downhill, each part's at its own rate."""
+  schedules = {part: make_schedule(run, part) for part in PARTS}
+
+  def init(params: Params) -> optax.ScaleByScheduleState:
+    del params
+    return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params=None):
+    steps = {part: jnp.negative(schedule(state.count)) for part, schedule in schedules.items()}
+    del params
+    updates = jax.tree_util.tree_map_with_path(
+      lambda path, x: jnp.asarray(steps[_names(path)[0]], x.dtype) * x, updates
+    )
+    return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+  return optax.GradientTransformation(init, update)
 
 
 def decay_mask(params: Params) -> Any:
@@ -116,12 +135,6 @@ def join_frozen(trainable: Params, frozen: Params) -> MM1:
 def part_norms(tree: Params) -> dict[str, jax.Array]:
   """Returns the global norm of each part's arrays; 0 for a part that is frozen."""
   return {part: optax.tree.norm(getattr(tree, part)) for part in PARTS}
-
-
-def _scale_parts(updates: Any, factors: Mapping[str, float]) -> Any:
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: factors.get(_names(path)[0], 1.0) * x, updates
-  )
 
 
 def _names(path) -> list[str]:

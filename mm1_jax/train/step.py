@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.batch import Batch
-from mm1_jax.config import RunConfig
+from mm1_jax.config import PARTS, RunConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import spec_of
 from mm1_jax.train.loss import Losses, TokenSums, loss_fn, split_rows
@@ -77,7 +77,7 @@ def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[Trai
   trainable = choose(optax.apply_updates(trainable, updates), trainable)
   guard = _update_guard(state.guard, norm, accept)
   metrics = _metrics(losses, run) | {
-    "lr": _last(make_schedule(run)(state.guard.accepted)),
+    **_rates(run, state.guard.accepted),
     "grad_norm": _average(norm),
     **{f"grad_norm/{part}": _average(x) for part, x in part_norms(grads).items()},
     "skipped": _last(guard.skipped),
@@ -181,6 +181,13 @@ def _update_guard(guard: Guard, norm: Float[Array, ""], accept: Bool[Array, ""])
     skipped=guard.skipped + ~accept,
     in_a_row=jnp.where(accept, 0, guard.in_a_row + 1),
   )
+
+
+def _rates(run: RunConfig, step: Int[Array, ""]) -> Metrics:
+  """Returns the decoder's rate as `lr`, and that of each part that is trained."""
+  trained = [part for part in PARTS if part not in run.optimizer.frozen]
+  rates = {f"lr/{part}": make_schedule(run, part)(step) for part in trained}
+  return {name: _last(rate) for name, rate in ({"lr": make_schedule(run)(step)} | rates).items()}
 
 
 def _metrics(losses: Losses, run: RunConfig) -> Metrics:

@@ -20,6 +20,7 @@ from mm1_jax.config import (
   ReweightConfig,
   RunConfig,
   SourceConfig,
+  TilingConfig,
   VisionConfig,
 )
 from mm1_jax.data import inspect
@@ -95,6 +96,8 @@ def test_figures_by_hand(literal, tmp_path):
   assert found["sources"]["captions"] == {
     "asked_fraction": pytest.approx(8 / 11),
     "planned_fraction": pytest.approx(8 / 11),
+    "asked_examples_fraction": pytest.approx(1 / 2),  # shares of positions, by lengths of 8 and 3
+    "planned_examples_fraction": pytest.approx(1 / 2),
     "positions_fraction": pytest.approx(8 / 11),
     "positions": 48,
     "trained": 12,
@@ -149,6 +152,38 @@ def test_groups_and_shares_that_change(make_run, tmp_path):
   assert drawing.failed == []
   page = inspect.draw_source(run, tmp_path, "captions/web", num_records=2).page
   assert page.name == "source-captions-web.html"
+
+
+def test_weights_of_examples_are_shown_as_both_shares(make_run, write, jpeg, tmp_path):
+  """Three captions of 8 positions to one text of 3, though there are as many of each."""
+  run = make_run(
+    write("captions", [[jpeg(50), "a"]] * 2, weight=0.75),
+    write("text", [["a b"]] * 2, weight=0.25),
+    **{"seq_len": 27, "batch_size": 2, "images_per_row": 3, "window_rows": 8},
+    weight_by="examples",
+  )
+  drawing = inspect.draw_stream(run, tmp_path, num_batches=4, num_rows=2)
+  found = drawing.facts["sources"]
+  for name, positions, examples in (("captions", 24 / 27, 0.75), ("text", 3 / 27, 0.25)):
+    for kind in ("asked", "planned"):
+      assert found[name][f"{kind}_fraction"] == pytest.approx(positions)
+      assert found[name][f"{kind}_examples_fraction"] == pytest.approx(examples)
+  assert "The weights are shares of examples." in Page(drawing.page).text
+  assert drawing.failed == []
+
+
+def test_sub_images_count_in_the_length_of_an_example(make_run, write, jpeg, tmp_path):
+  """A caption has five of 6 positions, `<s>` and a word: 32, beside a text of 3."""
+  run = make_run(
+    write("captions", [[jpeg(50), "a"]]),
+    write("text", [["a b"]]),
+    **{"seq_len": 70, "batch_size": 2, "images_per_row": 10, "window_rows": 8},
+    weight_by="examples",
+    tiling=TilingConfig(grid=(2, 2)),
+  )
+  found = inspect.draw_stream(run, tmp_path, num_batches=4, num_rows=2).facts["sources"]
+  assert found["captions"]["asked_fraction"] == pytest.approx(32 / 35)
+  assert found["captions"]["planned_examples_fraction"] == pytest.approx(0.5)
 
 
 def test_a_later_step_is_the_one_that_training_gets(make_run, tmp_path):

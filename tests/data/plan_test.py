@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mm1_jax.config import ConfigError, DataConfig, ReweightConfig, SourceConfig
+from mm1_jax.data import plan as plan_module
 from mm1_jax.data.index import Index
 from mm1_jax.data.pipeline import PlannedBatches
 from mm1_jax.data.plan import Order, Plan, WindowState, check_fingerprint, fingerprint, plan_once
@@ -276,6 +277,137 @@ def test_an_order_is_of_each_example_once_an_epoch():
 def test_huge_sources_cost_no_more():
   order = Order(SourceConfig("web", "x"), num_examples=4_000_000_000, seed=0)
   assert 0 <= order[10_000_000_000] < 4_000_000_000
+
+
+# --- weights of examples
+
+
+def examples_by_source(rows, indexes) -> np.ndarray:
+  """Returns how many examples of each source are in rows; of one that is cut, its share."""
+  examples = np.zeros(len(indexes))
+  for source, example, start, stop in (piece for row in rows for piece in row):
+    examples[source] += (stop - start) / indexes[source].num_positions[example]
+  return examples
+
+
+def example_shares(rows, indexes) -> np.ndarray:
+  examples = examples_by_source(rows, indexes)
+  return examples / examples.sum()
+
+
+def conversations(mean: int, num: int = 2000, seed: int = 0) -> Index:
+  """Lengths vary threefold around their mean; each has a picture."""
+  lengths = np.random.default_rng(seed).integers(mean // 2, mean * 3 // 2, num)
+  return make_index(lengths, [1] * num, splittable=False)
+
+
+@pytest.mark.parametrize("packing", ["joint", "per_source"])
+def test_weights_may_be_shares_of_examples(packing):
+  """Where lengths differ tenfold, shares of positions are quite others."""
+  indexes = [conversations(n, seed=n) for n in (40, 120, 400)]
+  weights = {"short": 2.0, "middle": 5.0, "long": 3.0}
+  sources = tuple(SourceConfig(n, "x", w) for n, w in weights.items())
+  data = make_data(sources=sources, packing=packing, images_per_row=12, weight_by="examples")
+  plan = Plan(data, indexes, IMAGE)
+  rows, _ = windows(plan, 20)
+  np.testing.assert_allclose(example_shares(rows, indexes), [0.2, 0.5, 0.3], atol=0.01)
+  positions = positions_by_source(rows)
+  expected = np.array([0.2 * 40, 0.5 * 120, 0.3 * 400])
+  np.testing.assert_allclose(positions / positions.sum(), expected / expected.sum(), atol=0.01)
+  assert plan.example_shares(0) == data.shares(0) == (0.2, 0.5, 0.3)
+
+
+def test_documents_that_are_cut_are_one_example_each(indexes):
+  rows, _ = windows(Plan(make_data(weight_by="examples"), indexes, IMAGE), 120)
+  np.testing.assert_allclose(example_shares(rows, indexes), [0.45, 0.45, 0.10], atol=0.005)
+
+
+def test_shares_of_positions_and_of_examples_are_told_in_either_mode(indexes):
+  means = np.array([index.num_positions.mean() for index in indexes])
+  plan = Plan(make_data(), indexes, IMAGE)
+  assert plan.shares(0) == make_data().shares(0)
+  expected = np.array([0.45, 0.45, 0.10]) / means
+  assert plan.example_shares(0) == pytest.approx(expected / expected.sum())
+  by_examples = dict(zip(WEIGHTS, plan.example_shares(0), strict=True))
+  sources = tuple(SourceConfig(n, "x", w) for n, w in by_examples.items())
+  other = Plan(make_data(sources=sources, weight_by="examples"), indexes, IMAGE)
+  assert other.shares(0) == pytest.approx(plan.shares(0))
+  assert other.expected_images(0) == pytest.approx(plan.expected_images(0))
+
+
+def test_a_groups_weight_is_shared_by_examples_too():
+  kinds = SourceConfig("qa", "x", 9), SourceConfig("captions", "x", 1)
+  sources = SourceConfig("single", weight=0.6, sources=kinds), SourceConfig("text", "x", 0.4)
+  indexes = [conversations(n, seed=n) for n in (40, 120, 400)]
+  data = make_data(sources=sources, images_per_row=12, weight_by="examples")
+  rows, _ = windows(Plan(data, indexes, IMAGE), 20)
+  np.testing.assert_allclose(example_shares(rows, indexes), [0.54, 0.06, 0.4], atol=0.01)
+
+
+def test_the_mean_length_is_of_the_examples_that_a_limit_picks():
+  """Of 1000 a fiftieth are long; which of them are among the 20 picked decides."""
+  lengths = np.where(np.arange(1000) % 50, 30, 500)
+  indexes = [make_index(lengths, [1] * 1000, splittable=False), conversations(100)]
+  sources = SourceConfig("few", "x", limit=20), SourceConfig("all", "x")
+  data = make_data(sources=sources, images_per_row=12, weight_by="examples")
+  plan = Plan(data, indexes, IMAGE)
+  picked = [plan.orders[0][i] for i in range(20)]
+  assert plan.mean_lengths[0] == lengths[picked].mean() != lengths.mean()
+  rows, _ = windows(plan, 6)
+  np.testing.assert_allclose(example_shares(rows, indexes), [0.5, 0.5], atol=0.01)
+
+
+def test_the_mean_length_of_a_large_limit_is_estimated(monkeypatch):
+  monkeypatch.setattr(plan_module, "MAX_MEASURED", 500)
+  lengths = np.random.default_rng(0).integers(50, 150, 2000)
+  order = Order(SourceConfig("a", "x", limit=1500), num_examples=2000, seed=0)
+  assert order.measure(lengths) == pytest.approx(100, rel=0.03)
+  assert order.measure(lengths) == lengths[[order[i] for i in range(500)]].mean()
+
+
+def test_weights_of_examples_change_at_their_step_and_when_a_source_is_used_up():
+  indexes = [conversations(n, seed=n) for n in (40, 120, 400)]
+  sources = tuple(SourceConfig(n, "x", 1.0) for n in ("short", "middle", "long"))
+  sources = (dataclasses.replace(sources[0], epochs=1), *sources[1:])
+  changes = (change(20, middle=2.0),)
+  data = make_data(sources=sources, reweight=changes, images_per_row=12, weight_by="examples")
+  plan = Plan(data, indexes, IMAGE)
+  parts, state = [], plan.first_state
+  while state.batch < 240:
+    begin = state.batch
+    rows, state = plan.window(state)
+    parts.append((begin, rows, state.cursors[0] >= 2000))
+  first = [row for begin, rows, _ in parts for row in rows if begin < 20]
+  then = [row for begin, rows, used in parts for row in rows if begin >= 20 and not used]
+  last = [row for begin, rows, used in parts[-15:] for row in rows if used]
+  np.testing.assert_allclose(example_shares(first, indexes), [1 / 3] * 3, atol=0.03)
+  np.testing.assert_allclose(example_shares(then, indexes), [0.25, 0.5, 0.25], atol=0.02)
+  np.testing.assert_allclose(example_shares(last, indexes), [0, 2 / 3, 1 / 3], atol=0.02)
+
+
+def test_going_on_with_weights_of_examples_is_exact(indexes):
+  def plan() -> Plan:
+    return Plan(make_data(weight_by="examples"), indexes, IMAGE)
+
+  all_rows, _ = windows(plan(), 5)
+  first, state = windows(plan(), 2)
+  state = WindowState.from_dict(json.loads(json.dumps(state.to_dict())))
+  rest, _ = windows(plan(), 3, state)
+  assert first + rest == all_rows
+  assert all_rows != windows(Plan(make_data(), indexes, IMAGE), 5)[0]
+
+
+def test_what_weights_are_shares_of_is_told_when_it_changes(indexes):
+  positions, examples = (
+    fingerprint(make_data(weight_by=kind), IMAGE, indexes) for kind in ("positions", "examples")
+  )
+  for then, now in ((positions, examples), (examples, positions)):
+    with pytest.raises(ConfigError, match=r"weight_by: \w+ then, \w+ now"):
+      check_fingerprint(json.loads(json.dumps(then)), now, 0)
+  silent = {key: value for key, value in positions.items() if key != "weight_by"}
+  check_fingerprint(silent, positions, 0)  # a state from before there was a choice
+  with pytest.raises(ConfigError, match="weight_by: positions then, examples now"):
+    check_fingerprint(silent, examples, 0)
 
 
 # --- one source a row

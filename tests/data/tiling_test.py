@@ -214,7 +214,7 @@ def test_config_rules():
   data = dataclasses.replace(RunConfig().data, tiling=MM1_5)
   with pytest.raises(ConfigError, match=r"min_tiles 5 is above max_tiles 4"):
     TilingConfig(min_tiles=5, max_tiles=4)
-  with pytest.raises(ConfigError, match=r"grid \(0, 2\) must have positive sides"):
+  with pytest.raises(ConfigError, match=r"data\.tiling\.grid\[0\] 0 must lie in"):
     TilingConfig(grid=(0, 2))
   with pytest.raises(ConfigError, match=r"marks needs data.chat"):
     DataConfig(tiling=TilingConfig(marks="index"))

@@ -181,7 +181,7 @@ def test_a_run_is_merged_and_nothing_is_lost_by_mistake(tmp_path):
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: LoRAConfig(rank=0), r"lora\.rank 0 must be positive"),
+    (lambda: LoRAConfig(rank=0), r"lora\.rank 0 must lie in \[1, "),
     (lambda: LoRAConfig(matrices=()), "matrices is empty"),
     (lambda: LoRAConfig(matrices=("q_proj",)), r"must be some of \('query', 'key'"),
     (lambda: LoRAConfig(matrices=("up", "up")), "each once"),

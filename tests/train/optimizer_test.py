@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +189,28 @@ def test_a_connectors_rate_of_zero_is_zero(params):
   assert all(np.any(x) for x in jax.tree.leaves(updates.decoder))
 
 
+def test_a_part_learns_beside_a_base_rate_of_zero(params):
+  """And at any other: a part's rate is no multiple of the decoder's."""
+  own = dataclasses.replace(DECAYED, connector_learning_rate=1e-3)
+  base, _ = updates_of(make_optimizer(with_optimizer(own)), params)
+  for rate in (0.0, 1e-30):
+    cfg = dataclasses.replace(own, learning_rate=rate, vit_learning_rate=2e-3)
+    updates, _ = updates_of(make_optimizer(with_optimizer(cfg)), params)
+    assert all(np.max(np.abs(x)) < 1e-20 for x in jax.tree.leaves(updates.decoder))
+    assert all(np.any(x) for x in jax.tree.leaves(updates.vit))
+    tiny_step.assert_same_bits(updates.connector, base.connector)
+
+
+def test_each_part_that_is_trained_has_a_rate_in_the_metrics():
+  """`lr` is the decoder's, and the law's where no rate is given."""
+  cfg = OptimizerConfig(warmup_steps=0, connector_learning_rate=0.5, frozen=("vit",))
+  run = tiny_step.run_config(optimizer=cfg)
+  law = learning_rate_law(backbone_params(run.model.decoder))
+  _, metrics = tiny_step.step(tiny_step.make_state(run), tiny.BATCH, run)
+  rates = {name: value for name, value in metrics.items() if name.startswith("lr")}
+  assert rates == pytest.approx({"lr": law, "lr/connector": 0.5, "lr/decoder": law})
+
+
 ATTENTION_POOL_NOT_DECAYED = {
   "connector.body.key.bias",
   "connector.body.norm.bias",
@@ -261,6 +284,14 @@ def test_gradients_are_clipped_by_their_global_norm(params):
     _, state = updates_of(optimizer, params, num=1, size=factor)
     mu = next(s.mu for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s))
     assert float(optax.tree.norm(mu)) / (1 - cfg.b1) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_clip_norm_gradients_keep_their_size(params):
+  cfg = dataclasses.replace(DECAYED, clip_norm=None)
+  size = float(optax.tree.norm(gradients(params, 0)))
+  _, state = updates_of(make_optimizer(with_optimizer(cfg)), params, num=1, size=1e6 / size)
+  mu = next(s.mu for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s))
+  assert float(optax.tree.norm(mu)) / (1 - cfg.b1) == pytest.approx(1e6, rel=1e-5)
 
 
 def is_adam(x) -> bool:
@@ -381,8 +412,12 @@ def test_three_steps_on_eight_devices_compile_once(name):
   assert all(map(math.isfinite, losses))
 
 
+class Decoder(NamedTuple):
+  decoder: jax.Array
+
+
 def test_first_moment_in_bfloat16_takes_half_the_memory_and_next_to_the_same_steps():
-  params = {"w": jnp.linspace(-1.0, 1.0, 64)}
+  params = Decoder(jnp.linspace(-1.0, 1.0, 64))
   ends = {}
   for dtype in ("float32", "bfloat16"):
     cfg = dataclasses.replace(DECAYED, warmup_steps=0, moment_dtype=dtype)
@@ -393,6 +428,6 @@ def test_first_moment_in_bfloat16_takes_half_the_memory_and_next_to_the_same_ste
       ends[dtype] = optax.apply_updates(ends[dtype], updates)
     moments = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.shape == (64,)]
     assert moments == [dtype, "float32"]
-  moved = ends["float32"]["w"] - params["w"]
-  np.testing.assert_allclose(ends["bfloat16"]["w"] - params["w"], moved, rtol=0.01)
-  assert (ends["bfloat16"]["w"] != ends["float32"]["w"]).any()
+  start, narrow, wide = params.decoder, ends["bfloat16"].decoder, ends["float32"].decoder
+  np.testing.assert_allclose(narrow - start, wide - start, rtol=0.01)
+  assert (narrow != wide).any()

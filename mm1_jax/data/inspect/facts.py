@@ -268,7 +268,9 @@ class SourceFacts:
 
   name: str
   asked: float = 0.0  # share of positions
+  asked_examples: float = 0.0  # share of examples
   planned: int = 0  # positions in all rows of the steps
+  planned_examples: float = 0.0  # there; of one that is cut, the share that is in these rows
   positions: int = 0
   trained: int = 0
   pictures: int = 0

@@ -81,15 +81,16 @@ def figures_html(figures: Iterable[tuple[str, str]]) -> str:
 
 def _mixture(stream: Stream, facts: Mapping[str, Any]) -> str:
   head = (
-    "<th>source<th>asked<th>planned<th>read<th>positions<th>trained on<th>pictures"
-    "<th>segments<th>parts of a record<th>median length<th>longest"
+    "<th>source<th>asked<th>planned<th>read<th>examples asked<th>planned<th>positions"
+    "<th>trained on<th>pictures<th>segments<th>parts of a record<th>median length<th>longest"
   )
   lines = []
   for number, source in enumerate(stream.sources):
     of = facts["sources"][source.name]
     lengths = of["lengths"]
     cells = (
-      *(f"{of[key]:.1%}" for key in ("asked_fraction", "planned_fraction", "positions_fraction")),
+      *(f"{of[f'{key}_fraction']:.1%}" for key in ("asked", "planned", "positions")),
+      *(f"{of[f'{key}_examples_fraction']:.1%}" for key in ("asked", "planned")),
       *(f"{of[key]:,}" for key in ("positions", "trained", "pictures", "segments", "parts")),
       *((f"{lengths['median']:,}", f"{lengths['max']:,}") if lengths else ("-", "-")),
     )
@@ -101,7 +102,8 @@ def _mixture(stream: Stream, facts: Mapping[str, Any]) -> str:
   note = (
     f"<p class=note>Shares of positions: asked for by the weights; planned in all "
     f"{stream.planned_rows:,} rows of these steps, where {planned['filled_fraction']:.1%} of the "
-    f"positions and {planned['used_fraction']:.1%} of the image slots are used; and read. "
+    f"positions and {planned['used_fraction']:.1%} of the image slots are used; and read. Then of "
+    f"examples. The weights are shares of {stream.run.data.weight_by}. "
     f"Few steps may be off: shares are held over {window:,} rows and more.</p>"
   )
   return f"<div class=scroll><table><tr>{head}{''.join(lines)}</table></div>{note}"

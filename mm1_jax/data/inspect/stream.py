@@ -69,6 +69,7 @@ class Stream:
     """Returns the figures as plain JSON."""
     data = self.run.data
     planned = max(1, sum(source.planned for source in self.sources))
+    planned_examples = sum(source.planned_examples for source in self.sources) or 1.0
     all_positions = self.rows * data.seq_len
     all_slots = self.rows * data.images_per_row
     return {
@@ -97,6 +98,8 @@ class Stream:
         s.name: {
           "asked_fraction": s.asked,
           "planned_fraction": s.planned / planned,
+          "asked_examples_fraction": s.asked_examples,
+          "planned_examples_fraction": s.planned_examples / planned_examples,
           "positions_fraction": s.positions / max(1, self.filled),
           "positions": s.positions,
           "trained": s.trained,
@@ -146,8 +149,8 @@ def read_stream(run: RunConfig, *, first_step: int, num_batches: int, num_rows: 
     tokens_per_image=run.model.connector.num_tokens,
   )
   steps = range(first_step, first_step + num_batches)
-  sources = _source_facts(data, steps, first)
   plan = Plan(data, list(first.indexes.values()), run.image_positions)
+  sources = _source_facts(data, steps, plan)
   planned = PlannedBatches(plan, plan.first_state, 0, range(data.batch_size))
   state = {**first.state(), **_seek(planned, first_step)}
   first.close()
@@ -199,11 +202,14 @@ def _seek(planned: PlannedBatches, step: int) -> dict[str, Any]:
   return {"batch": step, "plan": state.to_dict()}
 
 
-def _source_facts(data: DataConfig, steps: range, pipeline: Pipeline) -> list[SourceFacts]:
-  asked = np.mean([data.shares(step) for step in steps], axis=0).tolist()
+def _source_facts(data: DataConfig, steps: range, plan: Plan) -> list[SourceFacts]:
+  positions, examples = (
+    np.mean([shares(step) for step in steps], axis=0).tolist()
+    for shares in (plan.shares, plan.example_shares)
+  )
   return [
-    SourceFacts(source.name, share, left_out=pipeline.indexes[source.name].drops)
-    for source, share in zip(data.leaves, asked, strict=True)
+    SourceFacts(source.name, *asked, left_out=index.drops)
+    for source, index, *asked in zip(data.leaves, plan.indexes, positions, examples, strict=True)
   ]
 
 
@@ -213,6 +219,9 @@ def _add_plan(stream: Stream, rows: Sequence[Row], indexes: Sequence[Index]) -> 
   for source, example, start, stop in itertools.chain.from_iterable(rows):
     pictures = indexes[source].images(example)
     stream.sources[source].planned += stop - start
+    stream.sources[source].planned_examples += (stop - start) / indexes[source].num_positions[
+      example
+    ]
     stream.planned_pictures += int(((pictures >= start) & (pictures < stop)).sum())
 
 
