@@ -37,6 +37,8 @@ Axis = Annotated[int, Range(at_least=-1, below=2**31)]  # -1 takes what is left
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp", "expert")  # that rows are split over
 FSDP_AXES = ("fsdp", "expert", "sequence")  # that dense weights are split over, beside `tensor`
+ADAMW_FIELDS = ("b1", "b2", "eps", "moment_dtype")
+ADAFACTOR_FIELDS = ("clipping_threshold", "multiply_by_parameter_scale")
 LORA_MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
 REMAT_NAMES = (
   "qkv",  # queries, keys and values, rotated
@@ -503,12 +505,16 @@ class OptimizerConfig(_Group, where="optimizer."):
   connector_learning_rate: PositiveOrZero | None = None
   warmup_steps: CountOrZero = 2000
   final_fraction: Fraction = 0.1
+  # Of Adafactor: what the RMS of a direction is clipped at, layer by layer, and whether it is then
+  # multiplied by the RMS of the param, which makes the rate relative.
+  clipping_threshold: Annotated[float, Range(above=0, none="clips nothing")] | None = 1.0
+  multiply_by_parameter_scale: bool = False
   # Times the current learning rate; never on norms and biases.
   weight_decay: Annotated[float, Range(at_least=0, at_most=1000)] = 0.1
-  b1: Decay = 0.9
+  b1: Decay = 0.9  # of AdamW, as b2, eps and moment_dtype
   b2: Decay = 0.95
   eps: Annotated[float, Range(at_least=1e-30, below=1)] = 1e-8
-  # Of AdamW's first moment; its second, and the params, are always float32.
+  # Of the first moment; the second, and the params, are always float32.
   moment_dtype: Literal["float32", "bfloat16"] = "float32"
   clip_norm: Annotated[float, Range(above=0, none="clips nothing")] | None = 1.0
   frozen: tuple[str, ...] = ()  # parts with no gradient, no optimizer state and no decay
@@ -517,6 +523,16 @@ class OptimizerConfig(_Group, where="optimizer."):
     for part in self.frozen:
       _require(part in PARTS, f"optimizer.frozen names '{part}'; the parts are {PARTS}.")
     _require(len(set(self.frozen)) < len(PARTS), "optimizer.frozen leaves nothing to train.")
+    own = {"adamw": ADAMW_FIELDS, "adafactor": ADAFACTOR_FIELDS}
+    for name, fields in own.items():
+      defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in fields}
+      for field, default in defaults.items() if name != self.name else ():
+        value = getattr(self, field)
+        _require(
+          value == default,
+          f"optimizer.{field} {value} is a setting of {name}, but optimizer.name is {self.name}, "
+          f"which has no use for it; leave it at {default}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,15 +6,19 @@ scaled by its part's schedule; ViT and connector may have peaks of their own. Wh
 in the trees that the optimizer sees (`split_frozen`), so it has no gradient, no state and no decay.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
-from mm1_jax.config import PARTS, DecoderConfig, RunConfig
+from mm1_jax.config import PARTS, DecoderConfig, OptimizerConfig, RunConfig
 from mm1_jax.models.mm1 import MM1
+from mm1_jax.sharding import spec_of
 
 Params = Any  # an MM1 in which some params, or their gradients, are None
 
@@ -66,15 +70,69 @@ def make_optimizer(run: RunConfig) -> optax.GradientTransformation:
   if cfg.name == "adamw":
     precondition = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moment_dtype)
   else:
-    precondition = optax.chain(
-      optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-    )
+    precondition = per_layer(adafactor(cfg))
   return optax.chain(
     optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
     precondition,
     optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
     _scale_by_rates(run),
   )
+
+
+def adafactor(cfg: OptimizerConfig) -> optax.GradientTransformation:
+  """Returns Adafactor's direction for one array (arXiv 1804.04235), its RMS about 1.
+
+  With `multiply_by_parameter_scale` it is multiplied by the param's RMS, or 1e-3 if that is less.
+  Then the rate is relative (section 8 of the paper): of a matrix initialised at width^-0.5, a step
+  is width^-0.5 of the rate.
+  """
+  parts = [optax.scale_by_factored_rms()]
+  if cfg.clipping_threshold is not None:
+    parts.append(optax.clip_by_block_rms(cfg.clipping_threshold))
+  if cfg.multiply_by_parameter_scale:
+    parts.append(optax.scale_by_param_block_rms())
+  return optax.chain(*parts)
+
+
+def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Returns a transformation that treats each layer and each expert as an array of its own.
+
+  Layers are stacked along a leading dim. An RMS over the whole stack would be one for all: a layer
+  with a 100 times larger gradient would have the steps of all others cut.
+  """
+
+  def over_stack(f: Callable, path, param: jax.Array, *args: Any) -> Any:
+    num = num_stacked(path, param)
+    out = functools.reduce(lambda f, _: jax.vmap(f), range(num), f)(*args)
+    # Experts are split over the mesh. What was made of no param, such as a count, is to be so too.
+    stack = spec_of(param)[:num]
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, P(*stack, *spec_of(x)[num:])), out)
+
+  def init(params: Params) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: over_stack(transformation.init, path, x, x), params
+    )
+
+  def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    rest = zip(treedef.flatten_up_to(updates), treedef.flatten_up_to(state), strict=True)
+    results = [
+      over_stack(transformation.update, path, x, update, state, x)
+      for (path, x), (update, state) in zip(leaves, rest, strict=True)
+    ]
+    new_updates, new_state = zip(*results, strict=True)
+    return treedef.unflatten(new_updates), treedef.unflatten(new_state)
+
+  return optax.GradientTransformation(init, update)
+
+
+def num_stacked(path, param: jax.Array) -> int:
+  """Returns how many leading dims of a param number layers and experts."""
+  names = _names(path)
+  if not {"units", "blocks"} & set(names):
+    return 0
+  matrix = names[-2] if names[-1] in ("a", "b") else names[-1]  # of LoRA
+  return 1 + (matrix in ("gate", "up", "down") and param.ndim == 4)  # [U, E, ...]
 
 
 def _scale_by_rates(run: RunConfig) -> optax.GradientTransformation:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import importlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import tiny
 import tiny_step
 
 from mm1_jax.checkpoint import to_names
-from mm1_jax.config import OptimizerConfig, RunConfig, TrainConfig
+from mm1_jax.config import ConfigError, OptimizerConfig, RunConfig, TrainConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
 from mm1_jax.train import step as step_module
@@ -133,7 +133,8 @@ def params() -> MM1:
 
 def gradients(like: MM1, seed: int, size: float = 1.0):
   def draw(path, x):
-    return size * tiny.draw(f"{seed}{tiny.name(path)}", x.shape).astype(np.float32)
+    grad = size * tiny.draw(f"{seed}{tiny.name(path)}", x.shape).astype(np.float32)
+    return jax.device_put(grad, x.sharding)
 
   return jax.tree_util.tree_map_with_path(draw, like)
 
@@ -340,14 +341,107 @@ def make_state_names(run: RunConfig) -> set[str]:
   return set(to_names(tiny_step.make_state(run).opt_state))
 
 
-def test_adafactor_steps_are_as_large_as_the_params(params):
-  """Adafactor's rate is relative: an update's RMS is the rate times the param's."""
-  cfg = OptimizerConfig(name="adafactor", learning_rate=1e-2, warmup_steps=0, weight_decay=0.0)
-  updates, _ = updates_of(make_optimizer(with_optimizer(cfg)), params, num=1)
-  for name, update in to_names(updates).items():
-    value = np.asarray(to_names(params)[name])
-    rms = max(float(np.sqrt(np.mean(value**2))), 1e-3)
-    assert float(jnp.sqrt(jnp.mean(update**2))) == pytest.approx(1e-2 * rms, rel=1e-3), name
+def adafactor_updates(params, grads, **settings) -> dict[str, np.ndarray]:
+  """Returns Adafactor's last updates at a rate of 1 after gradients that are all alike."""
+  cfg = OptimizerConfig(
+    name="adafactor",
+    learning_rate=1.0,
+    warmup_steps=0,
+    weight_decay=0.0,
+    clip_norm=None,
+    **settings,
+  )
+  run = RunConfig(
+    optimizer=cfg,
+    train=TrainConfig(num_steps=10**9),  # the rate stays 1
+  )
+  optimizer = make_optimizer(run)
+
+  @tiny.jit
+  def update(params, grads):
+    state = optimizer.init(params)
+    for grad in grads:
+      updates, state = optimizer.update(grad, state, params)
+    return updates
+
+  with jax.set_mesh(tiny.mesh()):
+    return {name: np.asarray(x) for name, x in to_names(update(params, grads)).items()}
+
+
+def rms(x, axis=None) -> np.ndarray:
+  return np.sqrt(np.mean(np.square(np.asarray(x, np.float64)), axis=axis))
+
+
+def test_adafactors_steps_are_as_large_as_the_rate(params):
+  """Whatever the size of param or gradient."""
+  for name, update in adafactor_updates(params, [gradients(params, 0, 1e-4)]).items():
+    assert rms(update) == pytest.approx(1.0, rel=1e-3), name
+
+
+def test_adafactors_parameter_scale_is_a_setting(params):
+  """Then an update's RMS is the param's, layer by layer and expert by expert."""
+  updates = adafactor_updates(params, [gradients(params, 0)], multiply_by_parameter_scale=True)
+  values = {name: np.asarray(x) for name, x in to_names(params).items()}
+  assert values["decoder.units.layers.1.mlp.gate"].ndim == 4  # [U, E, D, F]
+  assert values["vit.blocks.attention.query_bias"].ndim == 3  # [U, H, h]
+  for name, update in updates.items():
+    stacked = {"decoder.units.layers.1.mlp.gate": 2}.get(name, int(".blocks." in name))
+    one = tuple(range(stacked, update.ndim))
+    np.testing.assert_allclose(rms(update, one), rms(values[name], one), rtol=2e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("side", [8, 130])  # 128 and more are factored
+def test_a_layers_gradient_does_not_change_another_layers_step(side):
+  """Layers are stacked: an RMS over the stack had cut all other layers' steps 2.7-fold."""
+  rng = np.random.default_rng(0)
+  shape = (2, 3, side, side)  # layers, experts
+  param = 0.1 * rng.standard_normal(shape).astype(np.float32)
+  grads = [1e-4 * rng.standard_normal(shape).astype(np.float32) for _ in range(5)]
+  jumped = [*grads[:-1], grads[-1].copy()]
+  jumped[-1][0, 1] *= 100
+  for scale in (False, True):
+    calm, spiked = (
+      adafactor_updates(
+        stacked(param), [stacked(g) for g in gs], multiply_by_parameter_scale=scale
+      )["decoder.units.gate"]
+      for gs in (grads, jumped)
+    )
+    others = np.ones(shape[:2], bool)
+    others[0, 1] = False
+    np.testing.assert_allclose(spiked[others], calm[others], rtol=1e-5)
+    assert rms(spiked[0, 1]) == pytest.approx(rms(param[0, 1]) if scale else 1, rel=1e-3)
+
+
+class Decoder(NamedTuple):
+  decoder: Any
+
+
+class Units(NamedTuple):
+  units: Any
+
+
+class MLP(NamedTuple):
+  gate: jax.Array
+
+
+def stacked(gate: np.ndarray) -> Decoder:
+  """Returns experts' matrices where a decoder has them."""
+  return Decoder(Units(MLP(jnp.asarray(gate))))
+
+
+@pytest.mark.parametrize(
+  ("name", "setting"),
+  [
+    ("adafactor", {"b1": 0.8}),
+    ("adafactor", {"moment_dtype": "bfloat16"}),
+    ("adamw", {"multiply_by_parameter_scale": True}),
+    ("adamw", {"clipping_threshold": 5.0}),
+  ],
+)
+def test_a_setting_of_the_other_optimizer_is_refused(name, setting):
+  (field,) = setting
+  with pytest.raises(ConfigError, match=f"optimizer.{field} .* optimizer.name is {name}"):
+    OptimizerConfig(name=name, **setting)
 
 
 def on_eight_devices(name: str) -> RunConfig:
@@ -389,8 +483,8 @@ def test_optimizer_state_is_sharded_like_the_params_and_stays_so(name):
     gate = "decoder.units.layers.1.mlp.gate"
     fsdp = ("fsdp", "sequence")
     assert model[gate] == (None, "expert", fsdp, "tensor")
-    (rows,) = (s for n, s in slots.items() if n.endswith(f"v_row.{gate}"))
-    (columns,) = (s for n, s in slots.items() if n.endswith(f"v_col.{gate}"))
+    (rows,) = (s for n, s in slots.items() if n.endswith(f"{gate}.value.0.v_row"))
+    (columns,) = (s for n, s in slots.items() if n.endswith(f"{gate}.value.0.v_col"))
     assert {rows, columns} == {(None, "expert", fsdp), (None, "expert", "tensor")}
 
 
@@ -410,10 +504,6 @@ def test_three_steps_on_eight_devices_compile_once(name):
   assert step_module.train_step._cache_size() == before + 1
   assert losses[2] < losses[1] < losses[0]
   assert all(map(math.isfinite, losses))
-
-
-class Decoder(NamedTuple):
-  decoder: jax.Array
 
 
 def test_first_moment_in_bfloat16_takes_half_the_memory_and_next_to_the_same_steps():
