@@ -86,28 +86,39 @@ def row_of(
 
 
 @jax.jit
-def caption_nll(model: MM1, batch: Batch) -> jax.Array:
-  """Returns nats per target of each row; 0 for an empty one."""
+def caption_scores(model: MM1, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Returns nats per target of each row, 0 for an empty one; and whether greedy answers are right.
+
+  All targets being the likeliest after those before them is what greedy decoding would say.
+  """
   decoder = model.decoder
   logits = reshard(decoder.logits(model(batch).hidden), LAYOUT.act_b)
   nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
-  return jnp.sum(nll * batch.loss_mask, axis=1) / jnp.maximum(jnp.sum(batch.loss_mask, axis=1), 1)
+  wrong = (jnp.argmax(logits, axis=-1) != batch.targets) & (batch.loss_mask > 0)
+  num = jnp.maximum(jnp.sum(batch.loss_mask, axis=1), 1)
+  return jnp.sum(nll * batch.loss_mask, axis=1) / num, ~jnp.any(wrong, axis=1)
 
 
 def score(model: MM1, mesh, batches: list[Batch], other: np.ndarray) -> dict[str, float]:
-  """Returns the mean loss with right and wrong pictures, and their difference's standard error."""
+  """Returns mean loss and share of exact captions with right and wrong pictures.
+
+  The loss's margin, wrong above right, has its standard error beside it.
+  """
   images = np.concatenate([b.images for b in batches])
   wrong = images.copy()
   wrong[: len(other)] = images[other]
 
-  def losses(images: np.ndarray) -> np.ndarray:
+  def scores(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     parts = [
-      caption_nll(model, device_batch(b._replace(images=images[i * ROWS : (i + 1) * ROWS]), mesh))
+      caption_scores(
+        model, device_batch(b._replace(images=images[i * ROWS : (i + 1) * ROWS]), mesh)
+      )
       for i, b in enumerate(batches)
     ]
-    return np.concatenate([np.asarray(p) for p in parts])[: len(other)]
+    nll, exact = (np.concatenate(list(map(np.asarray, x))) for x in zip(*parts, strict=True))
+    return nll[: len(other)], exact[: len(other)]
 
-  right, wrong = losses(images), losses(wrong)
+  (right, exact_right), (wrong, exact_wrong) = scores(images), scores(wrong)
   margin = wrong - right
   return {
     "captions": len(margin),
@@ -116,6 +127,8 @@ def score(model: MM1, mesh, batches: list[Batch], other: np.ndarray) -> dict[str
     "margin": float(margin.mean()),
     "standard_error": float(margin.std(ddof=1) / np.sqrt(len(margin))),
     "better_with_right": float((margin > 0).mean()),
+    "exact_right": float(exact_right.mean()),
+    "exact_wrong": float(exact_wrong.mean()),
   }
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from bench.looks_at_pictures import ROWS, caption_nll, row_of
+from bench.looks_at_pictures import ROWS, caption_scores, row_of
 from configs import common, mm1_debug_sft
 from mm1_jax import checkpoint, cli
 from mm1_jax.batch import Batch
@@ -155,7 +155,7 @@ def answer_nll(model: Model, records: list[Record]) -> np.ndarray:
     rows = fits[start : start + ROWS]
     batch = [row(examples[i]) for i in rows] + [row(None)] * (ROWS - len(rows))
     with jax.set_mesh(model.mesh):
-      losses = caption_nll(model.params, device_batch(stack(batch), model.mesh))
+      losses, _ = caption_scores(model.params, device_batch(stack(batch), model.mesh))
     nll[rows] = np.asarray(losses)[: len(rows)]
   return nll
 

@@ -7,7 +7,7 @@ Letters: B rows, S positions, N image slots a row, T tokens per image, D width.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,15 @@ from mm1_jax.batch import Batch
 from mm1_jax.config import ModelConfig
 from mm1_jax.models.connector import Connector
 from mm1_jax.models.decoder import Decoder, DecoderOutput, KVCache
+from mm1_jax.models.moe import MoEStats
 from mm1_jax.models.vit import ViT
 from mm1_jax.sharding import LAYOUT, spec_of
+
+
+class MM1Output(NamedTuple):
+  hidden: Float[Array, "B S D"]  # after the decoder's last norm
+  moe: MoEStats | None  # leaves stacked over units
+  image_spread: Float[Array, ""]  # see `image_spread`; 0 where there are fewer than two pictures
 
 
 class MM1(nnx.Module):
@@ -89,24 +96,26 @@ class MM1(nnx.Module):
     return jnp.where(placeholder[..., None], picked, text)
 
   def embed(
-    self,
-    tokens: Int[Array, "B S"],
-    images: UInt8[Array, "B N H W 3"],
-    image_mask: Bool[Array, "B N"] | None = None,
+    self, tokens: Int[Array, "B S"], images: UInt8[Array, "B N H W 3"]
   ) -> Float[Array, "B S D"]:
     """Returns the decoder's input. A batch without image slots runs no encoder at all."""
     text = self.embed_text(tokens)
     if not images.shape[1]:
       return text
-    return self.merge(text, self.embed_image(images, image_mask), tokens)
+    return self.merge(text, self.embed_image(images), tokens)
 
-  def __call__(self, batch: Batch) -> DecoderOutput:
+  def __call__(self, batch: Batch) -> MM1Output:
     tokens, positions, segment_ids = (
       jax.sharding.reshard(x, LAYOUT.act_bs)
       for x in (batch.tokens, batch.positions, batch.segment_ids)
     )
-    embedded = self.embed(tokens, batch.images, batch.image_mask)
-    return self.decoder(embedded, positions, segment_ids)
+    embedded, spread = self.embed_text(tokens), jnp.zeros(())
+    if batch.images.shape[1]:
+      images = self.embed_image(batch.images, batch.image_mask)
+      spread = image_spread(images, batch.image_mask)
+      embedded = self.merge(embedded, images, tokens)
+    output = self.decoder(embedded, positions, segment_ids)
+    return MM1Output(output.hidden, output.moe, spread)
 
   def prefill(
     self,
@@ -124,6 +133,26 @@ class MM1(nnx.Module):
   ) -> DecoderOutput:
     """Reads one more token a row."""
     return self.decoder(self.embed_text(tokens), positions, jnp.ones_like(tokens), cache)
+
+
+def image_spread(tokens: Float[Array, "B N*T D"], mask: Bool[Array, "B N"]) -> Float[Array, ""]:
+  """Returns by how much image tokens differ between pictures: their RMS deviation over their RMS.
+
+  The deviation is from the mean over all pictures of the batch, token by token of a picture. At 0
+  the decoder gets the same of each picture: encoder or connector have collapsed, and no gradient
+  brings them back, while the loss looks as it would without pictures. Sums are float32.
+  """
+  tokens = jax.lax.stop_gradient(tokens).astype(jnp.float32)
+  num_rows, num_images = mask.shape
+  shape = (num_rows, num_images, tokens.shape[1] // num_images, tokens.shape[2])
+  tokens = jax.lax.reshape(tokens, shape, out_sharding=LAYOUT.act_b)
+  weights = mask.astype(jnp.float32)
+  weights /= jnp.maximum(jnp.sum(weights), 1.0)
+  mean = jnp.sum(weights[..., None, None] * tokens, axis=(0, 1))
+  deviation = jnp.mean(jnp.square(tokens - mean[None, None]), axis=(2, 3))
+  square = jnp.mean(jnp.square(tokens), axis=(2, 3))
+  deviation, square = (jnp.sum(weights * x) for x in (deviation, square))
+  return jnp.sqrt(deviation / jnp.maximum(square, 1e-30))
 
 
 def in_groups(

@@ -40,6 +40,7 @@ from mm1_jax.train.heldout import held_out_loss
 from mm1_jax.train.step import Metrics, TrainState, init_state, train_step_on
 
 PROGRAMS = "programs"  # folder of compiled ones, in the workdir
+MIN_IMAGE_SPREAD = 0.02  # below it a run is warned; 0.2 and more in runs that learn from pictures
 
 
 class TrainingDiverged(UserError):
@@ -252,6 +253,7 @@ class StepLog:
     self._num_examples = self._num_dropped = 0.0  # of all processes
     self._drops: collections.Counter = collections.Counter()  # of this one, by reason
     self._data_wait = 0.0
+    self._warned = False  # of collapsed image tokens
     self._watcher = concurrent.futures.ThreadPoolExecutor(1, "step_watcher")
     self._finished: concurrent.futures.Future[float] | None = None  # when the newest step was
 
@@ -337,11 +339,28 @@ class StepLog:
     if self._saves:
       scalars["speed/save_seconds"] = float(np.mean(self._saves))
     self._start, self._saves = None, []
+    self._warn_of_collapse(step, scalars.get("image_spread"))
     rates = self.timer.rates
     self.writer.write_scalars(step, scalars | (rates.scalars() if rates else {}))
     if jax.process_index() == 0:
       print(progress_line(step, self._run.train.num_steps, scalars, rates), flush=True)
     self._sums, self._tallies = None, []
+
+  def _warn_of_collapse(self, step: int, spread: float | None) -> None:
+    """Says once that pictures have become the same to the decoder: the loss does not show it."""
+    if spread is None or spread >= MIN_IMAGE_SPREAD or self._warned:
+      return
+    self._warned = True
+    logging.warning(
+      "step %d: image tokens of different pictures differ by %.2g%% of their size (image_spread; "
+      "below %.0f%% is too little to learn from). The image encoder or the connector gives the "
+      "decoder the same for every picture, and will not recover. Start again with lower "
+      "optimizer.vit_learning_rate and optimizer.connector_learning_rate (4e-4 for a small encoder "
+      "from random weights), or from a trained encoder: docs/training.md, 'Rates of an encoder'.",
+      step,
+      100 * spread,
+      100 * MIN_IMAGE_SPREAD,
+    )
 
 
 def _when_ready(metrics: Metrics) -> float:

@@ -37,6 +37,7 @@ class Losses(NamedTuple):
   total: Float[Array, ""]  # what is differentiated
   tokens: TokenSums
   moe: MoEStats | None  # leaves stacked over units
+  image_spread: Float[Array, ""]  # of the image tokens, see `models.mm1.image_spread`
 
 
 def cross_entropy(
@@ -161,7 +162,7 @@ def loss_fn(
     # Each sparse layer's losses count in full, as in ST-MoE and AXLearn.
     total += share * cfg.balance_loss * jnp.sum(output.moe.balance_loss)
     total += share * cfg.router_z_loss * jnp.sum(output.moe.router_z_loss)
-  return Losses(total, tokens, output.moe)
+  return Losses(total, tokens, output.moe, output.image_spread)
 
 
 def split_rows(batch: Batch, num: int) -> Batch:

@@ -77,6 +77,7 @@ def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[Trai
   trainable = choose(optax.apply_updates(trainable, updates), trainable)
   guard = _update_guard(state.guard, norm, accept)
   metrics = _metrics(losses, run) | {
+    "image_spread": _average(losses.image_spread, jnp.float32(jnp.sum(batch.image_mask) > 1)),
     **_rates(run, state.guard.accepted),
     "grad_norm": _average(norm),
     **{f"grad_norm/{part}": _average(x) for part, x in part_norms(grads).items()},
@@ -149,7 +150,7 @@ def _gradients(
   def body(carry, rows):
     losses, grads = micro(rows)
     summed = jax.tree.map(jnp.add, carry, (losses.total, losses.tokens, grads))
-    return summed, losses.moe
+    return summed, (losses.moe, losses.image_spread)
 
   def no_gradient(param):
     where = P(*spec_of(param).partitions, unreduced=across)
@@ -158,9 +159,9 @@ def _gradients(
   num_sources = len(run.data.leaves) or 1
   sums = TokenSums(jnp.zeros(num_sources), jnp.zeros(num_sources), jnp.zeros(()))
   zeros = jnp.zeros(()), sums, jax.tree.map(no_gradient, trainable)
-  (total, tokens, grads), moe = jax.lax.scan(body, zeros, split_rows(batch, num))
-  moe = jax.tree.map(lambda x: jnp.mean(x, axis=0), moe)
-  return Losses(total, tokens, moe), _reshard(grads)
+  (total, tokens, grads), means = jax.lax.scan(body, zeros, split_rows(batch, num))
+  means = jax.tree.map(lambda x: jnp.mean(x, axis=0), means)
+  return Losses(total, tokens, *means), _reshard(grads)
 
 
 def _reshard(params: Params, **kind: frozenset[str]) -> Params:
