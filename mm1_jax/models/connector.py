@@ -72,7 +72,7 @@ class SqueezeExcite(nnx.Module):
 
   def __call__(self, x: Float[Array, "I h w C"]) -> Float[Array, "I h w C"]:
     mean = jnp.mean(x, axis=(1, 2), keepdims=True)
-    return x * jax.nn.sigmoid(self.up(jax.nn.silu(self.down(mean))))
+    return x * broadcast(jax.nn.sigmoid(self.up(jax.nn.silu(self.down(mean)))), x)
 
 
 class RegNetBlock(nnx.Module):

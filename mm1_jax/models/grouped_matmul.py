@@ -182,7 +182,7 @@ def blocked_product(rows, weights, sizes, *, transpose: bool = False):
 
   def multiply(out, group, start, mine):
     block = jax.lax.dynamic_slice_in_dim(rows, start, mine.shape[0])
-    product = _dot(block, weights[group], contract)
+    product = _dot(block, weights[group], contract).astype(rows.dtype)
     # A block may reach into the next group's rows, or, at the end of all, back over finished ones.
     others = jax.lax.dynamic_slice_in_dim(out, start, mine.shape[0])
     return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product, others), start, 0)
@@ -197,12 +197,12 @@ def blocked_outer(rows, grad, sizes):
     product = _dot(jnp.where(mine, a, 0), jnp.where(mine, b, 0), (((0,), (0,)), ((), ())))
     return out.at[group].add(product)
 
-  out = jnp.zeros((sizes.shape[0], rows.shape[1], grad.shape[1]), rows.dtype)
-  return _over_blocks(add, out, rows, sizes)
+  out = jnp.zeros((sizes.shape[0], rows.shape[1], grad.shape[1]), jnp.float32)
+  return _over_blocks(add, out, rows, sizes).astype(rows.dtype)
 
 
-def _dot(a, b, dims):
-  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32).astype(a.dtype)
+def _dot(a, b, dims) -> Array:
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def _over_blocks(body: Callable, out: Array, rows: Float[Array, "M K"], sizes: Int[Array, " E"]):

@@ -60,14 +60,16 @@ def constant(value: float, *shape: int) -> nnx.Param:
 def broadcast(weight: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
   """Returns a weight over the last dims of `like`, in its shape, dtype and sharding.
 
-  The one way from a stored bias, scale, position table or kernel to what it is added to or
-  multiplied with. The weight is cast *after* it is broadcast, so that its gradient, a sum over all
-  positions, is a float32 sum: in bfloat16 each term below 2^-9 of what is summed already is lost,
-  and the sums of 32k positions were 10 to 30% off. As in `gather`, the type is *reduced* over the
-  axes of the leading dims: each chip keeps a sum of its own until the gradient has left all loops.
+  The one way from a stored bias, scale, position table or kernel (or an array with dims of length
+  1) to what it is added to or multiplied with. It is cast *after* it is broadcast, so that its
+  gradient, a sum over all positions, is a float32 sum: in bfloat16 each term below 2^-9 of what is
+  summed already is lost, and sums over 32k positions were 10 to 30% off. As in `gather`, the type
+  is *reduced* over the axes of the leading dims: each chip keeps a sum of its own until the
+  gradient has left all loops.
   """
   lead, spec = like.ndim - weight.ndim, spec_of(like)
   reduced = spec_of(weight).reduced | set(axes_of(*spec[:lead]))
+  weight = weight.astype(jnp.float32)
   weight = jax.sharding.reshard(weight, P(*spec[lead:], reduced=frozenset(reduced)))
   dims = tuple(range(lead, like.ndim))
   weight = jax.lax.broadcast_in_dim(weight, like.shape, dims, out_sharding=P(*spec))
