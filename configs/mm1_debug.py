@@ -33,6 +33,7 @@ def get_config(kind: str = "dense") -> ConfigDict:
   config.data.update(seq_len=256, batch_size=16, images_per_row=3, window_rows=512)
   config.train.update(num_steps=300, eval_every=100, eval_batches=4)
   config.optimizer.warmup_steps = 30
+  common.encoder_from_random(config)
   config.checkpoint.update(every=100, keep_period=None)
   if kind == "moe":
     common.moe(config, num_experts=8, every=2)
