@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints on Orbax: save and resume a run, and start another from its params alone.
 
-A workdir holds `config.json`, the tokenizer, `chat_template.json` if it is your own file, and
-`checkpoints/STEP/`; a step has three items: `params` (the model, under the names of its
+A workdir holds `config.json`, the tokenizer, `chat_template.json` if it is your own file,
+`good.json`, and `checkpoints/STEP/`; a step has three items: `params` (the model, under the names of its
 attributes), `train` (optimizer state and counters), and `data` (the pipeline's state, JSON). Saving
 is asynchronous and atomic: a step's folder has its name only when all of it is there. Arrays are
 restored straight onto the current mesh, whatever mesh they were saved from.
@@ -21,12 +21,15 @@ from etils import epath
 from mm1_jax.config import CheckpointConfig, RunConfig, UserError
 
 CONFIG, STEPS = "config.json", "checkpoints"
+GOOD = "good.json"  # the newest step whose params a step of training was accepted from
+REFUSED = ".refused"  # behind a step's name: set aside, and not taken for a checkpoint any more
 TEMPLATE = "chat_template.json"
 # A tokenizer's files by the suffix of its own, which comes first.
 TOKENIZERS = {
   ".model": ("tokenizer.model",),
   ".json": ("tokenizer.json", "tokenizer_config.json"),
 }
+NONE_GOOD = -1
 PARAMS, TRAIN, DATA = "params", "train", "data"
 SAVED_AT_ONCE_GB = 1  # of params without the rest of a run, on their way to the disk
 SHOWN = 5  # names listed in a message before "and N more"
@@ -37,22 +40,62 @@ class CheckpointError(UserError):
 
 
 class Checkpointer:
-  """The checkpoints of one run."""
+  """The checkpoints of one run.
+
+  That a checkpoint is good is known only when a step from its params was accepted. A run saves
+  none right after a refused step, so all but the newest are good; and at least two are kept, so
+  that there is a good one.
+  """
 
   def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig):
     self._path = absolute(workdir) / STEPS
+    self._good_file = absolute(workdir) / GOOD
+    self._good = _read_good(self._good_file)
     self._manager = ocp.CheckpointManager(
       self._path,
       item_names=(PARAMS, TRAIN, DATA),
-      options=ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, keep_period=cfg.keep_period),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=max(2, cfg.keep), keep_period=cfg.keep_period
+      ),
     )
 
   @property
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
+  @property
+  def good_step(self) -> int | None:
+    """The newest step that is known to be good."""
+    steps = sorted(self._manager.all_steps())
+    return next((s for s in reversed(steps) if s <= self._good or s < steps[-1]), None)
+
+  def folder(self, step: int) -> epath.Path:
+    return self._path / str(step)
+
+  def prove(self, step: int) -> None:
+    """Remembers, past this process, that a step from the params of `step` was accepted."""
+    if step != self._good:
+      self._good = step
+      if jax.process_index() == 0:
+        self._good_file.write_text(json.dumps({"step": step}) + "\n")
+
+  def set_aside(self) -> epath.Path:
+    """Renames the newest step, so that the one before it is resumed from; returns its new place.
+
+    For the end of a run: no process may be saving, and the checkpointer is of no use after it.
+    """
+    folder = self.folder(self._manager.latest_step() or 0)
+    aside = folder.with_name(folder.name + REFUSED)
+    if jax.process_index() == 0:
+      if aside.exists():
+        aside.rmtree()
+      folder.rename(aside)
+    return aside
+
   def save(self, step: int, *, params: Any, train: Any, data: dict[str, Any]) -> None:
     """Starts saving; arrays may be donated as soon as it returns."""
+    if self._good >= step:  # said of one that never came to be, or was deleted
+      self.prove(NONE_GOOD)
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -70,7 +113,7 @@ class Checkpointer:
       args = ocp.args.Composite(**{DATA: ocp.args.JsonRestore()})
       return self._manager.restore(step, args=args)[DATA]
     except Exception as e:
-      raise damaged(self._path / str(step) / DATA, e) from e
+      raise damaged(self.folder(step) / DATA, e) from e
 
   def restore(self, step: int, *, params: Any, train: Any) -> tuple[Any, Any]:
     """Returns (params, train) of a step, shaped and placed like the abstract trees given.
@@ -78,7 +121,7 @@ class Checkpointer:
     Raises:
       CheckpointError: the step is damaged, or its arrays are not the ones asked for.
     """
-    where = self._path / str(step)
+    where = self.folder(step)
     self.check(step, params=params, train=train)
     try:
       restored = self._manager.restore(
@@ -96,7 +139,7 @@ class Checkpointer:
 
   def check(self, step: int, *, params: Any, train: Any) -> None:
     """Raises CheckpointError unless a step has exactly these arrays; reads none of them."""
-    where = self._path / str(step)
+    where = self.folder(step)
     for item, tree in ((PARAMS, params), (TRAIN, train)):
       check_match(saved_shapes(where / item), to_names(tree), where / item)
 
@@ -111,6 +154,13 @@ class Checkpointer:
     # Closing waits for the other processes, which do not come where this one has failed.
     if error is None or jax.process_count() == 1:
       self._manager.close()
+
+
+def _read_good(path: epath.Path) -> int:
+  try:
+    return int(json.loads(path.read_text())["step"]) if path.exists() else NONE_GOOD
+  except (ValueError, KeyError, TypeError):
+    return NONE_GOOD  # it was cut off by a crash
 
 
 def write_run_files(workdir: epath.PathLike, run: RunConfig) -> None:

@@ -149,7 +149,7 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
 
 @pytest.mark.parametrize(
   ("cfg", "kept"),
-  [({"keep": 2}, [4, 5]), ({"keep": 1}, [5]), ({"keep": 1, "keep_period": 2}, [2, 4, 5])],
+  [({"keep": 3}, [3, 4, 5]), ({"keep": 1}, [4, 5]), ({"keep": 1, "keep_period": 2}, [2, 4, 5])],
   ids=str,
 )
 def test_old_checkpoints_go(tmp_path, cfg, kept):
