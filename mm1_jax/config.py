@@ -542,6 +542,9 @@ class TrainConfig:
   accumulation_steps: int = 1  # micro-batches per step
   z_loss: float = 1e-4  # on the softmax normaliser
   init_from: str | None = None  # workdir (or checkpoint) whose params start this run
+  # What may differ from `init_from` though it changes what its params compute: a setting, such as
+  # "model.decoder.rope_theta", or a part, such as "connector", which then starts fresh.
+  init_changes: tuple[str, ...] = ()
   seed: int = 0
   log_every: int = 10
   eval_every: int = 1000

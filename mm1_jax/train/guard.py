@@ -19,7 +19,8 @@ for the guard is saved with the params, and a wrong one would end each restart o
 - A spike raises it by `RISE`, so that it follows, slowly, what keeps coming. After `PATIENCE`
   spikes in a row the next one is accepted, however large it is, and the reference starts anew from
   it: that many are no accident, but the new level. So spikes are refused, alone and in bursts, and
-  yet no level of finite norms ends a run; what tells a destroyed model from a new level is the loss.
+  yet no level of finite norms ends a run: it is the loss that tells a destroyed model from one
+  whose norms have changed.
 - It starts anew as well where `train.spike_factor` is not what it was made with.
 
 `train.max_skipped` refused steps in a row end the run.
@@ -136,8 +137,8 @@ class Verdicts:
       raise TrainingDiverged(
         f"{in_a_row} steps in a row, up to step {step}, were skipped: their loss or gradient was "
         f"not finite, their loss over {LOSS_LIMIT:g} ln(vocab_size), or their gradient norm over "
-        f"train.spike_factor {train.spike_factor:g} times the usual. Lower optimizer.learning_rate, "
-        f"or look at the data. {self._what_is_left()}"
+        f"train.spike_factor {train.spike_factor:g} times the usual. Lower "
+        f"optimizer.learning_rate, or look at the data. {self._what_is_left()}"
       )
 
   def _what_is_left(self) -> str:
@@ -151,11 +152,10 @@ class Verdicts:
         f"Of the only checkpoint, step {newest}, no step was accepted: if a lower rate does not "
         f"help, delete {checkpointer.folder(newest)} to begin anew."
       )
-    aside = ""
+    text = f"The last good checkpoint is that of step {good}; the next start resumes there."
     if newest != good:
       distributed.barrier("mm1_jax/saved")
-      aside = (
-        f" (no step from that of step {newest} was accepted: it is {checkpointer.set_aside()})"
-      )
+      aside = checkpointer.set_aside()
       distributed.barrier("mm1_jax/set aside")
-    return f"The last good checkpoint is that of step {good}{aside}; the next start resumes there."
+      text += f" No step from the newest, that of step {newest}, was accepted: it is now {aside}."
+    return text

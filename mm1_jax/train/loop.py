@@ -35,6 +35,7 @@ from mm1_jax.metrics import (
 )
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_batch, abstract_state, device_batch, make_mesh
+from mm1_jax.train import start
 from mm1_jax.train.feed import training_batches
 from mm1_jax.train.guard import TrainingDiverged, Verdicts
 from mm1_jax.train.heldout import held_out_loss
@@ -63,6 +64,7 @@ def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = N
   with jax.set_mesh(mesh), Checkpointer(workdir, run.checkpoint) as checkpointer:
     # Data first: a wrong path is found before any param is made.
     latest = checkpointer.latest_step
+    before = None if latest is None else start.check_resume(run, workdir)
     data_state = None if latest is None else checkpointer.restore_data(latest)
     with contextlib.closing(training_batches(run, data_state, mesh)) as pipeline:
       distributed.check_same("the data", pipeline.state())
@@ -71,7 +73,10 @@ def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = N
       unfinished = (latest or 0) < run.train.num_steps
       compiling = start_compiling(run, mesh, abstract) if unfinished else None
       state = restore_or_init(run, abstract, checkpointer)
-      if jax.process_index() == 0:
+      if before is not None:
+        accepted = int(state.guard.accepted)
+        start.log_resume(before, run, step=int(state.step), accepted=accepted)
+      if jax.process_index() == 0 and (unfinished or before is None):
         checkpoint.write_run_files(workdir, run)
       names = checkpoint.to_names(state.model)
       logging.info("%s", parameter_overview.get_parameter_overview(names, include_stats=False))
@@ -191,13 +196,13 @@ def check_start(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer
   """Finds a user's mistake in what a run goes on from, before anything is compiled.
 
   Raises:
-    CheckpointError: the checkpoint is damaged or of another model, or `init_from` is none.
+    CheckpointError: the checkpoint is damaged or of another model, or `init_from` does not fit.
   """
   latest = checkpointer.latest_step
   if latest is not None:
     checkpointer.check(latest, params=abstract.model, train=abstract._replace(model=None))
   elif run.train.init_from:
-    checkpoint.find_step(run.train.init_from)
+    start.check_init_from(run, abstract.model)
 
 
 def restore_or_init(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer) -> TrainState:
@@ -218,7 +223,9 @@ def restore_or_init(run: RunConfig, abstract: TrainState, checkpointer: Checkpoi
   options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
   state = jax.jit(functools.partial(_fresh, run), compiler_options=options)()
   if run.train.init_from:
-    state = state._replace(model=checkpoint.init_from(run.train.init_from, state.model))
+    parts = start.fresh_parts(run)
+    model = checkpoint.init_from(run.train.init_from, state.model, fresh_parts=parts)
+    state = state._replace(model=model)
   return state
 
 
