@@ -549,8 +549,8 @@ class TrainConfig:
   log_every: int = 10
   eval_every: int = 1000
   eval_batches: int | None = None  # per source; None evaluates all of it
-  # A step is skipped when its gradient norm is not finite or exceeds spike_factor times the
-  # running norm; `max_skipped` such steps in a row stop the run.
+  # A step is skipped when its loss or gradient norm is not finite, or its norm exceeds spike_factor
+  # times the usual (see `train/guard.py`); `max_skipped` such steps in a row stop the run.
   spike_factor: float = 20.0
   max_skipped: int = 10
 
@@ -564,7 +564,7 @@ class CheckpointConfig:
   """When to save, and what to keep."""
 
   every: int = 1000  # steps
-  keep: int = 3  # newest checkpoints kept
+  keep: int = 3  # newest checkpoints kept; 2 at least, for the newest is not known to be good
   keep_period: int | None = None  # steps that are kept for good
 
   def __post_init__(self):

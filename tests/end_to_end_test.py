@@ -290,9 +290,10 @@ def test_fine_tuning_takes_the_pretrained_params(straight, tmp_path):
   assert list(metrics["eval/loss/sft"]) == [2]
 
 
-@pytest.mark.parametrize("every", [5, 1])
-@pytest.mark.parametrize("rate", [1e30, 50.0])
-@pytest.mark.parametrize("start", [0, NUM_STEPS])
+@pytest.mark.parametrize(
+  ("start", "rate", "every"),
+  [(0, 1e30, 5), (0, 50.0, 1), (NUM_STEPS, 1e30, 1), (NUM_STEPS, 50.0, 5)],
+)
 def test_an_absurd_rate_leaves_a_checkpoint_that_trains(straight, tmp_path, rate, every, start):
   """From the start, and when a healthy run is resumed; with `every` 1, the ruin is saved too.
 
@@ -339,6 +340,7 @@ def skipping(tmp_path_factory):
 SKIPPING = {
   "train__num_steps": 34,
   "train__spike_factor": 1.02,
+  "optimizer__learning_rate": 1e-6,  # norms stay as high as they are at first
   "checkpoint__every": 1,
   "checkpoint__keep": 99,
 }
