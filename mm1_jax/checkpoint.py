@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints on Orbax: save and resume a run, and start another from its params alone.
 
-A workdir holds `config.json`, the tokenizer, `chat_template.json` if it is your own file, and
-`checkpoints/STEP/`; a step has three items: `params` (the model, under the names of its
-attributes), `train` (optimizer state and counters), and `data` (the pipeline's state, JSON). Saving
-is asynchronous and atomic: a step's folder has its name only when all of it is there. Arrays are
-restored straight onto the current mesh, whatever mesh they were saved from.
+A workdir holds `config.json`, the tokenizer, `chat_template.json` if it is your own file,
+`good.json`, and `checkpoints/STEP/`; a step has three items: `params` (the model, under the names
+of its attributes), `train` (optimizer state and counters), and `data` (the pipeline's state, JSON).
+Saving is asynchronous and atomic: a step's folder has its name only when all of it is there. Arrays
+are restored straight onto the current mesh, whatever mesh they were saved from.
 """
 
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,14 +19,24 @@ from absl import logging
 from etils import epath
 
 from mm1_jax.config import CheckpointConfig, RunConfig, UserError
+from mm1_jax.models.layers import resize_grid
 
 CONFIG, STEPS = "config.json", "checkpoints"
+GOOD = "good.json"  # the newest step whose params a step of training was accepted from
+REFUSED = ".refused"  # behind a step's name: set aside, and not taken for a checkpoint any more
 TEMPLATE = "chat_template.json"
 # A tokenizer's files by the suffix of its own, which comes first.
 TOKENIZERS = {
   ".model": ("tokenizer.model",),
   ".json": ("tokenizer.json", "tokenizer_config.json"),
 }
+NONE_GOOD = -1
+GRIDS = ("vit.positions", "connector.positions")  # [H, W, D]: learned, for a grid of patches
+ADAPTER = ".lora."  # in the names of adapters
+MERGE = (
+  "Merge them: python -m mm1_jax.convert merge_lora --checkpoint=RUN --out=NEW_RUN; then start "
+  "from that."
+)
 PARAMS, TRAIN, DATA = "params", "train", "data"
 SAVED_AT_ONCE_GB = 1  # of params without the rest of a run, on their way to the disk
 SHOWN = 5  # names listed in a message before "and N more"
@@ -37,22 +47,62 @@ class CheckpointError(UserError):
 
 
 class Checkpointer:
-  """The checkpoints of one run."""
+  """The checkpoints of one run.
+
+  That a checkpoint is good is known only when a step from its params was accepted. A run saves
+  none right after a refused step, so all but the newest are good; and at least two are kept, so
+  that there is a good one.
+  """
 
   def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig):
     self._path = absolute(workdir) / STEPS
+    self._good_file = absolute(workdir) / GOOD
+    self._good = _read_good(self._good_file)
     self._manager = ocp.CheckpointManager(
       self._path,
       item_names=(PARAMS, TRAIN, DATA),
-      options=ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, keep_period=cfg.keep_period),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=max(2, cfg.keep), keep_period=cfg.keep_period
+      ),
     )
 
   @property
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
+  @property
+  def good_step(self) -> int | None:
+    """The newest step that is known to be good."""
+    steps = sorted(self._manager.all_steps())
+    return next((s for s in reversed(steps) if s <= self._good or s < steps[-1]), None)
+
+  def folder(self, step: int) -> epath.Path:
+    return self._path / str(step)
+
+  def prove(self, step: int) -> None:
+    """Remembers, past this process, that a step from the params of `step` was accepted."""
+    if step != self._good:
+      self._good = step
+      if jax.process_index() == 0:
+        self._good_file.write_text(json.dumps({"step": step}) + "\n")
+
+  def set_aside(self) -> epath.Path:
+    """Renames the newest step, so that the one before it is resumed from; returns its new place.
+
+    For the end of a run: no process may be saving, and the checkpointer is of no use after it.
+    """
+    folder = self.folder(self._manager.latest_step() or 0)
+    aside = folder.with_name(folder.name + REFUSED)
+    if jax.process_index() == 0:
+      if aside.exists():
+        aside.rmtree()
+      folder.rename(aside)
+    return aside
+
   def save(self, step: int, *, params: Any, train: Any, data: dict[str, Any]) -> None:
     """Starts saving; arrays may be donated as soon as it returns."""
+    if self._good >= step:  # said of one that never came to be, or was deleted
+      self.prove(NONE_GOOD)
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -70,7 +120,7 @@ class Checkpointer:
       args = ocp.args.Composite(**{DATA: ocp.args.JsonRestore()})
       return self._manager.restore(step, args=args)[DATA]
     except Exception as e:
-      raise damaged(self._path / str(step) / DATA, e) from e
+      raise damaged(self.folder(step) / DATA, e) from e
 
   def restore(self, step: int, *, params: Any, train: Any) -> tuple[Any, Any]:
     """Returns (params, train) of a step, shaped and placed like the abstract trees given.
@@ -78,7 +128,7 @@ class Checkpointer:
     Raises:
       CheckpointError: the step is damaged, or its arrays are not the ones asked for.
     """
-    where = self._path / str(step)
+    where = self.folder(step)
     self.check(step, params=params, train=train)
     try:
       restored = self._manager.restore(
@@ -96,7 +146,7 @@ class Checkpointer:
 
   def check(self, step: int, *, params: Any, train: Any) -> None:
     """Raises CheckpointError unless a step has exactly these arrays; reads none of them."""
-    where = self._path / str(step)
+    where = self.folder(step)
     for item, tree in ((PARAMS, params), (TRAIN, train)):
       check_match(saved_shapes(where / item), to_names(tree), where / item)
 
@@ -111,6 +161,13 @@ class Checkpointer:
     # Closing waits for the other processes, which do not come where this one has failed.
     if error is None or jax.process_count() == 1:
       self._manager.close()
+
+
+def _read_good(path: epath.Path) -> int:
+  try:
+    return int(json.loads(path.read_text())["step"]) if path.exists() else NONE_GOOD
+  except (ValueError, KeyError, TypeError):
+    return NONE_GOOD  # it was cut off by a crash
 
 
 def write_run_files(workdir: epath.PathLike, run: RunConfig) -> None:
@@ -197,36 +254,103 @@ def save_params(workdir: epath.PathLike, step: int, params: Mapping[str, jax.Arr
     checkpointer.save(path, args=ocp.args.PyTreeSave(params))
 
 
-def init_from(path: epath.PathLike, params: Any) -> Any:
-  """Returns `params` with what a checkpoint has of them, and logs what was taken and what was not.
+class Taken(NamedTuple):
+  """What another run's params are for a model."""
 
-  A param is taken when name and shape agree. One that the checkpoint lacks, or has in another
-  shape, keeps its fresh value; one that only the checkpoint has is left out.
+  where: epath.Path
+  names: list[str]
+  grids: dict[str, tuple[int, ...]]  # of those, learned positions to be resized, and their shapes
+  adapters: list[str]  # of LoRA: new
+  fresh: list[str]  # parts that keep their fresh params
+
+  @property
+  def parts(self) -> set[str]:
+    return {_part(name) for name in self.names}
+
+
+def check_init(path: epath.PathLike, params: Any, *, fresh_parts: Collection[str] = ()) -> Taken:
+  """Returns what `init_from` will take of a checkpoint; reads no array.
+
+  A part (ViT, connector, decoder) that the checkpoint has is taken whole: all params of both sides
+  have the same names and shapes. But for learned positions on another grid, which are resized, and
+  for LoRA adapters that only the model has. A part that the checkpoint lacks stays fresh, as do
+  `fresh_parts`.
 
   Raises:
-    CheckpointError: missing, damaged, or nothing in it fits.
+    CheckpointError: missing, damaged, or it does not fit; names what does not.
   """
   where = find_step(path) / PARAMS
-  saved, fresh = saved_shapes(where), to_names(params)
-  loaded = {name: x for name, x in fresh.items() if saved.get(name) == x.shape}
-  if not loaded:
+  saved = saved_shapes(where)
+  wanted = {name: tuple(x.shape) for name, x in to_names(params).items()}
+  theirs = {_part(name) for name in saved}
+  ours = {_part(name) for name in wanted}
+  if not theirs & ours:
     raise CheckpointError(f"'{where}' has no param of this model; is it another kind of model?")
-  if any(".lora." in name for name in saved.keys() - fresh.keys()):
-    raise CheckpointError(
-      f"'{where}' has LoRA adapters that this model lacks: what was trained would be lost. Merge "
-      "them: python -m mm1_jax.convert merge_lora --checkpoint=RUN --out=NEW_RUN; then start from "
-      "that."
-    )
-  other = {n: f"{saved[n]}, not {x.shape}" for n, x in fresh.items() if n in saved.keys() - loaded}
-  logging.info(
-    "init_from '%s': loaded %d params; skipped for their shape: %s; missing: %s; unused: %s",
-    where,
-    len(loaded),
-    other or "none",
-    sorted(fresh.keys() - saved.keys()) or "none",
-    sorted(saved.keys() - fresh.keys()) or "none",
+  parts = theirs - set(fresh_parts)
+  saved = {name: shape for name, shape in saved.items() if _part(name) in parts}
+  wanted = {name: shape for name, shape in wanted.items() if _part(name) in parts}
+  _check_adapters(where, saved, wanted)
+  adapters = [name for name in wanted if ADAPTER in name and name not in saved]
+  grids = {n: saved[n] for n in GRIDS if n in saved and _is_other_grid(saved[n], wanted.get(n))}
+  wrong = _differences(
+    {n: s for n, s in saved.items() if n not in grids},
+    {n: s for n, s in wanted.items() if n not in {*grids, *adapters}},
   )
-  return from_names(params, fresh | _restore(where, loaded))
+  if wrong:
+    raise CheckpointError(f"'{where}' does not fit this model: {'; '.join(wrong)}.")
+  names = [name for name in wanted if name not in adapters]
+  return Taken(where, names, grids, adapters, sorted(ours - parts))
+
+
+def init_from(path: epath.PathLike, params: Any, *, fresh_parts: Collection[str] = ()) -> Any:
+  """Returns `params` with what a checkpoint has of them, and logs what was taken and what was not.
+
+  Raises:
+    CheckpointError: see `check_init`.
+  """
+  fresh = to_names(params)
+  taken = check_init(path, params, fresh_parts=fresh_parts)
+  logging.info(
+    "init_from '%s': loaded %d params; resized: %s; new adapters: %d",
+    taken.where,
+    len(taken.names),
+    {n: f"{s[:2]} to {fresh[n].shape[:2]}" for n, s in taken.grids.items()} or "none",
+    len(taken.adapters),
+  )
+  if taken.fresh:
+    names = ", ".join(taken.fresh)
+    logging.warning("init_from '%s': nothing is taken for %s: random params", taken.where, names)
+  wanted = {name: fresh[name] for name in taken.names}
+  for name, shape in taken.grids.items():
+    x = wanted[name]
+    wanted[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+  loaded = _restore(taken.where, wanted)
+  for name in taken.grids:
+    resize = jax.jit(resize_grid, static_argnums=1, out_shardings=fresh[name].sharding)
+    loaded[name] = resize(loaded[name], fresh[name].shape[:2])
+  return from_names(params, fresh | loaded)
+
+
+def _check_adapters(
+  where: epath.Path, saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+  """Raises CheckpointError if LoRA adapters that were trained have no place in a model."""
+  lost = [name for name in saved if ADAPTER in name and saved[name] != wanted.get(name)]
+  if lost:
+    name = lost[0]
+    ours = f"of shape {wanted[name]}" if name in wanted else "none"
+    raise CheckpointError(
+      f"'{where}' has LoRA adapters that this model lacks ({name} {saved[name]}; here {ours}): "
+      f"what was trained would be lost. {MERGE}"
+    )
+
+
+def _is_other_grid(saved: tuple[int, ...], wanted: tuple[int, ...] | None) -> bool:
+  return wanted is not None and saved != wanted and saved[2:] == wanted[2:]
+
+
+def _part(name: str) -> str:
+  return name.split(".")[0]
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -264,12 +388,18 @@ def saved_shapes(item: epath.Path) -> dict[str, tuple[int, ...]]:
     raise damaged(item, e) from e
 
 
+def _differences(
+  saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+  """Returns one line for each array that differs."""
+  wrong = [f"{n} is {saved[n]}, not {s}" for n, s in wanted.items() if saved.get(n, s) != s]
+  wrong += [f"{n} is missing" for n in wanted if n not in saved]
+  return wrong + [f"{n} is not in this model" for n in saved if n not in wanted]
+
+
 def check_match(saved: dict[str, tuple[int, ...]], wanted: dict[str, Any], where: Any) -> None:
   """Raises CheckpointError unless a checkpoint has exactly the arrays wanted, in their shapes."""
-  shapes = {name: tuple(x.shape) for name, x in wanted.items()}
-  wrong = [f"{n} is {saved[n]}, not {s}" for n, s in shapes.items() if saved.get(n, s) != s]
-  wrong += [f"{n} is missing" for n in shapes if n not in saved]
-  wrong += [f"{n} is not in this model" for n in saved if n not in shapes]
+  wrong = _differences(saved, {name: tuple(x.shape) for name, x in wanted.items()})
   if wrong:
     more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     raise CheckpointError(

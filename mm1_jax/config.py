@@ -543,12 +543,15 @@ class TrainConfig(_Group, where="train."):
   accumulation_steps: Count = 1  # micro-batches per step
   z_loss: PositiveOrZero = 1e-4  # on the softmax normaliser
   init_from: str | None = None  # workdir (or checkpoint) whose params start this run
+  # What may differ from `init_from` though it changes what its params compute: a setting, such as
+  # "model.decoder.rope_theta", or a part, such as "connector", which then starts fresh.
+  init_changes: tuple[str, ...] = ()
   seed: Seed = 0
   log_every: Count = 10
   eval_every: Count = 1000
   eval_batches: Count | None = None  # per source; None evaluates all of it
-  # A step is skipped when its gradient norm is not finite or exceeds spike_factor times the
-  # running norm; `max_skipped` such steps in a row stop the run.
+  # A step is skipped when its loss or gradient norm is not finite, or its norm exceeds spike_factor
+  # times the usual (see `train/guard.py`); `max_skipped` such steps in a row stop the run.
   spike_factor: Annotated[float, Range(above=1)] = 20.0
   max_skipped: Count = 10
 
@@ -558,7 +561,7 @@ class CheckpointConfig(_Group, where="checkpoint."):
   """When to save, and what to keep."""
 
   every: Count = 1000  # steps
-  keep: Count = 3  # newest checkpoints kept
+  keep: Count = 3  # newest checkpoints kept; 2 at least, for the newest is not known to be good
   keep_period: Count | None = None  # steps that are kept for good
 
 

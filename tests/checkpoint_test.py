@@ -18,7 +18,13 @@ import tiny
 import mm1_jax.data
 from mm1_jax import checkpoint
 from mm1_jax.checkpoint import Checkpointer, CheckpointError, to_names
-from mm1_jax.config import CheckpointConfig, ConnectorConfig, OptimizerConfig, RunConfig
+from mm1_jax.config import (
+  CheckpointConfig,
+  ConnectorConfig,
+  LoRAConfig,
+  OptimizerConfig,
+  RunConfig,
+)
 from mm1_jax.data.template import load_template
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
@@ -149,7 +155,7 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
 
 @pytest.mark.parametrize(
   ("cfg", "kept"),
-  [({"keep": 2}, [4, 5]), ({"keep": 1}, [5]), ({"keep": 1, "keep_period": 2}, [2, 4, 5])],
+  [({"keep": 3}, [3, 4, 5]), ({"keep": 1}, [4, 5]), ({"keep": 1, "keep_period": 2}, [2, 4, 5])],
   ids=str,
 )
 def test_old_checkpoints_go(tmp_path, cfg, kept):
@@ -292,8 +298,7 @@ def test_init_from_takes_the_params_onto_its_mesh(saved, story, sizes):
   for name, x in to_names(taken).items():
     assert x.sharding == to_names(fresh)[name].sharding, name
   message = report(story)
-  assert f"loaded {len(to_names(fresh))} params; skipped for their shape: none" in message
-  assert "missing: none; unused: none" in message
+  assert f"loaded {len(to_names(fresh))} params; resized: none; new adapters: 0" in message
 
 
 def test_init_from_a_step_of_a_run(saved):
@@ -302,43 +307,105 @@ def test_init_from_a_step_of_a_run(saved):
   assert_same(taken, states[3].model)
 
 
-def test_init_from_reports_what_does_not_fit(tmp_path, story):
-  """A dense model's params start a sparse one with another vocabulary."""
-  old = save(tmp_path, run_config(), 1)[1].model
-  run = run_config(tiny.SPARSE)
-  decoder = dataclasses.replace(run.model.decoder, vocab_size=64, depth=2)
-  run = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
-  fresh = params(run)
-  taken = to_names(checkpoint.init_from(tmp_path, fresh))
-  old, fresh = to_names(old), to_names(fresh)
-  loaded = {n for n in fresh if n in old and fresh[n].shape == old[n].shape}
-  assert {n.split(".")[0] for n in loaded} == {"vit", "connector", "decoder"}
-  for name, value in taken.items():
-    expected = old if name in loaded else fresh
-    np.testing.assert_array_equal(value, expected[name], err_msg=name)
+def with_decoder(run: RunConfig, **changes) -> RunConfig:
+  decoder = dataclasses.replace(run.model.decoder, **changes)
+  return dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
+
+
+def test_init_from_refuses_other_shapes_and_names_each(tmp_path):
+  """They would else be random, in part, beside what was trained."""
+  save(tmp_path, run_config(), 1)
+  with pytest.raises(CheckpointError) as error:
+    checkpoint.init_from(tmp_path, params(with_decoder(run_config(), vocab_size=64, mlp_dim=40)))
+  message = str(error.value)
+  assert f"{tmp_path}/checkpoints/1/params' does not fit this model: " in message
+  assert "decoder.embedding is (48, 32), not (64, 32)" in message
+  for name in ("gate", "up", "down"):
+    assert f"decoder.units.layers.0.mlp.{name} is " in message
+
+
+@pytest.mark.parametrize(
+  ("saved", "wanted", "message"),
+  [
+    ({}, {"qk_norm": True}, r"attention\.query_norm\.scale is missing"),
+    ({"tie_embeddings": False}, {}, r"decoder\.head is not in this model"),
+    # Each third layer is found, as the only layer of a unit of one.
+    ({"depth": 1}, {"depth": 2, "moe": tiny.SPARSE}, r"layers\.1\.mlp\.router is missing"),
+  ],
+  ids=["missing", "unused", "deeper"],
+)
+def test_init_from_takes_a_part_whole_or_not_at_all(tmp_path, saved, wanted, message):
+  save(tmp_path, with_decoder(run_config(), **saved), 1)
+  with pytest.raises(CheckpointError, match=message):
+    checkpoint.init_from(tmp_path, params(with_decoder(run_config(), **wanted)))
+
+
+def with_pictures(run: RunConfig, size: int, grid: tuple[int, int]) -> RunConfig:
+  """Returns a run with learned positions in both ViT and connector."""
+  vision = dataclasses.replace(run.model.vision, image_size=(size, size), position_grid=grid)
+  connector = ConnectorConfig(token_grid=(1, 2), hidden=8, depth=1)
+  model = dataclasses.replace(run.model, vision=vision, connector=connector)
+  return dataclasses.replace(run, model=model)
+
+
+@pytest.mark.parametrize("sizes", [ONE, EIGHT], ids=str)
+def test_init_from_resizes_positions_to_another_grid(tmp_path, story, sizes):
+  """Bicubically, as the encoder itself does where pictures have another size."""
+  old = save(tmp_path, with_pictures(run_config(), 8, (2, 2)), 1)[1].model
+  run = with_pictures(run_config(), 12, (3, 4))
+  with jax.set_mesh(tiny.mesh(*sizes)):
+    taken = to_names(checkpoint.init_from(tmp_path, params(run, sizes)))
+  old, wanted = to_names(old), to_names(abstract(run, sizes).model)
+  for name in ("vit.positions", "connector.positions"):
+    dim = old[name].shape[-1]
+    assert taken[name].shape == (3, 4, dim)
+    assert taken[name].sharding.is_equivalent_to(wanted[name].sharding, 3)
+    expected = jax.image.resize(np.asarray(old[name]), (3, 4, dim), "bicubic")
+    np.testing.assert_allclose(taken[name], expected, rtol=1e-6, atol=1e-6)
   message = report(story)
-  assert f"loaded {len(loaded)} params" in message
-  assert "'decoder.embedding': '(48, 32), not (64, 32)'" in message
-  # Two dense layers were one stack; now each is a layer of the unit.
-  assert "'decoder.units.layers.0.attention.key': '(2, " in message
-  missing = message.split("missing: ")[1].split("; unused")[0]
-  assert "decoder.units.layers.1.mlp.router" in missing
-  assert "decoder.embedding" not in missing
-  assert message.endswith("unused: none")
+  assert "resized: {'vit.positions': '(2, 2) to (3, 4)', 'connector.positions': " in message
+  for name in taken.keys() - {"vit.positions", "connector.positions"}:
+    np.testing.assert_array_equal(taken[name], old[name], err_msg=name)
 
 
-def test_init_from_leaves_out_what_only_the_checkpoint_has(saved, story):
-  workdir, states = saved
+def test_init_from_refuses_positions_of_another_width(tmp_path):
+  save(tmp_path, run_config(), 1)
   run = run_config()
-  decoder = dataclasses.replace(run.model.decoder, depth=1)
-  run = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
-  taken = checkpoint.init_from(workdir, params(run))
-  expected = to_names(states[5].model)
-  for name, value in to_names(taken).items():
-    np.testing.assert_array_equal(value, expected[name], err_msg=name)
-  message = report(story)
-  assert "missing: none" in message
-  assert "decoder.units.layers.1.mlp.router" in message.split("unused: ")[1]
+  vision = dataclasses.replace(run.model.vision, width=32, position_grid=(4, 4))
+  wider = dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision))
+  with pytest.raises(CheckpointError, match=r"vit\.positions is \(3, 2, 16\), not \(4, 4, 32\)"):
+    checkpoint.init_from(tmp_path, params(wider))
+
+
+def test_init_from_leaves_parts_fresh_that_it_lacks_or_is_told_to(tmp_path, story):
+  old = to_names(save(tmp_path / "whole", run_config(), 1)[1].model)
+  decoder = {name: x for name, x in old.items() if name.startswith("decoder.")}
+  checkpoint.save_params(tmp_path / "decoder", 0, decoder)
+  fresh = params(run_config())
+  for path, told in (("decoder", ()), ("whole", ("vit", "connector"))):
+    story.clear()
+    taken = to_names(checkpoint.init_from(tmp_path / path, fresh, fresh_parts=told))
+    for name, value in to_names(fresh).items():
+      expected = old[name] if name in decoder else value
+      np.testing.assert_array_equal(taken[name], expected, err_msg=name)
+    warnings = [r.getMessage() for r in story.records if r.levelno == logging.WARNING]
+    assert any("nothing is taken for connector, vit: random params" in text for text in warnings)
+
+
+def test_init_from_and_adapters(tmp_path, story):
+  """New ones are fresh, equal ones are taken, and none that were trained are lost."""
+  lora = LoRAConfig(rank=2, matrices=("query", "up"))
+  paths = {"plain": None, "lora": lora}
+  for name, value in paths.items():
+    save(tmp_path / name, with_decoder(run_config(), lora=value), 1)
+  checkpoint.init_from(tmp_path / "plain", params(with_decoder(run_config(), lora=lora)))
+  assert "new adapters: 4" in report(story)
+  story.clear()
+  checkpoint.init_from(tmp_path / "lora", params(with_decoder(run_config(), lora=lora)))
+  assert "new adapters: 0" in report(story)
+  for other in (None, dataclasses.replace(lora, rank=4), LoRAConfig(rank=2, matrices=("query",))):
+    with pytest.raises(CheckpointError, match=r"adapters that this model lacks .*merge_lora"):
+      checkpoint.init_from(tmp_path / "lora", params(with_decoder(run_config(), lora=other)))
 
 
 def test_init_from_something_else_entirely(tmp_path):

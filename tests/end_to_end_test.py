@@ -7,6 +7,7 @@ However a run of ten steps is cut up, its losses and its last checkpoint are the
 import io
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,7 +277,7 @@ def test_fine_tuning_takes_the_pretrained_params(straight, tmp_path):
   pretrained = arrays(straight[0], NUM_STEPS)
   params = {name: x for name, x in pretrained.items() if name.startswith("params.")}
   assert f"{straight[0]}/checkpoints/10/params': loaded {len(params)} params" in line
-  assert "skipped for their shape: none; missing: none; unused: none" in line
+  assert line.endswith("resized: none; new adapters: 0")
   # At a rate of 0 they are still the same: nothing was initialised over them.
   tuned = arrays(tmp_path, 2)
   for name, value in params.items():
@@ -287,6 +288,85 @@ def test_fine_tuning_takes_the_pretrained_params(straight, tmp_path):
   metrics = read_metrics(tmp_path)
   assert list(metrics["loss/sft"]) == [1, 2]
   assert list(metrics["eval/loss/sft"]) == [2]
+
+
+@pytest.mark.parametrize(
+  ("start", "rate", "every"),
+  [(0, 1e30, 5), (0, 50.0, 1), (NUM_STEPS, 1e30, 1), (NUM_STEPS, 50.0, 5)],
+)
+def test_an_absurd_rate_leaves_a_checkpoint_that_trains(straight, tmp_path, rate, every, start):
+  """From the start, and when a healthy run is resumed; with `every` 1, the ruin is saved too.
+
+  Its params are finite at a rate of 50, as is their loss, of hundreds of nats.
+  """
+  workdir = tmp_path / "run"
+  if start:
+    shutil.copytree(straight[0], workdir)
+  settings = {"train__num_steps": 30, "checkpoint__keep": 1, "checkpoint__every": every}
+  result = run(workdir, **settings, optimizer__learning_rate=rate)
+  assert result.returncode == 1, result.stderr[-3000:]
+  error = result.stderr.splitlines()[-1]
+  assert "10 steps in a row, up to step" in error
+  # The first step of a run has a rate of 0: of its params a step is accepted.
+  good = start or (1 if every == 1 else None)
+  if good is None:
+    assert "No checkpoint was saved" in error
+  else:
+    assert f"The last good checkpoint is that of step {good};" in error
+    assert saved_steps(workdir)[-1] == good
+    aside = workdir / "checkpoints" / f"{good + 1}.refused"
+    assert aside.exists() == (every == 1) == (str(aside) in error)
+  result = run(workdir, **settings, optimizer__learning_rate=1e-3)
+  check_ok(result)
+  assert ("resuming at step" in result.stderr) == (good is not None)
+  if good is not None:
+    assert (
+      f"changed since the last start: optimizer.learning_rate: {rate} -> 0.001" in result.stderr
+    )
+  metrics = read_metrics(workdir)
+  assert metrics["skipped"][30] == 0
+  assert metrics["loss"][30] < metrics["loss"][(good or 0) + 1] < 10
+  assert all(np.isfinite(x).all() for x in arrays(workdir, 30).values())
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory):
+  """A run of which every second step or so is refused, once spikes are looked for."""
+  workdir = tmp_path_factory.mktemp("skipping") / "run"
+  check_ok(run(workdir, **SKIPPING))
+  return workdir
+
+
+SKIPPING = {
+  "train__num_steps": 34,
+  "train__spike_factor": 1.02,
+  "optimizer__learning_rate": 1e-6,  # norms stay as high as they are at first
+  "checkpoint__every": 1,
+  "checkpoint__keep": 99,
+}
+
+
+def test_nothing_is_saved_after_a_refused_step(skipping):
+  """And the run goes on until a step is accepted."""
+  in_a_row = read_metrics(skipping)["skipped_in_a_row"]
+  assert 4 < sum(map(bool, in_a_row.values())) < 14
+  assert saved_steps(skipping) == [step for step, num in in_a_row.items() if not num]
+  assert max(in_a_row) >= SKIPPING["train__num_steps"]
+  assert not in_a_row[max(in_a_row)]
+
+
+def test_a_run_that_is_stopped_after_a_refused_step_is_the_same_in_the_end(skipping, tmp_path):
+  in_a_row = read_metrics(skipping)["skipped_in_a_row"]
+  at = next(step for step in sorted(in_a_row) if in_a_row[step] == 1)
+  result = run(tmp_path, **SKIPPING, interrupt=("SIGTERM", at))
+  assert result.returncode == 0, result.stderr[-3000:]
+  assert f"saved at step {at - 1}, run again to go on" in result.stderr
+  assert f"are not saved: the last one, {at}, was skipped" in result.stderr
+  assert saved_steps(tmp_path)[-1] == at - 1
+  check_ok(run(tmp_path, **SKIPPING))
+  last = saved_steps(skipping)[-1]
+  a, b = arrays(tmp_path, last), arrays(skipping, last)
+  assert {name: x.tobytes() for name, x in a.items()} == {n: x.tobytes() for n, x in b.items()}
 
 
 # Adapters start at nothing, on a model that has seen ten batches: they need a high rate.

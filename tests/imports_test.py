@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
   "mm1_jax.drawing": set(),
   "mm1_jax.report": CONTRACTS | {"mm1_jax.drawing", "mm1_jax.metrics"},
   "mm1_jax.distributed": CONTRACTS | {"mm1_jax.sharding"},
-  "mm1_jax.checkpoint": CONTRACTS | {"mm1_jax.sharding"},
+  "mm1_jax.checkpoint": CONTRACTS | {"mm1_jax.sharding", "mm1_jax.models.layers"},
   "mm1_jax.models": CONTRACTS | {"mm1_jax.sharding"},
   "mm1_jax.data": CONTRACTS,
   "mm1_jax.data.build": CONTRACTS | {"mm1_jax.cli", "mm1_jax.data"},

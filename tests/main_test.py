@@ -105,10 +105,37 @@ CASES = {
     [DEBUG, "--config.model.decoder.mlp_dim=64"],
     ["of another model", "decoder.units.layers.0.mlp.down is (4, 384, 128), not (4, 64, 128)"],
   ),
+  "another_function": Case(
+    [DEBUG, "--config.model.decoder.rope_theta=5e5", "--config.model.vision.activation=gelu"],
+    [
+      "model.vision.activation: quick_gelu -> gelu; model.decoder.rope_theta: 10000.0 -> 500000.0",
+      "Set them back, or start another workdir",
+      "--config.train.init_from=",
+    ],
+  ),
+  "finished": Case(
+    [DEBUG, "--config.train.num_steps=3", "--config.model.dtype=bfloat16"],
+    ["model.dtype: float32 -> bfloat16"],
+  ),
+  "another_source": Case(
+    [
+      DEBUG,
+      "--config.model.decoder.norm_eps=0.1",
+      "--config.train.init_from=WORK/../another_shape/run",
+    ],
+    [
+      "model.decoder.norm_eps: 1e-05 -> 0.1",
+      "--config.train.init_changes=\"('model.decoder.norm_eps',)\"",
+    ],
+  ),
   "another_mixture": Case(
     [DEBUG, "--config.data.seed=1"], ["seed: 0 then, 1 now", "train.init_from"]
   ),
 }
+
+
+# Cases of a run that is there already.
+LEFT_ALONE = ["another_shape", "another_mixture", "another_function", "finished"]
 
 
 def write_run(workdir: pathlib.Path) -> None:
@@ -158,7 +185,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
   for name in CASES:
     write_files(folder / name)
   write_run(folder / "another_shape" / "run")
-  shutil.copytree(folder / "another_shape" / "run", folder / "another_mixture" / "run")
+  for name in LEFT_ALONE[1:]:
+    shutil.copytree(folder / "another_shape" / "run", folder / name / "run")
   return folder
 
 
@@ -209,11 +237,12 @@ def test_a_mistake_leaves_no_run_behind(results):
     "no_shards",
     "mesh",
     "no_init_from",
+    "another_source",
   ):
     assert not (results / name / "run" / "config.json").exists(), name
 
 
-@pytest.mark.parametrize("name", ["another_shape", "another_mixture"])
+@pytest.mark.parametrize("name", LEFT_ALONE)
 def test_a_mistake_leaves_the_run_as_it_is(results, name):
   """What is said to be wrong must not be written over what was right."""
   from configs import mm1_debug

@@ -273,6 +273,18 @@ def test_sigterm_to_one_stops_all_at_one_step(straight, tmp_path):
 
 
 @pytest.mark.long
+def test_all_set_a_ruined_checkpoint_aside(tmp_path):
+  """The first step has a rate of 0, the second ruins the params, which are saved."""
+  settings = {"train__num_steps": 20, "checkpoint__every": 1, "checkpoint__keep": 1}
+  results = run(tmp_path, 2, optimizer__learning_rate=1e30, **settings)
+  for result in results:
+    assert result.code == 1, result.err[-3000:]
+    assert "The last good checkpoint is that of step 1; the next start resumes" in result.err
+    assert f"is now {tmp_path}/checkpoints/2.refused" in result.err
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2.refused"]
+
+
+@pytest.mark.long
 def test_a_data_error_on_one_ends_all_with_it(tmp_path):
   results = run(tmp_path / "run", 2, hooks={1: ["DataError", 3]})
   for result in results:

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from mm1_jax import checkpoint, distributed
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer
-from mm1_jax.config import RunConfig, UserError
+from mm1_jax.config import RunConfig
 from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.inspect.picture import draw_batch
 from mm1_jax.data.pipeline import BatchStats, Pipeline, check_drops
@@ -35,16 +35,14 @@ from mm1_jax.metrics import (
 )
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_batch, abstract_state, device_batch, make_mesh
+from mm1_jax.train import start
 from mm1_jax.train.feed import training_batches
+from mm1_jax.train.guard import TrainingDiverged, Verdicts
 from mm1_jax.train.heldout import held_out_loss
 from mm1_jax.train.step import Metrics, TrainState, init_state, train_step_on
 
 PROGRAMS = "programs"  # folder of compiled ones, in the workdir
 MIN_IMAGE_SPREAD = 0.02  # below it a run is warned; 0.2 and more in runs that learn from pictures
-
-
-class TrainingDiverged(UserError):
-  """Too many steps in a row had to be skipped."""
 
 
 def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = None) -> TrainState:
@@ -57,8 +55,8 @@ def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = N
 
   Raises:
     ConfigError, DataError, CheckpointError: a user's mistake, with what to do.
-    TrainingDiverged: `run.train.max_skipped` steps in a row were skipped; the last checkpoint
-      before them stands.
+    TrainingDiverged: `run.train.max_skipped` steps in a row were skipped; the message names the
+      last good checkpoint.
   """
   launched = launched or time.time()
   keep_programs(workdir)
@@ -67,6 +65,7 @@ def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = N
   with jax.set_mesh(mesh), Checkpointer(workdir, run.checkpoint) as checkpointer:
     # Data first: a wrong path is found before any param is made.
     latest = checkpointer.latest_step
+    before = None if latest is None else start.check_resume(run, workdir)
     data_state = None if latest is None else checkpointer.restore_data(latest)
     with contextlib.closing(training_batches(run, data_state, mesh)) as pipeline:
       distributed.check_same("the data", pipeline.state())
@@ -75,14 +74,18 @@ def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = N
       unfinished = (latest or 0) < run.train.num_steps
       compiling = start_compiling(run, mesh, abstract) if unfinished else None
       state = restore_or_init(run, abstract, checkpointer)
-      if jax.process_index() == 0:
+      if before is not None:
+        accepted = int(state.guard.accepted)
+        start.log_resume(before, run, step=int(state.step), accepted=accepted)
+      if jax.process_index() == 0 and (unfinished or before is None):
         checkpoint.write_run_files(workdir, run)
       names = checkpoint.to_names(state.model)
       logging.info("%s", parameter_overview.get_parameter_overview(names, include_stats=False))
       logging.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
       with MetricWriter(workdir, start_step=int(state.step)) as writer:
         compile_seconds = compiling.result() if compiling else 0.0
-        log = StepLog(run, writer, launched=launched, compile_seconds=compile_seconds)
+        verdicts = Verdicts(run, checkpointer)
+        log = StepLog(run, writer, verdicts, launched=launched, compile_seconds=compile_seconds)
         return _run_steps(run, workdir, mesh, state, pipeline, checkpointer, log)
 
 
@@ -98,24 +101,29 @@ def _run_steps(
   """Takes the steps that are left. The order inside is a contract.
 
   The state of step n is evaluated and saved with the data that comes next, and only then is a batch
-  drawn. Metrics of a step are read while the next one runs.
+  drawn. Metrics of a step are read while the next one runs. Nothing is saved after a refused step:
+  a save that is due waits for the next accepted one, and a run that would end with a refused step
+  takes a few more, until one is accepted.
   """
-  step = int(state.step)
-  take_step = train_step_on(mesh)
+  step, save_due = int(state.step), False
+  take_step, verdicts = train_step_on(mesh), log.verdicts
 
   def evaluate() -> None:
     log.flush()  # what is left of the step is not part of evaluating
     with log.timer.excluded():
       log.write(step, held_out_loss(state.model, run, mesh))
 
-  def save() -> None:
+  def accepted() -> bool:
     log.flush()
+    return verdicts.in_a_row == 0
+
+  def save() -> None:
     with log.timer.excluded(), log.saving():
       train = state._replace(model=None)
       checkpointer.save(step, params=state.model, train=train, data=pipeline.state())
 
   with Stop() as stop:
-    while step < run.train.num_steps and not stop.agreed:
+    while (step < run.train.num_steps or not accepted()) and not stop.agreed:
       batch, stats = log.fetch(pipeline)
       if step == 0:
         _draw(batch, pipeline, run, log.writer, workdir)
@@ -127,19 +135,23 @@ def _run_steps(
       stop.votes = log.step(step, metrics, sums).stopping
       if step % run.train.eval_every == 0:
         evaluate()
-      if step % run.checkpoint.every == 0:
+      save_due |= step % run.checkpoint.every == 0
+      if save_due and accepted():
         save()
+        save_due = False
     log.flush()
     if step % run.train.eval_every and not stop.agreed:
       evaluate()
-    if checkpointer.latest_step != step:
+    if checkpointer.latest_step != step and accepted():
       save()
     with log.saving():
       checkpointer.wait()
     logging.info("waited %.2f s for the last save to be on disk", log.save_seconds)
     if stop.agreed:
-      by = stop.requested or "another process"
-      logging.info("stopped by %s; saved at step %d, run again to go on", by, step)
+      by, newest = stop.requested or "another process", checkpointer.latest_step
+      logging.info("stopped by %s; saved at step %s, run again to go on", by, newest)
+      if newest != step:
+        logging.warning("steps since then are not saved: the last one, %d, was skipped", step)
   return state
 
 
@@ -185,13 +197,13 @@ def check_start(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer
   """Finds a user's mistake in what a run goes on from, before anything is compiled.
 
   Raises:
-    CheckpointError: the checkpoint is damaged or of another model, or `init_from` is none.
+    CheckpointError: the checkpoint is damaged or of another model, or `init_from` does not fit.
   """
   latest = checkpointer.latest_step
   if latest is not None:
     checkpointer.check(latest, params=abstract.model, train=abstract._replace(model=None))
   elif run.train.init_from:
-    checkpoint.find_step(run.train.init_from)
+    start.check_init_from(run, abstract.model)
 
 
 def restore_or_init(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer) -> TrainState:
@@ -212,7 +224,9 @@ def restore_or_init(run: RunConfig, abstract: TrainState, checkpointer: Checkpoi
   options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
   state = jax.jit(functools.partial(_fresh, run), compiler_options=options)()
   if run.train.init_from:
-    state = state._replace(model=checkpoint.init_from(run.train.init_from, state.model))
+    parts = start.fresh_parts(run)
+    model = checkpoint.init_from(run.train.init_from, state.model, fresh_parts=parts)
+    state = state._replace(model=model)
   return state
 
 
@@ -238,10 +252,16 @@ class StepLog:
   """Accumulates metrics over `log_every` steps; writes them, and prints the progress line."""
 
   def __init__(
-    self, run: RunConfig, writer: MetricWriter, *, launched: float, compile_seconds: float = 0.0
+    self,
+    run: RunConfig,
+    writer: MetricWriter,
+    verdicts: Verdicts,
+    *,
+    launched: float,
+    compile_seconds: float = 0.0,
   ):
     """Begins. The first progress line has the time since `launched`, of it `compile_seconds`."""
-    self._launched = launched
+    self._launched, self.verdicts = launched, verdicts
     self.writer, self.save_seconds = writer, 0.0  # of the newest save, while nothing is trained
     self._start: dict[str, float] | None = {"speed/compile_seconds": compile_seconds}
     self._saves: list[float] = []
@@ -316,14 +336,11 @@ class StepLog:
     check_drops(int(self._num_dropped), int(self._num_examples), limit, self._drops)
     if step % self._run.train.log_every == 0 or step == self._run.train.num_steps:
       self._report(step)
-    in_a_row = int(metrics["skipped_in_a_row"].compute())
-    if in_a_row >= self._run.train.max_skipped:
+    try:
+      self.verdicts.read(step, int(metrics["skipped_in_a_row"].compute()))
+    except TrainingDiverged:
       self.writer.flush()
-      raise TrainingDiverged(
-        f"{in_a_row} steps in a row, up to step {step}, were skipped: their gradients were not "
-        f"finite or over train.spike_factor {self._run.train.spike_factor} times the usual norm. "
-        "Lower optimizer.learning_rate, or look at the data; the last checkpoint is unharmed."
-      )
+      raise
 
   def _report(self, step: int) -> None:
     assert self._sums is not None

@@ -12,12 +12,13 @@ from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import PARTS, RunConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import spec_of
+from mm1_jax.train.guard import Guard, judge, new_guard
 from mm1_jax.train.loss import Losses, TokenSums, loss_fn, split_rows
 from mm1_jax.train.optimizer import (
   Params,
@@ -31,18 +32,6 @@ from mm1_jax.train.xla_flags import compiler_options
 
 Metrics = dict[str, Any]  # clu's Average or LastValue by name
 
-NORM_DECAY = 0.98  # of the running gradient norm that a spike is measured against
-NORM_STEPS = 20  # accepted steps before spikes are looked for
-
-
-class Guard(NamedTuple):
-  """Watches for steps that would harm the model."""
-
-  norm: Float[Array, ""]  # running mean of accepted steps' gradient norms
-  accepted: Int[Array, ""]
-  skipped: Int[Array, ""]
-  in_a_row: Int[Array, ""]  # skipped since the last accepted step
-
 
 class TrainState(NamedTuple):
   step: Int[Array, ""]  # batches seen, skipped steps included
@@ -54,9 +43,8 @@ class TrainState(NamedTuple):
 def init_state(model: MM1, run: RunConfig) -> TrainState:
   """Returns the state in front of the first step, with the optimizer sharded like the params."""
   trainable, _ = split_frozen(model, run.optimizer.frozen)
-  zero = jnp.zeros((), jnp.int32)
-  guard = Guard(norm=jnp.zeros(()), accepted=zero, skipped=zero, in_a_row=zero)
-  return TrainState(zero, model, make_optimizer(run).init(trainable), guard)
+  step = jnp.zeros((), jnp.int32)
+  return TrainState(step, model, make_optimizer(run).init(trainable), new_guard(run))
 
 
 _jit = functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
@@ -64,18 +52,17 @@ _jit = functools.partial(jax.jit, static_argnames="run", donate_argnames="state"
 
 @_jit
 def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[TrainState, Metrics]:
-  """Takes one step; a step whose gradient is not finite or far too large changes no param."""
+  """Takes one step; one that the guard refuses changes no param."""
   trainable, frozen = split_frozen(state.model, run.optimizer.frozen)
   losses, grads = _gradients(trainable, frozen, batch, run)
   norm = optax.tree.norm(grads)
-  accept = jnp.isfinite(norm) & jnp.isfinite(losses.total) & ~_is_spike(state.guard, norm, run)
+  accept, guard = judge(state.guard, norm=norm, loss=_guarded(losses), run=run)
   updates, opt_state = make_optimizer(run).update(grads, state.opt_state, trainable)
 
   def choose(new, old):
     return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
 
   trainable = choose(optax.apply_updates(trainable, updates), trainable)
-  guard = _update_guard(state.guard, norm, accept)
   metrics = _metrics(losses, run) | {
     "image_spread": _average(losses.image_spread, jnp.float32(jnp.sum(batch.image_mask) > 1)),
     **_rates(run, state.guard.accepted),
@@ -169,19 +156,11 @@ def _reshard(params: Params, **kind: frozenset[str]) -> Params:
   return jax.tree.map(lambda x: jax.sharding.reshard(x, P(*spec_of(x).partitions, **kind)), params)
 
 
-def _is_spike(guard: Guard, norm: Float[Array, ""], run: RunConfig) -> Bool[Array, ""]:
-  return (guard.accepted >= NORM_STEPS) & (norm > run.train.spike_factor * guard.norm)
-
-
-def _update_guard(guard: Guard, norm: Float[Array, ""], accept: Bool[Array, ""]) -> Guard:
-  # The first steps are averaged evenly, so that the running norm means something from the start.
-  decay = jnp.minimum(NORM_DECAY, guard.accepted / (guard.accepted + 1.0))
-  return Guard(
-    norm=jnp.where(accept, decay * guard.norm + (1 - decay) * norm, guard.norm),
-    accepted=guard.accepted + accept,
-    skipped=guard.skipped + ~accept,
-    in_a_row=jnp.where(accept, 0, guard.in_a_row + 1),
-  )
+def _guarded(losses: Losses) -> Float[Array, ""]:
+  """Returns nats per target, not finite where any term of the loss is not."""
+  tokens = losses.tokens
+  mean = jnp.sum(tokens.nll) / jnp.maximum(jnp.sum(tokens.count), 1.0)
+  return jnp.where(jnp.isfinite(losses.total), mean, jnp.nan)
 
 
 def _rates(run: RunConfig, step: Int[Array, ""]) -> Metrics:

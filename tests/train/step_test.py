@@ -12,13 +12,14 @@ import tiny_step
 from jax.extend.core import jaxprs_in_params
 
 from mm1_jax.batch import Batch
-from mm1_jax.checkpoint import to_names
-from mm1_jax.config import OptimizerConfig, RunConfig, TrainConfig
+from mm1_jax.checkpoint import Checkpointer, to_names
+from mm1_jax.config import CheckpointConfig, OptimizerConfig, RunConfig, TrainConfig
 from mm1_jax.data.pipeline import BatchStats
 from mm1_jax.metrics import MetricWriter, read_metrics
 from mm1_jax.train import xla_flags
-from mm1_jax.train.loop import StepLog, Tally, TrainingDiverged
-from mm1_jax.train.step import NORM_DECAY, NORM_STEPS, eval_step, train_step, train_step_on
+from mm1_jax.train.guard import NORM_DECAY, NORM_STEPS, RISE, TrainingDiverged, Verdicts
+from mm1_jax.train.loop import StepLog, Tally
+from mm1_jax.train.step import eval_step, train_step, train_step_on
 
 DENSE = tiny_step.run_config()
 MOE = tiny_step.run_config(tiny.BOUNDED)
@@ -146,7 +147,6 @@ def assert_skipped(before, after, metrics) -> None:
   assert int(after.guard.skipped) == int(before.guard.skipped) + 1
   assert int(after.guard.in_a_row) == int(before.guard.in_a_row) + 1
   assert int(after.guard.accepted) == int(before.guard.accepted)
-  assert float(after.guard.norm) == float(before.guard.norm)
   assert metrics["skipped"] == int(after.guard.skipped)
   assert metrics["skipped_in_a_row"] == int(after.guard.in_a_row)
 
@@ -164,17 +164,18 @@ def test_a_step_that_is_not_finite_changes_nothing(value):
   after, metrics = tiny_step.step(before, tiny.BATCH, DENSE)
   assert not np.isfinite(metrics["grad_norm"]) or not np.isfinite(metrics["loss"])
   assert_skipped(before, after, metrics)
+  assert float(after.guard.norm) == float(before.guard.norm)
   twice, metrics = tiny_step.step(after, tiny.BATCH, DENSE)
   assert_skipped(after, twice, metrics)
   assert metrics["skipped_in_a_row"] == 2
 
 
-def with_guard(norm: float, accepted: int):
+def with_guard(norm: float, seen: int):
   state, _ = one_step(DENSE)
   return tiny_step.change(
     state,
     guard__norm=lambda x: np.full_like(x, norm),
-    guard__accepted=lambda x: np.full_like(x, accepted),
+    guard__seen=lambda x: np.full_like(x, seen),
     guard__in_a_row=lambda x: np.full_like(x, 4),
     guard__skipped=lambda x: np.full_like(x, 7),
   )
@@ -188,6 +189,7 @@ def test_a_spike_is_skipped_and_a_large_step_is_not():
   before = with_guard(norm / (1.01 * factor), NORM_STEPS)
   after, metrics = tiny_step.step(before, tiny.BATCH, DENSE)
   assert_skipped(before, after, metrics)
+  assert float(after.guard.norm) == pytest.approx(RISE * float(before.guard.norm), rel=1e-5)
   assert int(after.guard.in_a_row) == 5
   # Just below the threshold, or before the running norm means anything.
   for before in (with_guard(norm / (0.99 * factor), NORM_STEPS), with_guard(1e-9, NORM_STEPS - 1)):
@@ -198,14 +200,24 @@ def test_a_spike_is_skipped_and_a_large_step_is_not():
       tiny_step.assert_same_bits(after.model, before.model)
 
 
-def test_the_running_norm_is_a_mean_and_then_forgets():
+def test_the_reference_is_a_geometric_mean_and_then_forgets():
   steps = first_steps(DENSE, 3)
   norms = [metrics["grad_norm"] for _, metrics in steps]
   for n, (state, _) in enumerate(steps, start=1):
-    assert float(state.guard.norm) == pytest.approx(np.mean(norms[:n]), rel=1e-5)
+    assert float(state.guard.norm) == pytest.approx(np.exp(np.mean(np.log(norms[:n]))), rel=1e-5)
   after, metrics = tiny_step.step(with_guard(norms[1], 1000), tiny.BATCH, DENSE)
-  expected = NORM_DECAY * norms[1] + (1 - NORM_DECAY) * metrics["grad_norm"]
+  expected = norms[1] ** NORM_DECAY * metrics["grad_norm"] ** (1 - NORM_DECAY)
   assert float(after.guard.norm) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_of_a_destroyed_model_is_refused():
+  """Its norm is that of the reference, and finite; but its loss is that of no sane model."""
+  state, _ = one_step(DENSE)
+  worse = tiny_step.change(state, model__decoder__norm__scale=lambda x: 100 * x)
+  _, metrics = tiny_step.step(worse, tiny.BATCH, DENSE)
+  assert np.isfinite(metrics["grad_norm"])
+  assert metrics["loss"] > 8 * np.log(DENSE.model.decoder.vocab_size)
+  assert metrics["skipped_in_a_row"] == 1
 
 
 def test_the_rate_does_not_move_in_a_skipped_step():
@@ -227,8 +239,12 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
   bad = tiny_step.change(good, model__decoder__norm__scale=lambda x: np.full_like(x, np.inf))
   mesh = tiny.mesh()
   state, step = good, 0
-  with jax.set_mesh(mesh), MetricWriter(tmp_path) as writer:
-    log = StepLog(run, writer, launched=0.0)
+  with (
+    jax.set_mesh(mesh),
+    MetricWriter(tmp_path) as writer,
+    Checkpointer(tmp_path, CheckpointConfig()) as checkpointer,
+  ):
+    log = StepLog(run, writer, Verdicts(run, checkpointer), launched=0.0)
 
     def advance(model):
       nonlocal state, step
@@ -245,7 +261,7 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
   message = str(error.value)
   assert "3 steps in a row, up to step 7, were skipped" in message
   assert "optimizer.learning_rate" in message
-  assert "checkpoint" in message
+  assert "No checkpoint was saved" in message
   written = read_metrics(tmp_path)
   assert list(written["skipped_in_a_row"].values()) == [0, 1, 2, 0, 1, 2, 3]
   assert written["skipped"][7] == 5
