@@ -23,6 +23,11 @@ MODELS = {
   "dropless": tiny.run_config(tiny.SPARSE),
   "capacity": tiny.run_config(tiny.BOUNDED),
 }
+TINY = MODELS["dense"].model
+ONE_KV_HEAD = dataclasses.replace(
+  MODELS["dense"],
+  model=dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, num_kv_heads=1)),
+)
 ONE = (1,)
 LOSS_TOLERANCE = 1e-5  # relative
 GRADIENT_TOLERANCE = 1e-4  # of a leaf's largest value
@@ -59,6 +64,13 @@ def test_one_device_and_a_mesh_of_all_axes_compute_the_same(model, sizes):
   """A gradient counted once per shard, or a collective left out, shows here and nowhere else."""
   run = MODELS[model]
   assert_equal(loss_and_gradients(run, sizes), loss_and_gradients(run, ONE))
+
+
+@pytest.mark.parametrize(
+  "sizes", [(1, 2, 2), pytest.param((1, 2, 1, 1, 2), marks=pytest.mark.slow)], ids=str
+)
+def test_one_kv_head_computes_the_same_on_a_mesh(sizes):
+  assert_equal(loss_and_gradients(ONE_KV_HEAD, sizes), loss_and_gradients(ONE_KV_HEAD, ONE))
 
 
 @pytest.mark.slow
