@@ -100,13 +100,14 @@ class MM1(nnx.Module):
       return text
     return self.merge(text, self.embed_image(images, image_mask), tokens)
 
-  def __call__(self, batch: Batch) -> DecoderOutput:
+  def __call__(self, batch: Batch, *, dropless: bool = False) -> DecoderOutput:
+    """Reads whole rows; `dropless` is the decoder's."""
     tokens, positions, segment_ids = (
       jax.sharding.reshard(x, LAYOUT.act_bs)
       for x in (batch.tokens, batch.positions, batch.segment_ids)
     )
     embedded = self.embed(tokens, batch.images, batch.image_mask)
-    return self.decoder(embedded, positions, segment_ids)
+    return self.decoder(embedded, positions, segment_ids, dropless=dropless)
 
   def prefill(
     self,
