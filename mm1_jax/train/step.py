@@ -177,16 +177,11 @@ def _metrics(losses: Losses, run: RunConfig) -> Metrics:
     },
   }
   if losses.moe is not None:
-    num_units, num_experts = losses.moe.load.shape
     metrics |= {
       "moe/balance_loss": _average(jnp.mean(losses.moe.balance_loss)),
       "moe/router_z_loss": _average(jnp.mean(losses.moe.router_z_loss)),
       "moe/dropped": _average(jnp.mean(losses.moe.dropped)),
-      **{
-        f"moe/load/{u}/{e}": _average(losses.moe.load[u, e])
-        for u in range(num_units)
-        for e in range(num_experts)
-      },
+      "moe/load": _average(losses.moe.load),  # [U, E]: a scalar for each would be hundreds
     }
   return metrics
 
