@@ -58,8 +58,8 @@ FILE, SEGMENTS = "metrics.jsonl", "metrics"  # in the workdir
 class MetricWriter:
   """Writes TensorBoard events and JSON lines under a workdir.
 
-  A line is `{"step", "time", "values"}`, or has `texts` or `tables` instead of `values`; numbers that
-  JSON has no word for are the strings "nan", "inf", "-inf". Each writer begins with a line
+  A line is `{"step", "time", "values"}`, or has `texts` or `tables` instead of `values`; numbers
+  that JSON has no word for are the strings "nan", "inf", "-inf". Each writer begins with a line
   `{"step", "time", "resumed": true}`: what earlier attempts wrote past that step no longer counts.
   Only process 0 writes.
 
