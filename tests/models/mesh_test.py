@@ -143,3 +143,22 @@ def test_accumulation_changes_nothing(sizes):
   expected = loss_and_gradients(run, ONE)
   assert_equal((float(losses.total), tiny.names(grads)), expected)
   assert float(jnp.sum(losses.tokens.count)) == tiny.BATCH.loss_mask.sum()
+
+
+@pytest.mark.slow
+def test_accumulation_changes_the_router_losses_alone():
+  """Each micro-batch has its own: without them the gradient is the whole batch's, with them not."""
+  alone = dataclasses.replace(tiny.SPARSE, balance_loss=0.0, router_z_loss=0.0)
+  mesh, differences = tiny.mesh(*ONE), []
+  for moe in (alone, tiny.SPARSE):
+    run = tiny.run_config(moe)
+    halves = dataclasses.replace(run, train=dataclasses.replace(run.train, accumulation_steps=2))
+    with jax.set_mesh(mesh):
+      trainable, frozen = split_frozen(tiny.make_model(run.model, mesh), ())
+      step = tiny.jit(functools.partial(_gradients, run=halves))
+      _, grads = step(trainable, frozen, tiny.put(tiny.BATCH, mesh))
+    name = "decoder.units.layers.1.mlp.router"
+    _, whole = loss_and_gradients(run, ONE)
+    differences.append(tiny.largest_difference(tiny.names(grads)[name], whole[name]))
+  assert differences[0] < GRADIENT_TOLERANCE
+  assert 1e-3 < differences[1] < 0.1
