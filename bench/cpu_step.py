@@ -54,14 +54,15 @@ def print_rows(results: dict[str, dict[str, Any]], run: RunConfig, images: int) 
     )
 
 
-def compare(results: dict[str, dict[str, Any]], run: RunConfig) -> None:
+def compare(results: dict[str, dict[str, Any]], run: RunConfig, images: int) -> None:
   """Prints how much faster ours is, which is the first, and its share of the device's peak."""
   ours, *peers = results
   seconds, device = results[ours]["seconds"], results[ours]["device"]
   for peer in peers:
     print(f"{ours} is {results[peer]['seconds'] / seconds:.2f} times as fast as {peer}")
   if peak := PEAK_FLOPS.get(device):
-    print(f"{ours} on one {device}: {model_flops(run)['total'] / seconds / peak:.1%} MFU")
+    flops = model_flops(run, images)["total"]
+    print(f"{ours} on one {device}: {flops / seconds / peak:.1%} MFU")
 
 
 def beside(
@@ -95,7 +96,7 @@ def beside(
       print_rows(measured, run, int(stats.num_images))
       for worker in workers.values():
         worker.close()
-  compare(results, run)
+  compare(results, run, int(stats.num_images))
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ def caption_scores(model: MM1, batch: Batch) -> tuple[jax.Array, jax.Array]:
   All targets being the likeliest after those before them is what greedy decoding would say.
   """
   decoder = model.decoder
-  logits = reshard(decoder.logits(model(batch).hidden), LAYOUT.act_b)
+  logits = reshard(decoder.logits(model(batch, dropless=True).hidden), LAYOUT.act_b)
   nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
   wrong = (jnp.argmax(logits, axis=-1) != batch.targets) & (batch.loss_mask > 0)
   num = jnp.maximum(jnp.sum(batch.loss_mask, axis=1), 1)

@@ -139,16 +139,15 @@ def steps(run: RunConfig, mesh: Mesh, warm_steps: int, repeats: int) -> None:
     like = jax.eval_shape(lambda run=changed: init_state(MM1(jax.random.key(0), run.model), run))
     same = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(state))
     calls[path] = functools.partial(step, same, batch, run=changed)
-    stats[path] = LayerStats(calls[path]()[1], moe.num_experts)
+    stats[path] = LayerStats(calls[path]()[1])
   show("real", fastest(calls, repeats), stats, run.model.decoder.moe.num_experts)
 
 
 class LayerStats:
   """Load [units, experts] and dropped share of a step, from what it logs."""
 
-  def __init__(self, metrics: dict[str, Any], num_experts: int):
-    load = [m.compute() for name, m in metrics.items() if name.startswith("moe/load/")]
-    self.load = jnp.stack(load).reshape(-1, num_experts)
+  def __init__(self, metrics: dict[str, Any]):
+    self.load = metrics["moe/load"].compute()
     self.dropped = metrics["moe/dropped"].compute()
 
 

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ from mm1_jax.sharding import LAYOUT
 FAILED, SAME = "mm1_jax/failed", "mm1_jax/same"  # keys in the store
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # for the others to say what they know
+LAST_SECONDS = 10.0  # for what is to be written before the end
 SHARED_SECONDS = 60.0  # network file systems keep listings for up to a minute
 WAIT_MS = 30 * 60_000  # for each other, where one may have more to do
 
@@ -173,6 +174,30 @@ def _meet(cluster: Cluster, start_timeout: int, peer_timeout: int) -> None:
   timer.cancel()
 
 
+_LAST: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def before_exit(call: Callable[[], None]) -> Iterator[None]:
+  """Has `call` made, from another thread, if this process ends itself while in the block.
+
+  Then no `finally` runs: the block may be waiting for a process that is gone.
+  """
+  _LAST.append(call)
+  try:
+    yield
+  finally:
+    _LAST.remove(call)
+
+
+def _make_last_calls() -> None:
+  """Makes the calls of all `before_exit`, and waits for each only so long: the end must come."""
+  for call in tuple(_LAST):
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(LAST_SECONDS)
+
+
 class _Ending:
   """Ends this process when its run cannot go on, with the reason that the processes agree on."""
 
@@ -197,6 +222,7 @@ class _Ending:
     except jax.errors.JaxRuntimeError:
       reason = f"process 0 of {self._cluster.num_processes} no longer answers. {reason}"
     _say(reason)
+    _make_last_calls()
     if me == 0:
       time.sleep(2 * GRACE_SECONDS)  # the others read what was said from here
     for child in multiprocessing.active_children():

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reports about itself: scalars on disk, speed, model FLOPs, memory.
+"""What a run reports about itself: numbers on disk, speed, model FLOPs, memory.
 
 Names of scalars, one legend for the package: `loss`, `loss/{source}`, `eval/loss/{source}`, `lr`,
-`grad_norm`, `grad_norm/{part}`, `skipped`, `moe/load/{unit}/{expert}`, `speed/...`.
+`grad_norm`, `grad_norm/{part}`, `skipped`, `moe/...` (see `load_scalars`), `speed/...`. Of tables:
+`moe/load`, a row for each sparse layer, a column for each expert, 1 where the load is even.
 """
 
 import collections
@@ -13,6 +14,7 @@ import logging
 import math
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -50,26 +52,38 @@ PEAK_FLOPS = {
 }
 
 
-class MetricWriter:
-  """Writes TensorBoard events and `metrics.jsonl` under a workdir; method names are clu's.
+FILE, SEGMENTS = "metrics.jsonl", "metrics"  # in the workdir
 
-  A line of `metrics.jsonl` is `{"step", "time", "values"}` or `{"step", "time", "texts"}`; numbers
+
+class MetricWriter:
+  """Writes TensorBoard events and JSON lines under a workdir.
+
+  A line is `{"step", "time", "values"}`, or has `texts` or `tables` instead of `values`; numbers
   that JSON has no word for are the strings "nan", "inf", "-inf". Each writer begins with a line
   `{"step", "time", "resumed": true}`: what earlier attempts wrote past that step no longer counts.
-  Only process 0 writes. A local file grows with every call, an object store's with every `flush`.
+  Only process 0 writes.
+
+  A local workdir has one file, `metrics.jsonl`, which grows with every call. Files of an object
+  store cannot grow: there each `flush` writes what has come since the last one as a segment of its
+  own, `metrics/00000.jsonl` and so on, which is never written again. Segments are newer than the
+  file, so a local workdir that has some gets one more of each writer.
   """
 
   def __init__(self, workdir: epath.PathLike, *, start_step: int = 0):
     """Opens the files of `workdir`, which is made if missing, to go on from `start_step`."""
     self._board = None
     self._pending = ""
+    self._lock = threading.Lock()  # a thread may flush on the way to the process's end
     if jax.process_index() != 0:
       return
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    self._path = workdir / "metrics.jsonl"
-    self._appends = "://" not in str(workdir)
-    if self._path.exists() and not self._path.read_text().endswith("\n"):
+    self._appends = can_append(workdir)
+    self._path, self._segments = workdir / FILE, workdir / SEGMENTS
+    if not self._appends or self._segments.exists():
+      self._segments.mkdir(exist_ok=True)
+      self._path = self._next_segment()
+    elif self._path.exists() and not self._path.read_text().endswith("\n"):
       self._pending = "\n"  # an earlier attempt was cut off in the middle of a line
     # TensorBoard hides what it has seen past `purge_step`: the first step still to come.
     self._board = tensorboardX.SummaryWriter(
@@ -86,6 +100,18 @@ class MetricWriter:
       self._board.add_scalar(name, value, step)
     self._write_line(step, {"values": {name: _to_json(v) for name, v in values.items()}})
 
+  def write_tables(self, step: int, tables: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays of two dims, whole (to five digits), and their histograms to TensorBoard."""
+    if self._board is None:
+      return
+    for name, table in tables.items():
+      self._board.add_histogram(name, table, step)
+    rounded = {
+      name: [[_to_json(float(f"{value:.5g}")) for value in row] for row in table]
+      for name, table in tables.items()
+    }
+    self._write_line(step, {"tables": rounded})
+
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Writes pictures, each `uint8[H, W, 3]`, to TensorBoard."""
     if self._board is None:
@@ -94,7 +120,7 @@ class MetricWriter:
       self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """Writes texts to TensorBoard (as Markdown) and to `metrics.jsonl`."""
+    """Writes texts to TensorBoard (as Markdown) and as a line."""
     if self._board is None:
       return
     for name, text in texts.items():
@@ -105,11 +131,11 @@ class MetricWriter:
     """Puts everything written so far where other processes can read it."""
     if self._board is None:
       return
+    with self._lock:
+      if self._pending:
+        self._path.write_text(self._pending)
+        self._pending, self._path = "", self._next_segment()
     self._board.flush()
-    if self._pending:
-      old = self._path.read_text() if self._path.exists() else ""
-      self._path.write_text(old + self._pending)
-      self._pending = ""
 
   def close(self) -> None:
     """Flushes and lets go of the files; the writer must not be used again."""
@@ -127,11 +153,27 @@ class MetricWriter:
 
   def _write_line(self, step: int, content: dict[str, Any]) -> None:
     line = {"step": int(step), "time": round(time.time(), 3), **content}
-    self._pending += json.dumps(line, allow_nan=False) + "\n"
-    if self._appends:
-      with self._path.open("a") as f:
-        f.write(self._pending)
-      self._pending = ""
+    with self._lock:
+      self._pending += json.dumps(line, allow_nan=False) + "\n"
+      if self._appends:
+        with self._path.open("a") as f:
+          f.write(self._pending)
+        self._pending = ""
+
+  def _next_segment(self) -> epath.Path:
+    numbers = [int(path.stem) for path in segments(self._segments)]
+    return self._segments / f"{max(numbers, default=-1) + 1:05d}.jsonl"
+
+
+def can_append(path: epath.PathLike) -> bool:
+  """Returns whether files below `path` can grow, which those of object stores cannot."""
+  return "://" not in str(path)
+
+
+def segments(folder: epath.Path) -> list[epath.Path]:
+  """Returns the segments in a folder, oldest first; none where there is no folder."""
+  paths = folder.iterdir() if folder.exists() else ()
+  return sorted(p for p in paths if p.suffix == ".jsonl" and p.stem.isdigit())
 
 
 def read_metrics(workdir: epath.PathLike) -> dict[str, dict[int, float]]:
@@ -140,39 +182,79 @@ def read_metrics(workdir: epath.PathLike) -> dict[str, dict[int, float]]:
   The last value written for a step counts. Values past the step that a later attempt resumed from
   are left out, and so are lines cut off by a crash (with a warning).
   """
-  path = epath.Path(workdir) / "metrics.jsonl"
-  series: dict[str, dict[int, float]] = collections.defaultdict(dict)
-  for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
-    if not text:
-      continue
-    try:
-      line = json.loads(text)
-    except json.JSONDecodeError:
-      logging.warning("%s:%d is not a whole line of JSON; left out.", path, number)
-      continue
+  return _read(workdir, "values", float)
+
+
+def read_tables(workdir: epath.PathLike) -> dict[str, dict[int, np.ndarray]]:
+  """Returns `{name: {step: table}}` of a workdir, as `read_metrics` does numbers."""
+  return _read(workdir, "tables", lambda rows: np.array(rows, np.float64))
+
+
+def _read(workdir: epath.PathLike, kind: str, parse: Callable[[Any], Any]) -> dict[str, Any]:
+  series: dict[str, dict[int, Any]] = collections.defaultdict(dict)
+  for line in _lines(epath.Path(workdir)):
     if line.get("resumed"):
       for values in series.values():
         for step in [s for s in values if s > line["step"]]:
           del values[step]
-    for name, value in line.get("values", {}).items():
-      series[name][line["step"]] = float(value)
+    for name, value in line.get(kind, {}).items():
+      series[name][line["step"]] = parse(value)
   return {name: dict(sorted(values.items())) for name, values in series.items() if values}
+
+
+def _lines(workdir: epath.Path) -> Iterator[dict[str, Any]]:
+  """Yields the lines of all attempts, oldest first."""
+  file = workdir / FILE
+  for path in [*([file] if file.exists() else []), *segments(workdir / SEGMENTS)]:
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+      if not text:
+        continue
+      try:
+        yield json.loads(text)
+      except json.JSONDecodeError:
+        logging.warning("%s:%d is not a whole line of JSON; left out.", path, number)
 
 
 def _to_json(value: float) -> float | str:
   return value if math.isfinite(value) else str(value)
 
 
-def model_flops(run: RunConfig) -> dict[str, int]:
+def load_scalars(load: np.ndarray) -> dict[str, float]:
+  """Returns what is logged of the experts' load at each line.
+
+  Of `load[U, E]`, U sparse layers and E experts, 1 where it is even:
+    moe/load_min, moe/load_max  of the experts of all layers
+    moe/load_entropy            entropy of a layer's shares over that of an even load, log E; mean
+                                over the layers: 1 is even, 0 is one expert alone
+    moe/dead_experts            how many experts no token chose
+  """
+  shares = load / load.shape[1]
+  entropies = -np.sum(shares * np.log(np.where(shares > 0, shares, 1.0)), axis=1)
+  even = math.log(load.shape[1])
+  return {
+    "moe/load_min": float(load.min()),
+    "moe/load_max": float(load.max()),
+    "moe/load_entropy": float(np.mean(entropies)) / even if even else 1.0,
+    "moe/dead_experts": float(np.sum(load == 0)),
+  }
+
+
+def image_slots(run: RunConfig) -> int:
+  """Returns the pictures that a global batch has room for."""
+  return run.data.batch_size * run.data.images_per_row
+
+
+def model_flops(run: RunConfig, num_images: float) -> dict[str, float]:
   """Returns the FLOPs of one training step on the global batch, by part, and their `total`.
 
   Counted is what the model asks for, not what a program happens to execute: matrix products and
   convolutions at 2*M*N*K; causal attention at half its square; of the experts, the `top_k` that a
-  position is sent to; no recomputation, norms, softmax or optimizer. Every position of a row and
-  every image slot counts, filled or not.
+  position is sent to; no recomputation, norms, softmax or optimizer. Every position of a row
+  counts, filled or not. Of image slots only those with a picture do: `num_images` of the batch,
+  which a running step has counted; a plan takes all `image_slots`.
 
   With P patches (and the class token), D width, F mlp_dim, H heads of h, K key-value heads, E
-  experts, k of them active, V vocabulary, forward, per image slot or row:
+  experts, k of them active, V vocabulary, forward, per picture or row:
     vit                2*P*3*p*p*D + num_blocks * (8*P*D*D + 4*P*P*D + 4*P*D*F)
     connector          see `_connector_flops`
     decoder/dense      S * (depth * 4*D*h*(H + K) + dense layers * 6*D*F)
@@ -185,7 +267,7 @@ def model_flops(run: RunConfig) -> dict[str, int]:
   unless a trained part lies before it in the order vit, connector, decoder.
   """
   vision, decoder, data = run.model.vision, run.model.decoder, run.data
-  slots, rows, seq = data.batch_size * data.images_per_row, data.batch_size, data.seq_len
+  rows, seq = data.batch_size, data.seq_len
   patches = vision.num_patches + vision.class_token
   vit = 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.width
   vit += vision.num_blocks * (
@@ -203,8 +285,8 @@ def model_flops(run: RunConfig) -> dict[str, int]:
   if decoder.moe:
     experts = sparse * (2 * decoder.width * decoder.moe.num_experts + decoder.moe.top_k * mlp)
   forward = {
-    "vit": slots * vit,
-    "connector": slots * _connector_flops(run),
+    "vit": num_images * vit,
+    "connector": num_images * _connector_flops(run),
     "decoder/dense": rows * seq * dense,
     "decoder/attention": rows * seq * attention,
     "decoder/experts": rows * seq * experts,
@@ -296,12 +378,19 @@ class StepTimer:
   def __init__(
     self,
     *,
-    flops: float = 0,
+    flops: Callable[[float], float] | None = None,
     devices: Sequence[Any] | None = None,
     window: int = 50,
     clock: Callable[[], float] = time.perf_counter,
   ):
-    """Measures over the last `window` steps; `flops` of a step (`model_flops`) give the MFU."""
+    """Measures over the last `window` steps; `flops` of a step give the MFU.
+
+    Args:
+      flops: of a step with so many pictures, in which they are linear (`model_flops`).
+      devices: that share the work, `jax.devices()` if not given.
+      window: steps.
+      clock: seconds.
+    """
     self._flops, self._devices, self._clock = flops, devices, clock
     self._steps: collections.deque[np.ndarray] = collections.deque(maxlen=window)
     self._last: float | None = None
@@ -330,13 +419,13 @@ class StepTimer:
       return None
     seconds, tokens, images, waited = np.sum(self._steps, axis=0)
     seconds = max(float(seconds), 1e-9)
-    step_seconds = seconds / len(self._steps)
+    step_seconds, images_a_step = seconds / len(self._steps), float(images) / len(self._steps)
     return Rates(
       step_seconds=step_seconds,
       tokens_per_second=float(tokens) / seconds,
       images_per_second=float(images) / seconds,
       data_wait=min(1.0, float(waited) / seconds),
-      mfu=mfu(self._flops, step_seconds, self._devices) if self._flops else None,
+      mfu=mfu(self._flops(images_a_step), step_seconds, self._devices) if self._flops else None,
     )
 
 

@@ -10,6 +10,7 @@ import io
 import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -32,7 +33,9 @@ from mm1_jax.drawing import (
   printable_lines,
   to_png,
 )
-from mm1_jax.metrics import read_metrics
+from mm1_jax.metrics import read_metrics, read_tables
+
+Run = Mapping[str, Mapping[int, Any]]  # series of numbers and of tables, by name and step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +56,13 @@ def write_report(
   Args:
     out_dir: where they go; made if missing.
     stages: workdir by stage name, in order, such as `{"pretrain": ..., "sft": ...}`. Read are
-      `loss`, `loss/{source}`, `eval/loss/{source}`, `moe/load/{unit}/{expert}`, `lr` and
+      `loss`, `loss/{source}`, `eval/loss/{source}`, the table `moe/load`, `lr` and
       `grad_norm/{part}`; what a stage did not write is left out.
     answers: held-out pictures. The page shows all of them, the picture the first eight.
   """
   out_dir = epath.Path(out_dir)
   out_dir.mkdir(parents=True, exist_ok=True)
-  runs = {name: read_metrics(workdir) for name, workdir in stages.items()}
+  runs = {name: read_metrics(path) | read_tables(path) for name, path in stages.items()}
   png, html_page = out_dir / "report.png", out_dir / "report.html"
   png.write_bytes(_draw_overview(runs, answers[:8]))
   html_page.write_text(_page(runs, answers))
@@ -69,7 +72,7 @@ def write_report(
 # Curves.
 
 
-def _draw_overview(runs: Mapping[str, dict[str, dict[int, float]]], answers) -> bytes:
+def _draw_overview(runs: Mapping[str, Run], answers) -> bytes:
   """Returns the PNG of `report.png`: a column of panels for each stage, pictures below."""
   panels = [rows for rows in PANELS if any(rows.keys(run) for run in runs.values())]
   heights = [panel.height for panel in panels]
@@ -98,8 +101,8 @@ class Panel:
 
   title: str
   height: float  # inches
-  keys: Callable[[Mapping[str, dict[int, float]]], list[str]]
-  draw: Callable[[Figure | SubFigure, Axes, Mapping[str, dict[int, float]]], None]
+  keys: Callable[[Run], list[str]]
+  draw: Callable[[Figure | SubFigure, Axes, Run], None]
 
 
 def _draw_panel(panel: Panel, figure, ax: Axes, stage: str, run) -> None:
@@ -179,35 +182,31 @@ def _draw_optimizer(_figure, ax: Axes, run) -> None:
 
 
 def _expert_keys(run) -> list[str]:
-  names = [name for name in run if name.startswith("moe/load/")]
-  return sorted(names, key=lambda name: tuple(map(int, name.split("/")[2:])))
+  return ["moe/load"] if "moe/load" in run else []
 
 
 def _draw_experts(figure, ax: Axes, run) -> None:
   """A heat map: steps across, the experts of each sparse layer down; white is an even share."""
-  names = _expert_keys(run)
-  units = [int(name.split("/")[2]) for name in names]
-  per_unit = max(units.count(unit) for unit in units)
-  steps = np.array(sorted(set().union(*(run[name] for name in names))))
-  load = np.array([[run[name].get(step, np.nan) for step in steps] for name in names]) * per_unit
+  steps = np.array(list(run["moe/load"]))
+  tables = np.stack(list(run["moe/load"].values()), axis=-1)  # [units, experts, steps]
+  num_units, num_experts, _ = tables.shape
+  load = tables.reshape(num_units * num_experts, -1)
   middles = (steps[1:] + steps[:-1]) / 2
   last = steps[-1] - steps[-2] if len(steps) > 1 else 1
   edges = np.concatenate([[steps[0] - last / 2], middles, [steps[-1] + last / 2]])
   mesh = ax.pcolormesh(
     edges,
-    np.arange(len(names) + 1),
-    np.ma.masked_invalid(load),
+    np.arange(len(load) + 1),
+    load,
     cmap="RdBu_r",
-    norm=TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanpercentile(load, 99)))),
+    norm=TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.percentile(load, 99)))),
     rasterized=True,
   )
-  starts = [i for i, unit in enumerate(units) if i == 0 or unit != units[i - 1]]
-  for start in starts[1:]:
-    ax.axhline(start, color=INK, linewidth=0.8)
-  ends = [*starts[1:], len(units)]
+  for unit in range(1, num_units):
+    ax.axhline(unit * num_experts, color=INK, linewidth=0.8)
   ax.set_yticks(
-    [(a + b) / 2 for a, b in zip(starts, ends, strict=True)],
-    [f"unit {units[start]}\n{b - start} experts" for start, b in zip(starts, ends, strict=True)],
+    [(unit + 0.5) * num_experts for unit in range(num_units)],
+    [f"unit {unit}\n{num_experts} experts" for unit in range(num_units)],
   )
   ax.invert_yaxis()
   ax.grid(visible=False)

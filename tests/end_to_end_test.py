@@ -17,7 +17,7 @@ import PIL.Image
 import pytest
 
 from mm1_jax.inference.model import Model
-from mm1_jax.metrics import read_metrics
+from mm1_jax.metrics import read_metrics, read_tables
 
 pytestmark = pytest.mark.slow
 
@@ -200,13 +200,20 @@ def test_what_a_run_writes(straight):
   every_step = [
     *("loss", "z_loss", "lr", "grad_norm", "skipped", "skipped_in_a_row"),
     *(f"{name}/{part}" for name in ("lr", "grad_norm") for part in ("vit", "connector", "decoder")),
-    *(f"moe/load/0/{expert}" for expert in range(8)),
+    "image_spread",
     *("moe/balance_loss", "moe/router_z_loss", "moe/dropped"),
+    *("moe/load_min", "moe/load_max", "moe/load_entropy", "moe/dead_experts"),
     *("data/padded_fraction", "data/empty_slot_fraction", "data/dropped", "memory/peak_gib"),
   ]
   for name in every_step:
     assert list(metrics[name]) == steps, name
     assert np.isfinite(list(metrics[name].values())).all(), name
+  tables = read_tables(workdir)["moe/load"]  # means since the one before, like those of the lines
+  assert list(tables) == [5, 10]
+  for table in tables.values():
+    assert table.shape == (1, 8)
+    assert table.sum() == pytest.approx(8, rel=1e-4)
+  assert max(metrics["moe/load_max"].values()) >= tables[5].max() >= 1
   # A text of the sample is longer than its share of so short a run, and comes later.
   for source in ("captions", "interleaved"):
     assert metrics[f"loss/{source}"], source

@@ -285,6 +285,30 @@ def test_all_set_a_ruined_checkpoint_aside(tmp_path):
 
 
 @pytest.mark.long
+def test_metrics_of_an_object_store_are_there_to_the_last_save(straight, tmp_path):
+  """kill -9 in step 6, of which the steps saved (every second one) and evaluated are read back."""
+  workdir = tmp_path / "run"
+  (result,) = run(workdir, hooks={0: ["SIGKILL", 6, "bucket"]}, train__eval_every=5)
+  assert result.code == -signal.SIGKILL
+  assert not (workdir / "metrics.jsonl").exists()
+  metrics = read_metrics(workdir)
+  assert list(metrics["loss"]) == [1, 2, 3, 4, 5]
+  assert list(metrics["eval/loss/captions"]) == [5]
+  check_ok(run(workdir, hooks={0: [None, None, "bucket"]}))
+  assert_same_run(workdir, straight)
+  assert not (workdir / "metrics.jsonl").exists()
+
+
+@pytest.mark.long
+def test_metrics_of_an_object_store_are_written_before_a_process_ends_itself(tmp_path):
+  """Process 0 waits in a step for process 1, which failed; nothing was saved before."""
+  hooks = {0: [None, None, "bucket"], 1: ["DataError", 5]}
+  results = run(tmp_path / "run", 2, hooks=hooks, checkpoint__every=NUM_STEPS)
+  assert [result.code for result in results] == [1, 1]
+  assert list(read_metrics(tmp_path / "run")["loss"])[:3] == [1, 2, 3]
+
+
+@pytest.mark.long
 def test_a_data_error_on_one_ends_all_with_it(tmp_path):
   results = run(tmp_path / "run", 2, hooks={1: ["DataError", 3]})
   for result in results:

@@ -3,6 +3,7 @@
 
 A signal, or a DataError, strikes when the batch of that step (counted from the run's first) is
 there; `drop` makes each batch claim so many lost examples; `workdir` is another one than it says.
+With "bucket" as a third, metrics are written as to an object store, whose files cannot grow.
 """
 
 import json
@@ -15,6 +16,11 @@ import time
 sys.path[0] = os.getcwd()  # as `python -m` has it
 hook = json.loads(sys.argv[1])
 sys.argv = ["main.py", *sys.argv[2:]]
+
+if hook and hook[2:] == ["bucket"]:
+  import mm1_jax.metrics as metrics
+
+  metrics.can_append = lambda path: False
 
 if hook and hook[0] == "workdir":
   sys.argv = [f"--workdir={hook[1]}" if a.startswith("--workdir") else a for a in sys.argv]
@@ -29,13 +35,13 @@ elif hook and hook[0] == "drop":
 
   pipeline._join = lose
 
-elif hook:
+elif hook and hook[0] is not None:
   import mm1_jax.data.pipeline as pipeline
 
   take = pipeline.Pipeline.__next__
 
   def strike(self):
-    what, when = hook
+    what, when, *_ = hook
     batch, stats = take(self)
     if self.state()["batch"] == when:
       if what == "DataError":

@@ -37,8 +37,9 @@ def write_stage(workdir, *, sources=("captions", "text"), experts=4, steps=range
     for step in steps:
       scalars = {"loss": 5 - step / 20, "lr": 1e-4, "grad_norm/vit": 1 / step}
       scalars |= {f"loss/{source}": math.nan if step == 3 else 5 - step / 20 for source in sources}
-      scalars |= {f"moe/load/{u}/{e}": 1 / experts for u in range(2) for e in range(experts)}
       writer.write_scalars(step, scalars)
+      if experts and step % 10 == 0:
+        writer.write_tables(step, {"moe/load": np.ones((2, experts))})
     writer.write_scalars(20, {f"eval/loss/{source}": 4.5 for source in sources})
 
 

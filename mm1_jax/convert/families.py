@@ -156,20 +156,19 @@ def decoder_config(settings: Settings, tensors: Tensors, vocab_size: int) -> Dec
     mlp_bias=(False,),
     partial_rotary_factor=(1, 1.0),
     use_sliding_window=(False,),
-    norm_topk_prob=(True,) if kind == "qwen3_moe" else (True, False),
     decoder_sparse_step=(1,),
     mlp_only_layers=([],),
   )
-  if kind == "qwen3_moe":
-    _get(settings, "norm_topk_prob")  # its absence means False
   theta, scaling = _rope(settings, kind)
   moe = None
   if kind in ("mixtral", "qwen3_moe"):
     # `transformers` calls it num_local_experts in all families since its version 5.
     old = settings.get("num_experts")
     experts = old if old is not None else _get(settings, "num_local_experts")
+    top_k = _get(settings, "num_experts_per_tok")
+    _check_router(settings, kind, top_k)
     # Nothing was dropped when they were trained.
-    moe = MoEConfig(experts, 1, _get(settings, "num_experts_per_tok"), capacity_factor=None)
+    moe = MoEConfig(experts, 1, top_k, capacity_factor=None)
   return DecoderConfig(
     vocab_size=vocab_size,
     width=width,
@@ -186,6 +185,26 @@ def decoder_config(settings: Settings, tensors: Tensors, vocab_size: int) -> Dec
     tie_embeddings=bool(settings.get("tie_word_embeddings")) or not _find(tensors, HEAD),
     moe=moe,
   )
+
+
+def _check_router(settings: Settings, kind: str, top_k: int) -> None:
+  """Refuses experts whose weights are not those of our router, see `models.moe`.
+
+  Mixtral renormalises the weights of any `top_k`, Qwen 3 MoE as `norm_topk_prob` says.
+  """
+  # Its absence means False.
+  sums_to_1 = kind == "mixtral" or _get(settings, "norm_topk_prob")
+  if sums_to_1 and top_k == 1:
+    raise ConvertError(
+      f"num_experts_per_tok 1 of a {kind} whose weights are renormalised: its one expert counts in "
+      "full, where our router weighs a single expert with its probability. Nothing here computes "
+      "that; take a model of two or more experts a token."
+    )
+  if not sums_to_1 and top_k > 1:
+    raise ConvertError(
+      f"norm_topk_prob False with num_experts_per_tok {top_k}: the weights of our experts are "
+      "renormalised to sum to 1."
+    )
 
 
 def decoder_pieces(kind: str, cfg: DecoderConfig, tensors: Tensors) -> Iterator[Piece]:

@@ -2,8 +2,8 @@
 """A dense run to the start of a sparse one: sparse upcycling (Komatsuzaki et al., 2212.05055).
 
 Every expert begins as a copy of the dense layer's network, and only the router is new. The weights
-of a token's experts sum to 1, so all of them together say what the dense network said: the sparse
-model begins with the dense one's loss, where no token is dropped for want of room.
+of a token's two or more experts sum to 1, so all of them together say what the dense network said:
+the sparse model begins with the dense one's loss, where no token is dropped for want of room.
 """
 
 import dataclasses
@@ -72,6 +72,12 @@ def check_upcycling(dense: ModelConfig, sparse: ModelConfig) -> MoEConfig:
     raise ConvertError("the run has experts already (model.decoder.moe); give a dense one.")
   if moe is None:
     raise ConvertError("the config has no experts (model.decoder.moe is None); give a sparse one.")
+  if moe.top_k == 1:
+    raise ConvertError(
+      "model.decoder.moe.top_k 1 weighs a token's expert with its probability: copies of the dense "
+      "network would say less than it did, and the run would not begin where the dense one ended. "
+      "Set 2 or more, whose weights sum to 1."
+    )
   decoder = dataclasses.replace(sparse.decoder, moe=None)
   free = {field: getattr(dense, field) for field in FREE}
   wanted = dataclasses.replace(sparse, decoder=decoder, **free)

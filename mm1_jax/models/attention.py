@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.config import RopeScaling
-from mm1_jax.models.blocked import blocked_attention, has_parts
+from mm1_jax.models.blocked import blocked_attention, has_parts, plain_attention
 from mm1_jax.models.cudnn import LENGTH_MULTIPLE, cudnn_attention, has_kernel, on_gpu
 from mm1_jax.models.layers import RMSNorm, broadcast, constant, multiply, normal
 from mm1_jax.models.splash import LANES, block_size, splash_attention, tpu_kind
@@ -133,7 +133,7 @@ def attend(
     assert mask is not None
     out = blocked_attention(queries, keys, values, mask)
   else:
-    out = jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
+    out = plain_attention(queries, keys, values, mask)
   return checkpoint_name(out, "attention")
 
 

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of packed rows in plain XLA, without most of what lies above the diagonal.
+"""Attention in plain XLA: of any mask, and of packed rows without most of what is not causal.
 
-A quarter of a row's positions at a time asks only the positions up to its end:
+Each chip runs it on its own rows, heads and queries. Outside of `shard_map`, the heads' split over
+`tensor` would be a part of the types, and JAX's grouping of heads by kv heads cannot keep it where
+there is one kv head.
+
+Of packed rows, a quarter of a row's positions at a time asks only the positions up to its end:
 
   queries 1  x . . .
           2  x x . .      10 of 16 blocks are computed; in those on the diagonal, and where another
@@ -13,13 +17,14 @@ part, C keys they may see.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from mm1_jax.sharding import spec_of
+from mm1_jax.sharding import axes_of, spec_of
 
 PARTS = 4  # of a row; more save less and less, and are more programs to compile
 MIN_POSITIONS = 128  # in a row; less is too small for parts to pay
@@ -28,6 +33,36 @@ MIN_POSITIONS = 128  # in a row; less is too small for parts to pay
 def has_parts(num_positions: int) -> bool:
   """Returns whether rows of so many positions are cut into parts."""
   return num_positions >= MIN_POSITIONS and num_positions % PARTS == 0
+
+
+def plain_attention(
+  queries: Float[Array, "B S H h"],
+  keys: Float[Array, "B C K h"],
+  values: Float[Array, "B C K h"],
+  mask: Bool[Array, "B 1 S C"] | None = None,
+) -> Float[Array, "B S H h"]:
+  """Softmax attention where `mask` allows it (anywhere without one), with float32 logits."""
+  rows, parts, heads, _ = spec_of(queries)
+  whole = P(rows, None, heads)
+  # An axis of one device splits nothing; shard_map would sum the gradients of keys and values.
+  split = P(rows, parts if _size(parts) > 1 else None, heads)
+  arrays = (queries, split), (keys, whole), (values, whole)
+  if mask is not None:
+    arrays += ((mask, P(rows, None, split[1])),)
+  specs = tuple(spec for _, spec in arrays)
+
+  @functools.partial(jax.shard_map, in_specs=specs, out_specs=split)
+  def run(queries, keys, values, mask=None):
+    return jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="xla")
+
+  out = run(*(jax.sharding.reshard(x, spec) for x, spec in arrays))
+  return jax.sharding.reshard(out, spec_of(queries))
+
+
+def _size(axes: str | tuple[str, ...] | None) -> int:
+  """Returns over how many devices an entry of a PartitionSpec splits a dim."""
+  mesh = jax.sharding.get_abstract_mesh().shape
+  return math.prod(mesh[axis] for axis in axes_of(axes))
 
 
 def blocked_attention(

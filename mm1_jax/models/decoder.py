@@ -83,7 +83,7 @@ class Layer(nnx.Module):
       self.mlp = SwiGLU(mlp, cfg, out_std)
     self.lora = LoRA(jax.random.fold_in(key, 2), self, cfg.lora) if cfg.lora else None
 
-  def __call__(self, x, *, valid, cache: KV | None, **kwargs):
+  def __call__(self, x, *, valid, dropless: bool, cache: KV | None, **kwargs):
     """Returns the residual stream, the layer's MoE statistics (None if dense), and its cache.
 
     `kwargs` are the attention's: positions, and who sees whom.
@@ -92,7 +92,7 @@ class Layer(nnx.Module):
     x = checkpoint_name(x + y, "residual")
     y = self.mlp_norm(x)
     if isinstance(self.mlp, MoE):
-      y, stats = self.mlp(y, valid, dropless=cache is not None)
+      y, stats = self.mlp(y, valid, dropless=dropless)
       return x + y, stats, cache
     return x + self.mlp(y), None, cache
 
@@ -160,13 +160,17 @@ class Decoder(nnx.Module):
     positions: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
     cache: KVCache | None = None,
+    *,
+    dropless: bool = False,
   ) -> DecoderOutput:
     """Runs the units over embedded positions.
 
     With a `cache`, the S positions take its next slots and see the ones before; without, the row is
-    all there is. Segment 0 is padding: it is seen by no real position and routed to no expert.
+    all there is. Segment 0 is padding: it is seen by no real position and routed to no expert. With
+    `dropless`, and always with a cache, experts take every token whatever their capacity.
     """
-    kwargs = {"positions": positions, "valid": segment_ids > 0}
+    dropless |= cache is not None
+    kwargs = {"positions": positions, "valid": segment_ids > 0, "dropless": dropless}
     run = functools.partial(run_blocks, remat=self.cfg.remat, scan=self.cfg.scan)
     if cache is None:
       kwargs |= {"segment_ids": segment_ids}

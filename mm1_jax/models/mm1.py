@@ -104,7 +104,8 @@ class MM1(nnx.Module):
       return text
     return self.merge(text, self.embed_image(images), tokens)
 
-  def __call__(self, batch: Batch) -> MM1Output:
+  def __call__(self, batch: Batch, *, dropless: bool = False) -> MM1Output:
+    """Reads whole rows; `dropless` is the decoder's."""
     tokens, positions, segment_ids = (
       jax.sharding.reshard(x, LAYOUT.act_bs)
       for x in (batch.tokens, batch.positions, batch.segment_ids)
@@ -114,7 +115,7 @@ class MM1(nnx.Module):
       images = self.embed_image(batch.images, batch.image_mask)
       spread = image_spread(images, batch.image_mask)
       embedded = self.merge(embedded, images, tokens)
-    output = self.decoder(embedded, positions, segment_ids)
+    output = self.decoder(embedded, positions, segment_ids, dropless=dropless)
     return MM1Output(output.hidden, output.moe, spread)
 
   def prefill(

@@ -2,6 +2,8 @@
 """Top-k mixture of experts (GShard, arXiv 2006.16668; ST-MoE, 2202.08906; MM1 section 3.4).
 
   1. route:    a softmax over experts per token; the k best, their weights renormalised to sum to 1.
+               With k = 1 the weight is the probability itself (Switch Transformer, 2101.03961,
+               eq. 2): renormalised it would be 1, and the loss would not reach the router.
   2. dispatch: tokens are copied into the rows of a buffer, sorted by expert.
   3. experts:  SwiGLU, each row with its expert's weights and times its router weight.
   4. combine:  each token sums its rows.
@@ -10,7 +12,8 @@ Two paths do 2 to 4 and agree where both have room:
 
   bounded   `capacity_factor` slots for each expert in each batch row. Tokens queue, all first
             choices before any second; a token beyond the capacity is dropped (it passes by the
-            residual alone). The buffers cross the mesh to their experts by all-to-all.
+            residual alone). The buffers cross the mesh to their experts by all-to-all. What a token
+            gets depends on all of its row: with k > 1 also on what comes after it.
   dropless  as many rows for each expert as choose it, one after the other, and matrix products that
             go by group. Over an `expert` axis the tokens of all its chips come to each, which does
             its own experts' rows, and the sums go back.
@@ -71,7 +74,7 @@ class MoE(nnx.Module):
   ) -> tuple[Float[Array, "B S D"], MoEStats]:
     """Returns the layer's output (0 at padding) and its statistics.
 
-    `dropless` makes room for every token whatever the config says, as generation needs.
+    `dropless` makes room for every token whatever the config says, as evaluation and generation do.
     """
     routing, probs, logits = self._route(x, valid)
     capacity = None if dropless else self._capacity(x.shape[1])
@@ -104,7 +107,8 @@ class MoE(nnx.Module):
     )
     probs = jax.nn.softmax(logits)
     weights, experts = jax.lax.top_k(probs, self.cfg.top_k)
-    weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-9
+    if self.cfg.top_k > 1:
+      weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-9
     return Routing(weights * valid[..., None], experts), probs, logits
 
   def _stats(self, routing, probs, logits, valid, kept) -> MoEStats:

@@ -9,7 +9,7 @@ import math
 import pathlib
 
 from mm1_jax.config import MESH_AXES, RunConfig
-from mm1_jax.metrics import model_flops
+from mm1_jax.metrics import image_slots, model_flops
 from mm1_jax.plan.compile import Compiled, What, compile_program
 from mm1_jax.plan.hlo import Module
 from mm1_jax.plan.memory import GIB, Shortage, advice, read_shortage
@@ -66,7 +66,7 @@ class Plan:
   shortage: Shortage | None  # None if it fits
   advice: list[str]  # what to change if it does not
   step: Step | None  # None if the compiler refused it
-  model_flops: dict[str, int]  # of the global batch, by part, and `total`
+  model_flops: dict[str, float]  # of the global batch, by part, and `total`
   notes: list[str]  # what the figures leave out
 
   @property
@@ -93,7 +93,7 @@ class Plan:
   @property
   def images(self) -> int:
     """Image slots of a step."""
-    return 0 if self.what == "decode" else self.run.data.batch_size * self.run.data.images_per_row
+    return 0 if self.what == "decode" else image_slots(self.run)
 
   def mfu(self, seconds: float) -> float:
     """Returns the model FLOPs utilisation of a step that takes so long."""
@@ -172,21 +172,22 @@ def usual_step(plan: Plan, *, even_load: bool = False) -> tuple[float, float]:
   return simulator.run("roofline").seconds, simulator.run("estimate").seconds
 
 
-def step_flops(run: RunConfig, what: What) -> dict[str, int]:
+def step_flops(run: RunConfig, what: What) -> dict[str, float]:
   """Returns the model FLOPs of one call on the global batch, see `metrics.model_flops`.
 
-  A prefill makes logits of each row's last position only; a decode reads one token a row, with as
-  many positions in the cache as a row has.
+  Every image slot holds a picture: a plan is of full batches. A prefill makes logits of each row's
+  last position only; a decode reads one token a row, with as many positions in the cache as a row
+  has.
   """
   if what == "train":
-    return model_flops(run)
+    return model_flops(run, image_slots(run))
   trained = dataclasses.replace(run.optimizer, frozen=())
-  flops = model_flops(dataclasses.replace(run, optimizer=trained))
+  num_images = 0 if what == "decode" else image_slots(run)
+  flops = model_flops(dataclasses.replace(run, optimizer=trained), num_images)
   forward = {name: count // 3 for name, count in flops.items() if name != "total"}
   positions = run.data.seq_len
   forward["head"] //= positions
   if what == "decode":
-    forward["vit"] = forward["connector"] = 0
     for name in ("decoder/dense", "decoder/experts"):
       forward[name] //= positions
     # The whole cache, not half of a square.

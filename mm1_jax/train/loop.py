@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import PIL.Image
 from absl import logging
+from clu import metrics as clu_metrics
 from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
@@ -29,6 +30,7 @@ from mm1_jax.data.pipeline import BatchStats, Pipeline, check_drops
 from mm1_jax.metrics import (
   MetricWriter,
   StepTimer,
+  load_scalars,
   model_flops,
   peak_memory_gib,
   progress_line,
@@ -82,7 +84,10 @@ def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = N
       names = checkpoint.to_names(state.model)
       logging.info("%s", parameter_overview.get_parameter_overview(names, include_stats=False))
       logging.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
-      with MetricWriter(workdir, start_step=int(state.step)) as writer:
+      with (
+        MetricWriter(workdir, start_step=int(state.step)) as writer,
+        distributed.before_exit(writer.flush),
+      ):
         compile_seconds = compiling.result() if compiling else 0.0
         verdicts = Verdicts(run, checkpointer)
         log = StepLog(run, writer, verdicts, launched=launched, compile_seconds=compile_seconds)
@@ -112,6 +117,8 @@ def _run_steps(
     log.flush()  # what is left of the step is not part of evaluating
     with log.timer.excluded():
       log.write(step, held_out_loss(state.model, run, mesh))
+      log.write_tables(step)
+      log.writer.flush()
 
   def accepted() -> bool:
     log.flush()
@@ -119,6 +126,7 @@ def _run_steps(
 
   def save() -> None:
     with log.timer.excluded(), log.saving():
+      log.writer.flush()
       train = state._replace(model=None)
       checkpointer.save(step, params=state.model, train=train, data=pipeline.state())
 
@@ -265,10 +273,11 @@ class StepLog:
     self.writer, self.save_seconds = writer, 0.0  # of the newest save, while nothing is trained
     self._start: dict[str, float] | None = {"speed/compile_seconds": compile_seconds}
     self._saves: list[float] = []
-    self.timer = StepTimer(flops=model_flops(run)["total"])
+    self.timer = StepTimer(flops=lambda num_images: model_flops(run, num_images)["total"])
     self._run = run
     self._pending: tuple[int, Metrics, Tally] | None = None
     self._sums: Metrics | None = None
+    self._load: clu_metrics.Average | None = None  # of experts, since it was last written whole
     self._tallies: list[Tally] = []
     self._num_examples = self._num_dropped = 0.0  # of all processes
     self._drops: collections.Counter = collections.Counter()  # of this one, by reason
@@ -320,6 +329,12 @@ class StepLog:
     if scalars:
       logging.info("step %d | %s", step, " | ".join(f"{k} {v:.4f}" for k, v in scalars.items()))
 
+  def write_tables(self, step: int) -> None:
+    """Writes the load of each expert, as a mean over the steps since the last time."""
+    if self._load is not None:
+      self.writer.write_tables(step, {"moe/load": _relative(self._load)})
+    self._load = None
+
   def _read(self, step: int, metrics: Metrics, tally: Tally) -> None:
     metrics = jax.device_get(metrics)  # waits for the step
     if self._start is not None:
@@ -329,6 +344,8 @@ class StepLog:
     )
     self._data_wait = 0.0
     self._sums = metrics if self._sums is None else _merge(self._sums, metrics)
+    if (load := metrics.get("moe/load")) is not None:
+      self._load = load if self._load is None else self._load.merge(load)
     self._tallies.append(tally)
     self._num_examples += tally.num_examples + tally.num_dropped
     self._num_dropped += tally.num_dropped
@@ -344,7 +361,9 @@ class StepLog:
 
   def _report(self, step: int) -> None:
     assert self._sums is not None
+    load = self._sums.pop("moe/load", None)
     scalars = {k: float(m.compute()) for k, m in self._sums.items() if np.sum(m.count) > 0}
+    scalars |= load_scalars(_relative(load)) if load is not None else {}
     total = Tally(*np.sum(np.array(self._tallies), axis=0).tolist())
     scalars |= {
       "data/padded_fraction": total.padded_fraction / total.processes,
@@ -378,6 +397,12 @@ class StepLog:
       100 * spread,
       100 * MIN_IMAGE_SPREAD,
     )
+
+
+def _relative(load: clu_metrics.Average) -> np.ndarray:
+  """Returns the experts' load, [U, E], 1 where it is even."""
+  shares = np.asarray(load.compute(), np.float64)
+  return shares * shares.shape[1]
 
 
 def _when_ready(metrics: Metrics) -> float:

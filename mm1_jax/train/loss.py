@@ -141,7 +141,13 @@ _sum_chunks.defvjp(_sum_chunks_forward, _sum_chunks_backward)
 
 
 def loss_fn(
-  model: MM1, batch: Batch, run: RunConfig, *, num_targets: jax.Array, share: float = 1.0
+  model: MM1,
+  batch: Batch,
+  run: RunConfig,
+  *,
+  num_targets: jax.Array,
+  share: float = 1.0,
+  dropless: bool = False,
 ) -> Losses:
   """Returns the loss of one (micro-)batch.
 
@@ -152,8 +158,9 @@ def loss_fn(
     num_targets: targets of the whole batch, which the token losses are divided by, so that
       micro-batches of unequal length add up to exactly the batch's mean.
     share: of the batch that this is; weighs the router losses, which are means already.
+    dropless: whether experts take every token whatever their capacity, as in evaluation.
   """
-  output = model(batch)
+  output = model(batch, dropless=dropless)
   num_sources = len(run.data.leaves) or 1
   total, tokens = cross_entropy(model.decoder, output.hidden, batch, num_sources, run.train.z_loss)
   total /= num_targets

@@ -16,6 +16,7 @@ from mm1_jax.data.sources import Source as Records
 from mm1_jax.data.tokenizer import Tokenizer
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "goldens" / "export"  # by make_export.py
+EXPORTED = ["moe", "dense", "llava", "llava_one_kv_head", "switch"]
 
 
 @pytest.fixture(scope="module")
@@ -282,13 +283,13 @@ def test_options_that_a_format_lacks_are_refused(workdir, tmp_path):
     export(workdir, tmp_path / "out", max_shard_gb=0)
 
 
-@pytest.mark.parametrize("name", ["moe", "dense", "llava"])
+@pytest.mark.parametrize("name", EXPORTED)
 def test_tensors_are_those_of_the_pytorch_model(name, tmp_path):
   from small_run import make_params, run_config, save_run
 
   run = run_config(name)
   save_run(tmp_path / "run", run, make_params(run))
-  form = "llava" if name == "llava" else "huggingface"
+  form = "llava" if name.startswith("llava") else "huggingface"
   export(tmp_path / "run", tmp_path / "out", form, dtype="float32")
   tensors = read_all(tmp_path / "out")
   written = [f"{key} {x.shape}" for key, x in sorted(tensors.items())]
@@ -296,7 +297,7 @@ def test_tensors_are_those_of_the_pytorch_model(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["moe", "dense", "llava"])
+@pytest.mark.parametrize("name", EXPORTED)
 def test_the_pytorch_model_computes_what_ours_does(name):
   import jax
   import jax.numpy as jnp

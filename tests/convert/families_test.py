@@ -5,8 +5,10 @@ The folders and the outputs expected are of `tests/goldens/make_convert.py`.
 """
 
 import dataclasses
+import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -14,14 +16,15 @@ import pytest
 
 from mm1_jax import checkpoint
 from mm1_jax.config import RunConfig
-from mm1_jax.convert import importer
+from mm1_jax.convert import ConvertError, importer
 from mm1_jax.convert.importer import Imported, import_weights
 from mm1_jax.models.decoder import Decoder
 from mm1_jax.models.vit import ViT
 from mm1_jax.sharding import abstract_state
 
 TOLERANCE = 1e-5  # of the largest value; measured: 1e-6
-DECODERS = ["llama2", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+DENSE = ["llama2", "llama3", "llama_one_kv_head", "mistral", "qwen2", "qwen3"]
+DECODERS = [*DENSE, "mixtral", "qwen3_moe", "qwen3_moe_top_1"]
 ENCODERS = ["clip", "siglip", "open_clip"]
 
 
@@ -96,3 +99,27 @@ def test_encoder_equals_its_library(family, layer, weights):
     difference = worst(np.asarray(features).reshape(theirs.shape), theirs)
     print(f"parity: {family}{key} layer {layer}: {difference:.1e}")
     assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize(
+  ("family", "top_k", "norm", "message"),
+  [
+    ("mixtral", 1, None, "num_experts_per_tok 1 of a mixtral"),
+    ("qwen3_moe", 1, True, "num_experts_per_tok 1 of a qwen3_moe"),
+    ("qwen3_moe", 2, False, "norm_topk_prob False with num_experts_per_tok 2"),
+    ("qwen3_moe", 2, None, "norm_topk_prob"),
+  ],
+)
+def test_experts_of_other_weights_are_refused(
+  family, top_k, norm, message, weights, tmp_path, monkeypatch
+):
+  """Of two and more experts ours sum to 1, as Mixtral's; a single one counts by its probability."""
+  monkeypatch.setattr(importer, "_vocabulary", lambda *_: None)
+  folder = shutil.copytree(weights / family, tmp_path / family)
+  settings = json.loads((folder / "config.json").read_text())
+  settings |= {"num_experts_per_tok": top_k}
+  settings.pop("norm_topk_prob", None)
+  settings |= {} if norm is None else {"norm_topk_prob": norm}
+  (folder / "config.json").write_text(json.dumps(settings))
+  with pytest.raises(ConvertError, match=message):
+    import_weights(decoder=folder)

@@ -27,14 +27,19 @@ from mm1_jax.inference.model import Model
 QUESTION = "What is this?"
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-  """A sparse run at step 1."""
+def make_run(path: pathlib.Path, **settings) -> pathlib.Path:
+  """Writes a run at step 1, and returns its folder."""
   from tiny_model import make_params, run_config, save_run
 
-  run, path = run_config(moe=True), tmp_path_factory.mktemp("export") / "run"
+  run = run_config(**settings)
   save_run(path, run, make_params(run), steps=(1,))
   return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+  """A sparse run."""
+  return make_run(tmp_path_factory.mktemp("export") / "run", moe=True)
 
 
 def photo(kind: str, size=(90, 120)) -> bytes:
@@ -65,7 +70,9 @@ def test_standalone_pixels_are_those_of_training(kind, size, most, fit, tmp_path
 
 
 @pytest.mark.slow
-def test_programs_say_what_the_model_says(run_folder, tmp_path):
+@pytest.mark.parametrize("settings", [{"moe": True}, {"num_kv_heads": 1}], ids=str)
+def test_programs_say_what_the_model_says(settings, tmp_path):
+  run_folder = make_run(tmp_path / "run", **settings)
   out = tmp_path / "programs"
   compared = exporter.export(run_folder, out, "stablehlo", Options(dtype="float32"))
   assert "params equal" in compared

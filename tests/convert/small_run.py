@@ -102,6 +102,14 @@ LLAVA = ModelConfig(
 )
 MODELS["llava"] = LLAVA, {}
 
+# One key-value head, which LLaVA's Llama may have; and one expert a token beside it.
+ONE_KV_HEAD = dataclasses.replace(LLAVA.decoder, num_kv_heads=1)
+MODELS["llava_one_kv_head"] = dataclasses.replace(LLAVA, decoder=ONE_KV_HEAD), {}
+SWITCH = dataclasses.replace(
+  ONE_KV_HEAD, moe=MoEConfig(num_experts=3, every=2, top_k=1, capacity_factor=None)
+)
+MODELS["switch"] = dataclasses.replace(LLAVA, decoder=SWITCH), {}
+
 
 def run_config(name: str = "moe") -> RunConfig:
   model, reading = MODELS[name]

@@ -94,6 +94,9 @@ def test_what_does_not_fit_is_refused():
   decoder = dataclasses.replace(sparse.decoder, mlp_dim=32)
   with pytest.raises(ConvertError, match=r"model\.decoder\.mlp_dim is 24 in the run and 32 in"):
     check_upcycling(dense, dataclasses.replace(sparse, decoder=decoder))
+  single = run_config(dataclasses.replace(tiny.SPARSE, top_k=1)).model
+  with pytest.raises(ConvertError, match=r"top_k 1 weighs a token's expert with its probability"):
+    check_upcycling(dense, single)
   check_upcycling(dense, dataclasses.replace(sparse, dtype="bfloat16", remat="full"))
 
 

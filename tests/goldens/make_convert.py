@@ -178,20 +178,19 @@ def open_clip_vit() -> None:
 def main() -> None:
   decoder("llama2", "Llama", tie_word_embeddings=True)
   decoder("llama3", "Llama", rope_parameters=LLAMA3)
+  decoder("llama_one_kv_head", "Llama", num_key_value_heads=1)
   decoder("mistral", "Mistral", sliding_window=None)
   decoder("qwen2", "Qwen2")
   decoder("qwen3", "Qwen3", head_dim=12, rms_norm_eps=1e-6)
   decoder("mixtral", "Mixtral", num_local_experts=4, num_experts_per_tok=2)
-  decoder(
-    "qwen3_moe",
-    "Qwen3Moe",
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=24,
-    norm_topk_prob=True,
-    decoder_sparse_step=1,
-    mlp_only_layers=[],
-  )
+  experts = {
+    "num_experts": 4,
+    "moe_intermediate_size": 24,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+  }
+  decoder("qwen3_moe", "Qwen3Moe", num_experts_per_tok=2, norm_topk_prob=True, **experts)
+  decoder("qwen3_moe_top_1", "Qwen3Moe", num_experts_per_tok=1, norm_topk_prob=False, **experts)
   hf_clip()
   siglip()
   open_clip_vit()

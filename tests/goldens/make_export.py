@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
       workdir, out = pathlib.Path(folder) / "run", pathlib.Path(folder) / "out"
       small_run.save_run(workdir, run, small_run.make_params(run))
-      form = "llava" if name == "llava" else "huggingface"
+      form = "llava" if name.startswith("llava") else "huggingface"
       exporter.export(workdir, out, form, Options("float32"))
       model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
       processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)

@@ -195,7 +195,9 @@ def main() -> None:
   clip("clip_gelu", "gelu")
   c_abstractor("c_abstractor", in_dim=24, hidden=16, depth=2)
   c_abstractor("c_abstractor_equal_width", in_dim=16, hidden=16, depth=1)
-  decoder("llama", transformers.LlamaForCausalLM, transformers.LlamaConfig)
+  llama = transformers.LlamaForCausalLM, transformers.LlamaConfig
+  decoder("llama", *llama)
+  decoder("llama_one_kv_head", *llama, num_key_value_heads=1)
   decoder(
     "qwen3",
     transformers.Qwen3ForCausalLM,

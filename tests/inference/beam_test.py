@@ -131,6 +131,21 @@ def test_devices_search_as_one_does(model, workdir, prompts):
   assert model.generate(prompts, max_new_tokens=6, sampling=how, batch_size=1) == expected
 
 
+def test_one_kv_head_answers_as_a_plain_loop_does(prompts, tmp_path):
+  """Prefill and decode, greedy and with beams, on one device and on four."""
+  from tiny_model import make_params, run_config, save_run
+
+  run = run_config(num_kv_heads=1)
+  save_run(tmp_path / "run", run, make_params(run), steps=(1,))
+  one = Model.load(tmp_path / "run")
+  how = BeamSearch(3)
+  expected = [plain_search(one, prompt, how, 8, "never said") for prompt in prompts]
+  greedy = [plain_search(one, prompt, BeamSearch(1), 8, "never said") for prompt in prompts]
+  for model in (one, Model.load(tmp_path / "run", data=2, fsdp=2)):
+    assert model.generate(prompts, max_new_tokens=8, sampling=how) == expected
+    assert model.generate(prompts, max_new_tokens=8) == greedy
+
+
 def test_an_answer_that_is_searched_for_comes_whole(model, prompts):
   how = BeamSearch(3)
   (said,) = model.stream(prompts[0], max_new_tokens=6, sampling=how)

@@ -26,14 +26,14 @@ TOKENS_PER_IMAGE = 4
 SEQ_LEN = 192
 
 
-def run_config(*, moe: bool = False) -> RunConfig:
+def run_config(*, moe: bool = False, num_kv_heads: int = 2) -> RunConfig:
   """Returns a tiny run; its vocabulary is larger than the tokenizer's 4096."""
   decoder = DecoderConfig(
     vocab_size=4160,
     width=32,
     depth=2,
     num_heads=4,
-    num_kv_heads=2,
+    num_kv_heads=num_kv_heads,
     head_dim=8,
     mlp_dim=64,
     tie_embeddings=False,

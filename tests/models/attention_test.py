@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention: literal masks, and rotary positions that depend on distance only."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from jax.sharding import NamedSharding
 
 from mm1_jax.models.attention import attend, packed_causal_mask, rope
+from mm1_jax.sharding import LAYOUT
 
 
 def mask(queries: list[int], keys: list[int], offset: int = 0) -> list[list[int]]:
@@ -87,12 +91,39 @@ def test_rope_far_out_is_computed_in_float32():
   np.testing.assert_allclose(out, expected, atol=0.01)
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seen", ["segments", "mask", "all"])
+@pytest.mark.parametrize("num_positions", [1, 96, 130, 256])
+def test_any_number_of_kv_heads_has_gradients(num_kv_heads, dtype, seen, num_positions):
+  """Traced on a mesh, at lengths that are cut into parts and at others."""
+  mesh = tiny.mesh(1, 2)
+
+  def abstract(*shape, dtype=dtype, spec=LAYOUT.act_bshk):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+  queries = abstract(2, num_positions, 4, 16)
+  keys = abstract(2, num_positions, num_kv_heads, 16)
+  rows = abstract(2, num_positions, dtype="int32", spec=LAYOUT.act_b)
+
+  def total(queries, keys, values, rows):
+    mask = packed_causal_mask(rows, rows, 0) if seen == "mask" else None
+    segments = rows if seen == "segments" else None
+    return jnp.sum(attend(queries, keys, values, mask=mask, segment_ids=segments))
+
+  with jax.set_mesh(mesh):
+    grads = jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), queries, keys, keys, rows)
+  assert [x.shape for x in grads] == [queries.shape, keys.shape, keys.shape]
+
+
 def test_grouped_queries_share_consecutive_heads():
   """Heads 0 and 1 read kv head 0, heads 2 and 3 kv head 1; logits are scaled by h^(-1/2)."""
   rng = np.random.default_rng(0)
   q, k, v = (rng.standard_normal((1, 3, n, 4)).astype(np.float32) for n in (4, 2, 2))
   causal = np.tril(np.ones((3, 3), bool))
-  out = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask=jnp.asarray(causal[None, None]))
+  with jax.set_mesh(tiny.mesh()):
+    qkv = (jnp.asarray(x) for x in (q, k, v))
+    out = attend(*qkv, mask=jnp.asarray(causal[None, None]))
   for head in range(4):
     logits = q[0, :, head] @ k[0, :, head // 2].T / 2
     probs = np.where(causal, np.exp(logits), 0)

@@ -67,8 +67,8 @@ def with_gradients(function, *inputs):
 @pytest.mark.parametrize("path", ["splash", "cudnn", "xla"])
 @pytest.mark.parametrize(
   ("num_kv_heads", "sizes"),
-  [(4, (1,)), (2, (1, 2, 1, 2)), (2, (1, 1, 1, 2, 2))],
-  ids=["one chip", "four, grouped", "positions split"],
+  [(4, (1,)), (2, (1, 2, 1, 2)), (2, (1, 1, 1, 2, 2)), (1, (1, 2)), (1, (1, 1, 1, 1, 2))],
+  ids=["one chip", "four, grouped", "positions split", "one kv head", "one kv head, split"],
 )
 def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes, monkeypatch):
   """Forward and backward; examples see neither each other nor padding, nor the other way round."""

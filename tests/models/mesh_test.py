@@ -23,6 +23,11 @@ MODELS = {
   "dropless": tiny.run_config(tiny.SPARSE),
   "capacity": tiny.run_config(tiny.BOUNDED),
 }
+TINY = MODELS["dense"].model
+ONE_KV_HEAD = dataclasses.replace(
+  MODELS["dense"],
+  model=dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, num_kv_heads=1)),
+)
 ONE = (1,)
 LOSS_TOLERANCE = 1e-5  # relative
 GRADIENT_TOLERANCE = 1e-4  # of a leaf's largest value
@@ -59,6 +64,13 @@ def test_one_device_and_a_mesh_of_all_axes_compute_the_same(model, sizes):
   """A gradient counted once per shard, or a collective left out, shows here and nowhere else."""
   run = MODELS[model]
   assert_equal(loss_and_gradients(run, sizes), loss_and_gradients(run, ONE))
+
+
+@pytest.mark.parametrize(
+  "sizes", [(1, 2, 2), pytest.param((1, 2, 1, 1, 2), marks=pytest.mark.slow)], ids=str
+)
+def test_one_kv_head_computes_the_same_on_a_mesh(sizes):
+  assert_equal(loss_and_gradients(ONE_KV_HEAD, sizes), loss_and_gradients(ONE_KV_HEAD, ONE))
 
 
 @pytest.mark.slow
@@ -158,3 +170,22 @@ def test_accumulation_changes_nothing(model, sizes):
   expected = {name: grad for name, grad in expected.items() if name in tiny.names(trainable)}
   assert_equal((float(losses.total), tiny.names(grads)), (loss, expected))
   assert float(jnp.sum(losses.tokens.count)) == tiny.BATCH.loss_mask.sum()
+
+
+@pytest.mark.slow
+def test_accumulation_changes_the_router_losses_alone():
+  """Each micro-batch has its own: without them the gradient is the whole batch's, with them not."""
+  alone = dataclasses.replace(tiny.SPARSE, balance_loss=0.0, router_z_loss=0.0)
+  mesh, differences = tiny.mesh(*ONE), []
+  for moe in (alone, tiny.SPARSE):
+    run = tiny.run_config(moe)
+    halves = dataclasses.replace(run, train=dataclasses.replace(run.train, accumulation_steps=2))
+    with jax.set_mesh(mesh):
+      trainable, frozen = split_frozen(tiny.make_model(run.model, mesh), ())
+      step = tiny.jit(functools.partial(_gradients, run=halves))
+      _, grads = step(trainable, frozen, tiny.put(tiny.BATCH, mesh))
+    name = "decoder.units.layers.1.mlp.router"
+    _, whole = loss_and_gradients(run, ONE)
+    differences.append(tiny.largest_difference(tiny.names(grads)[name], whole[name]))
+  assert differences[0] < GRADIENT_TOLERANCE
+  assert 1e-3 < differences[1] < 0.1

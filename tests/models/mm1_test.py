@@ -13,6 +13,7 @@ from mm1_jax.models.mm1 import MM1
 from mm1_jax.train.loss import cross_entropy
 
 RUNS = {"dense": tiny.run_config(), "capacity": tiny.run_config(tiny.BOUNDED)}
+DECODER = dataclasses.replace(RUNS["dense"].model.decoder, num_kv_heads=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,6 +26,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def models(mesh):
   cfgs = {"dropless": tiny.model_config(tiny.SPARSE)}
+  cfgs["one kv head"] = tiny.model_config(decoder=DECODER)
   cfgs |= {name: run.model for name, run in RUNS.items()}
   return {name: tiny.make_model(cfg, mesh) for name, cfg in cfgs.items()}
 
@@ -236,7 +238,7 @@ def test_moe_statistics_are_stacked_over_units(mesh):
 # The KV cache.
 
 
-@pytest.mark.parametrize("model", ["dense", "dropless", "capacity"])
+@pytest.mark.parametrize("model", ["dense", "dropless", "capacity", "one kv head"])
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_prefill_and_decode_equal_one_pass(model, num_rows, models, mesh):
   """Prompts of unequal length, padded on the left, with pictures; then one token at a time."""

@@ -45,7 +45,8 @@ def route(x, router, valid, top_k: int, capacity: int):
   probs /= probs.sum(-1, keepdims=True)
   experts = np.argsort(-probs, axis=-1, kind="stable")[..., :top_k]
   weights = np.take_along_axis(probs, experts, -1)
-  weights /= weights.sum(-1, keepdims=True)
+  if top_k > 1:
+    weights /= weights.sum(-1, keepdims=True)
   kept = np.zeros(experts.shape, bool)
   for row in range(x.shape[0]):
     taken = np.zeros(router.shape[1], int)
@@ -134,6 +135,28 @@ def test_dropless_overrides_the_capacity(mesh):
   assert stats.dropped == 0
 
 
+@pytest.mark.parametrize("case", ["dropless", "tight", "top 1"])
+def test_an_example_depends_on_others_of_its_row_only_by_a_capacity(case, mesh):
+  """The first half of each row is one example; the second half becomes tokens of expert 1.
+
+  Without a capacity no bit of the first changes. With one it does, as first choices of the second
+  example queue in front of second choices of the first; but single choices queue in order.
+  """
+  x, _ = inputs()
+  half, valid = x.shape[1] // 2, np.ones(x.shape[:2], bool)
+  other = x.copy()
+  other[:, half:] = 3 * ROUTER[:, 1]
+  layer = make(CASES[case][0], mesh, ROUTER)
+  with jax.set_mesh(mesh):
+    run = tiny.jit(lambda layer, x, valid: layer(x, valid)[0])
+    a, b = (
+      np.asarray(run(layer, *tiny.put((v.astype(np.float32), valid), mesh))) for v in (x, other)
+    )
+  same = np.array_equal(a[:, :half], b[:, :half])
+  assert same == (case != "tight")
+  assert not np.array_equal(a[:, half:], b[:, half:])
+
+
 @pytest.mark.parametrize("case", ["dropless", "tight"])
 def test_padding_takes_no_room_and_counts_in_nothing(case, mesh):
   """Padding that would crowd one expert and blow up every loss changes no bit."""
@@ -196,7 +219,7 @@ def dense_reference(weights: dict, x, valid, kept, experts):
   logits = x @ weights["router"]
   probs = jax.nn.softmax(logits)
   chosen = jnp.take_along_axis(probs, experts, -1)
-  shares = chosen / chosen.sum(-1, keepdims=True) * kept
+  shares = chosen / (chosen.sum(-1, keepdims=True) if experts.shape[-1] > 1 else 1) * kept
   table = jnp.einsum("bsk,bske->bse", shares, jax.nn.one_hot(experts, num_experts))
   h = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, weights["gate"]))
   h *= jnp.einsum("bsd,edf->bsef", x, weights["up"])
@@ -208,7 +231,7 @@ def dense_reference(weights: dict, x, valid, kept, experts):
   return y, balance, z
 
 
-@pytest.mark.parametrize("case", ["dropless", "tight"])
+@pytest.mark.parametrize("case", ["dropless", "tight", "top 1"])
 def test_gradient_equals_that_of_a_dense_reference(case, mesh):
   """The dispatch has a hand-written gradient: every token's and every weight's is checked."""
   cfg, capacity = CASES[case]
@@ -240,6 +263,22 @@ def test_gradient_equals_that_of_a_dense_reference(case, mesh):
   for name, grad in expected_grads.items():
     assert np.abs(grad).max() > 1e-3, f"{name} has no gradient to compare"
     assert tiny.largest_difference(grads[name], grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("capacity", [None, 2.0], ids=str)
+def test_a_single_expert_teaches_its_router(capacity, mesh):
+  """By what the layer says alone, no router loss: about as much as two experts do."""
+  x, valid = inputs()
+  direction = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+
+  def norm(top_k: int) -> float:
+    layer = make(MoEConfig(4, 1, top_k, capacity), mesh, ROUTER)
+    total = lambda layer, x, valid: jnp.sum(layer(x, valid)[0] * direction)
+    with jax.set_mesh(mesh):
+      grads = tiny.jit(jax.grad(total))(layer, *tiny.put((x.astype(np.float32), valid), mesh))
+    return float(np.linalg.norm(tiny.names(grads)["router"]))
+
+  assert 0.2 < norm(1) / norm(2) < 5
 
 
 def test_dropless_equals_bounded_where_nothing_overflows(mesh):

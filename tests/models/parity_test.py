@@ -5,10 +5,12 @@ The files come from `tests/goldens/make_parity.py`, which says how. Pre-trained 
 our modules if these agree.
 """
 
+import itertools
 import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -227,7 +229,7 @@ def decoder_weights(ref: Reference) -> dict[str, np.ndarray]:
   return weights if cfg["tie_word_embeddings"] else weights | {"head": ref("lm_head.weight")}
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "mixtral"])
+@pytest.fixture(scope="module", params=["llama", "llama_one_kv_head", "qwen3", "mixtral"])
 def decoder(request, mesh):
   """Returns our decoder with the reference's weights, and the reference."""
   ref = Reference(request.param)
@@ -283,3 +285,24 @@ def test_packed_prompts_equal_the_reference_on_each_alone(decoder, mesh):
     ours = logits(decoder, packed, positions.astype(np.int32), segments.astype(np.int32))
   ours = np.asarray(ours)[:, : 2 * length].reshape(ref.arrays["logits"].shape)
   assert tiny.largest_difference(ours, ref.arrays["logits"]) < TOLERANCE
+
+
+def test_cached_decoding_equals_the_reference(decoder, mesh):
+  """A prompt is read into the cache, and then a token at a time."""
+  decoder, ref = decoder
+  tokens, prompt = ref.arrays["tokens"], 5
+  rows, length = tokens.shape
+  positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+
+  @tiny.jit
+  def step(decoder, tokens, positions, cache):
+    out = decoder(decoder.embed(tokens), positions, jnp.ones_like(tokens), cache)
+    return decoder.logits(out.hidden), out.cache
+
+  with jax.set_mesh(mesh):
+    cache, pieces = decoder.init_cache(rows, length), []
+    for begin, end in itertools.pairwise((0, *range(prompt, length + 1))):
+      part = tiny.put((tokens[:, begin:end], positions[:, begin:end]), mesh)
+      logits, cache = step(decoder, *part, cache)
+      pieces.append(np.asarray(logits))
+  assert tiny.largest_difference(np.concatenate(pieces, axis=1), ref.arrays["logits"]) < TOLERANCE

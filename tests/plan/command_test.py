@@ -11,7 +11,7 @@ import pytest
 
 from configs import mm1_3b, mm1_debug
 from mm1_jax.config import ConfigError, MeshConfig, RunConfig
-from mm1_jax.metrics import model_flops
+from mm1_jax.metrics import image_slots, model_flops
 from mm1_jax.plan.compare import compare_table, markdown_table, read_figures
 from mm1_jax.plan.compile import Compiled, PlanError, Result
 from mm1_jax.plan.estimate import Plan, read_plan, step_flops
@@ -126,7 +126,7 @@ def test_time_and_cost_follow_from_the_program():
   assert values["run"]["days"] == pytest.approx(200_000 * seconds / 86400)
   assert values["run"]["cost"] == pytest.approx(2.5 * 64 * 200_000 * seconds / 3600)
   assert values["executed_flops"] == 64 * 2 * 4096**3
-  total = model_flops(plan.run)["total"]
+  total = model_flops(plan.run, image_slots(plan.run))["total"]
   assert values["mfu"]["expected"] == pytest.approx(total / seconds / 64 / 459e12)
   assert sum(values["seconds_by_kind"].values()) == pytest.approx(upper)
   assert values["collective_share"] == pytest.approx(reduce / upper)

@@ -10,7 +10,7 @@ import tiny
 import tiny_step
 
 from configs.common import SAMPLE
-from mm1_jax.config import DataConfig, SourceConfig, TrainConfig
+from mm1_jax.config import DataConfig, MoEConfig, RunConfig, SourceConfig, TrainConfig
 from mm1_jax.sharding import device_batch
 from mm1_jax.train.feed import held_out_batches
 from mm1_jax.train.heldout import held_out_loss
@@ -19,25 +19,28 @@ CAPTIONS = SourceConfig("captions", str(SAMPLE / "captions-heldout-*.arrayrecord
 TEXT = SourceConfig("text", str(SAMPLE / "text-heldout-*.arrayrecord"))
 
 
-def test_every_target_counts_once_and_alike():
-  run = tiny_step.run_config(train=TrainConfig(eval_batches=2))
+def run_config(*eval_sources: SourceConfig, moe: MoEConfig | None = None) -> RunConfig:
+  run = tiny_step.run_config(moe, train=TrainConfig(eval_batches=2))
   decoder = dataclasses.replace(run.model.decoder, vocab_size=4096)
   data = DataConfig(
     sources=(CAPTIONS,),
-    eval_sources=(CAPTIONS, TEXT),
+    eval_sources=eval_sources,
     tokenizer=str(SAMPLE / "tokenizer.model"),
     seq_len=64,
     batch_size=8,
     images_per_row=2,
   )
-  model_config = dataclasses.replace(run.model, decoder=decoder)
-  run = dataclasses.replace(run, model=model_config, data=data)
+  return dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder), data=data)
+
+
+def test_every_target_counts_once_and_alike():
+  run = run_config(CAPTIONS, TEXT)
   mesh = tiny.mesh()
   with jax.set_mesh(mesh):
     model = tiny.make_model(run.model, mesh)
     losses = held_out_loss(model, run, mesh)
     logits = tiny.jit(lambda m, b: m.decoder.logits(m(b).hidden))
-    for source in data.eval_sources:
+    for source in run.data.eval_sources:
       total, count = 0.0, 0.0
       for batch in held_out_batches(run, source, mesh):
         x = np.asarray(logits(model, device_batch(batch, mesh)), np.float64)
@@ -49,3 +52,17 @@ def test_every_target_counts_once_and_alike():
       assert count > 0
       assert losses.pop(f"eval/loss/{source.name}") == pytest.approx(total / count, rel=1e-5)
   assert not losses
+
+
+def test_experts_drop_no_token_in_evaluation():
+  """A capacity of one slot a row, which in training drops most choices, changes nothing here."""
+  mesh = tiny.mesh()
+  tight = dataclasses.replace(tiny.SPARSE, capacity_factor=0.01)
+  runs = [run_config(TEXT, moe=moe) for moe in (tiny.SPARSE, tight)]
+  with jax.set_mesh(mesh):
+    dropless, bounded = (held_out_loss(tiny.make_model(r.model, mesh), r, mesh) for r in runs)
+    (batch, *_) = held_out_batches(runs[1], TEXT, mesh)
+    trained = tiny.jit(lambda m, b: m(b).moe.dropped)
+    dropped = trained(tiny.make_model(runs[1].model, mesh), device_batch(batch, mesh))
+  assert float(dropped.max()) > 0.5
+  assert bounded == dropless

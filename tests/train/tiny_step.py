@@ -45,12 +45,13 @@ def make_state(run: RunConfig) -> TrainState:
 _step = tiny.jit(train_step.__wrapped__, static_argnames="run")
 
 
-def step(state: TrainState, batch: Batch, run: RunConfig) -> tuple[TrainState, dict[str, float]]:
-  """Returns the next state and the metrics as numbers."""
+def step(state: TrainState, batch: Batch, run: RunConfig) -> tuple[TrainState, dict[str, Any]]:
+  """Returns the next state and the metrics as numbers, and as an array where one is a table."""
   mesh = tiny.mesh(*ONE)
   with jax.set_mesh(mesh):
     state, metrics = _step(state, tiny.put(batch, mesh), run=run)
-  return state, {name: float(metric.compute()) for name, metric in metrics.items()}
+  values = {name: np.asarray(metric.compute()) for name, metric in metrics.items()}
+  return state, {name: x if x.ndim else float(x) for name, x in values.items()}
 
 
 def change(tree: Any, **values: Any) -> Any:

@@ -352,7 +352,10 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-  """The k likeliest experts of each position, their weights summing to 1; none is left out."""
+  """The k likeliest experts of each position; none is left out.
+
+  Their weights sum to 1, but for k = 1: a single expert's is its probability.
+  """
 
   def __init__(self, config: MM1TextConfig):
     super().__init__()
@@ -364,7 +367,8 @@ class MoE(nn.Module):
     rows = x.flatten(0, 1)
     probs = F.linear(rows.float(), self.router.weight.float()).softmax(-1)
     weights, chosen = probs.topk(self.top_k, dim=-1)
-    weights = weights / (weights.sum(-1, keepdim=True) + 1e-9)
+    if self.top_k > 1:
+      weights = weights / (weights.sum(-1, keepdim=True) + 1e-9)
     out = torch.zeros_like(rows)
     for number in chosen.unique().tolist():
       row, choice = torch.where(chosen == number)
