@@ -76,19 +76,26 @@ def broadcast(weight: Float[Array, "..."], like: Float[Array, "..."]) -> Float[A
   return weight.astype(like.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows_of(table_type: Any, table: Float[Array, "V D"], ids: Int[Array, "B S"]):
+def _pick(table: Float[Array, "V D"], ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
   return table.at[ids].get(out_sharding=P(*spec_of(ids), None))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows_of(table_type: Any, table, ids):
+  del table_type
+  return _pick(table, ids)
+
+
 def _rows_of_forward(table_type, table, ids):
-  return _rows_of(table_type, table, ids), ids
+  del table_type
+  return _pick(table, ids), ids
 
 
 def _rows_of_backward(table_type, ids, grad):
   wide = table_type.update(dtype=jnp.float32)
-  transpose = jax.linear_transpose(lambda table: _rows_of.fun(table_type, table, ids), wide)
-  (of_table,) = transpose(grad.astype(jnp.float32))
+  (of_table,) = jax.linear_transpose(lambda table: _pick(table, ids), wide)(
+    grad.astype(jnp.float32)
+  )
   return of_table.astype(table_type.dtype), None
 
 

@@ -113,7 +113,7 @@ def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTra
       lambda path, x: over_stack(transformation.init, path, x, x), params
     )
 
-  def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+  def update(updates: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     rest = zip(treedef.flatten_up_to(updates), treedef.flatten_up_to(state), strict=True)
     results = [

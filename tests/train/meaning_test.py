@@ -89,7 +89,8 @@ def groups(cls: type = ModelConfig) -> typing.Iterator[type]:
 def test_every_setting_is_classified(cls):
   """A new one has to be: is it arrays, what they mean, or neither?"""
   assert set(TABLE[cls]) == {field.name for field in dataclasses.fields(cls)}
-  for name, hint in typing.get_type_hints(cls).items():
+  hints = typing.get_type_hints(cls)
+  for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(cls)):
     is_group = any(dataclasses.is_dataclass(t) for t in (hint, *typing.get_args(hint)))
     assert is_group == (TABLE[cls][name] is Kind.GROUP or name == "rope_scaling")
 
