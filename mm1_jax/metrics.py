@@ -464,7 +464,7 @@ def progress_line(
   if "skipped" in scalars:
     parts.append(f"skipped {int(scalars['skipped'])}")
   if rates is not None:
-    parts.append(f"ETA {format_seconds((num_steps - step) * rates.step_seconds)}")
+    parts.append(f"ETA {format_seconds(max(0, num_steps - step) * rates.step_seconds)}")
   return " | ".join(parts)
 
 

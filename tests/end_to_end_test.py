@@ -354,12 +354,22 @@ SKIPPING = {
 
 
 def test_nothing_is_saved_after_a_refused_step(skipping):
-  """And the run goes on until a step is accepted."""
   in_a_row = read_metrics(skipping)["skipped_in_a_row"]
   assert 4 < sum(map(bool, in_a_row.values())) < 14
   assert saved_steps(skipping) == [step for step, num in in_a_row.items() if not num]
-  assert max(in_a_row) >= SKIPPING["train__num_steps"]
+
+
+def test_a_run_ends_with_an_accepted_step(skipping, tmp_path):
+  in_a_row = read_metrics(skipping)["skipped_in_a_row"]
+  at = next(step for step in sorted(in_a_row) if in_a_row[step])
+  result = run(tmp_path, **{**SKIPPING, "train__num_steps": at, "checkpoint__every": 100})
+  check_ok(result)
+  in_a_row = read_metrics(tmp_path)["skipped_in_a_row"]
+  assert in_a_row[at] == 1
+  assert max(in_a_row) > at
   assert not in_a_row[max(in_a_row)]
+  assert saved_steps(tmp_path) == [max(in_a_row)]
+  assert "ETA -" not in result.stdout
 
 
 def test_a_run_that_is_stopped_after_a_refused_step_is_the_same_in_the_end(skipping, tmp_path):
