@@ -150,6 +150,7 @@ def _run_steps(
     log.flush()
     if step % run.train.eval_every and not stop.agreed:
       evaluate()
+    log.write_tables(step)  # of a run that is stopped, what no evaluation has written
     if checkpointer.latest_step != step and accepted():
       save()
     with log.saving():
