@@ -8,7 +8,7 @@ They take the law's rate and fit on one chip. Sizes are of the decoder, without 
 
 from ml_collections import ConfigDict
 
-from configs import common
+from mm1_jax.configs import common
 
 SIZES = {
   "9m": {"depth": 12, "width": 256, "heads": 4, "kv_heads": 4, "mlp_dim": 640},
