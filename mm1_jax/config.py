@@ -709,8 +709,8 @@ def unknown_key(cls: type, path: str, value: Any, near: str | None = None) -> st
   """
   names, name = sorted(field_types(cls)), path.rpartition(".")[2]
   near = next(iter(difflib.get_close_matches(name, names, n=1)), near)
-  hint = f"did you mean '{near}'? " if near else ""
-  return f"unknown key '{path}' = {value!r}; {hint}the keys here are {names}."
+  keys = f"did you mean '{near}'? The" if near else "the"
+  return f"unknown key '{path}' = {value!r}; {keys} keys here are {names}."
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

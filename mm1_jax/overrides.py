@@ -24,8 +24,8 @@ _BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": F
 def merge(values: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
   """Returns a config's plain values with overrides put in, the last of equal keys.
 
-  The keys of a group that is None make it, at its defaults. An entry of a list is named by its
-  name (`data.sources.captions.weight`), or by its number where it has none (`data.reweight.0.step`).
+  The keys of a group that is None make it, at its defaults. An entry of a list goes by its name
+  (`data.sources.captions.weight`), or by its number where it has none (`data.reweight.0.step`).
 
   Raises:
     ConfigError: a key that does not exist; the message names those of its group.
@@ -48,7 +48,7 @@ def _put(
   hints = field_types(cls)
   if key not in hints:
     whole = ".".join([f"{at}{key}", *rest])
-    near = difflib.get_close_matches(whole, dict(_paths(RunConfig)), n=1)
+    near = difflib.get_close_matches(whole, dict(_paths(RunConfig)), n=1, cutoff=0.7)
     raise ConfigError(unknown_key(cls, f"{at}{key}", text, near[0] if near else None))
   hint, where = hints[key], f"{at}{key}"
   if not rest:
