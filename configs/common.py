@@ -4,31 +4,19 @@
 import pathlib
 from collections.abc import Mapping
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 import mm1_jax
-from mm1_jax.config import LoRAConfig, MoEConfig, RunConfig, TilingConfig
+from mm1_jax.config import RunConfig
 
 SAMPLE = pathlib.Path(mm1_jax.__file__).parent / "data" / "sample"
 
 
 def base(name: str) -> ConfigDict:
-  """Returns every setting at its default, ready to be overridden on the command line."""
+  """Returns every setting at its default."""
   values = RunConfig(name=name).to_dict()
-  values["data"].update(sources={}, eval_sources={})  # by name, see `sources`
-  config = ConfigDict(values)
-  # A value that may be absent needs its type named before the command line can set it.
-  for group, key, kind in (
-    (config.model, "image_group", int),
-    (config.optimizer, "learning_rate", float),
-    (config.optimizer, "vit_learning_rate", float),
-    (config.optimizer, "connector_learning_rate", float),
-    (config.train, "init_from", str),
-    (config.train, "eval_batches", int),
-    (config.checkpoint, "keep_period", int),
-  ):
-    group[key] = config_dict.placeholder(kind)
-  return config
+  values["data"].update(sources={}, eval_sources={})  # by name, see `mixture`
+  return ConfigDict(values)
 
 
 # Shares of positions; see `mixture`, and `data.weight_by`.
@@ -221,7 +209,7 @@ def lora(config: ConfigDict, *, rank: int = 128, alpha: float = 256.0) -> Config
   Rank and rates are those of LLaVA-1.5's LoRA script; the optimizer is AdamW, the encoder frozen.
   """
   config.name += "_lora"
-  config.model.decoder.lora = ConfigDict(vars(LoRAConfig(rank=rank, alpha=alpha)))
+  config.model.decoder.lora = ConfigDict({"rank": rank, "alpha": alpha})
   config.optimizer.update(name="adamw", learning_rate=2e-4, connector_learning_rate=2e-5)
   config.optimizer.frozen = ("vit",)
   return config
@@ -231,8 +219,7 @@ def high_resolution(config: ConfigDict, **tiling) -> ConfigDict:
   """Returns `config` with an encoder of 672 pixels, and pictures cut as `TilingConfig` says."""
   config.name += "_high_res"
   config.model.vision.image_size = (672, 672)
-  config.data.tiling = ConfigDict(vars(TilingConfig(**tiling)))
-  config.data.tiling.last = config_dict.placeholder(int)
+  config.data.tiling = ConfigDict(tiling)
   return config
 
 
@@ -252,11 +239,8 @@ def mixture(folder: str, weights: Weights, *, part: str = "train", prefix: str =
       group = mixture(folder, inside, part=part, prefix=f"{prefix}{name}_")
       config[name] = ConfigDict({"weight": weight, "sources": group})
     else:
-      config[name] = ConfigDict(
-        {"path": f"{folder}/{prefix}{name}-{part}-*.arrayrecord", "weight": weight, "seed": 0}
-      )
-      config[name].epochs = config_dict.placeholder(float)
-      config[name].limit = config_dict.placeholder(int)
+      path = f"{folder}/{prefix}{name}-{part}-*.arrayrecord"
+      config[name] = ConfigDict({"path": path, "weight": weight})
   return config
 
 
@@ -309,5 +293,5 @@ def on_slice(config: ConfigDict, presets: Presets, name: str) -> ConfigDict:
 def moe(config: ConfigDict, *, num_experts: int, every: int) -> ConfigDict:
   """Returns `config` with every `every`-th layer sparse; the rate stays the dense backbone's."""
   config.name += "_moe"
-  config.model.decoder.moe = ConfigDict(vars(MoEConfig(num_experts=num_experts, every=every)))
+  config.model.decoder.moe = ConfigDict({"num_experts": num_experts, "every": every})
   return config

@@ -9,7 +9,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from configs import common
+from mm1_jax.configs import common
 
 
 def get_config(folder: str) -> ConfigDict:

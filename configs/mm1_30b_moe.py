@@ -7,7 +7,7 @@ The paper has no 30B MoE: this one continues its family.
 
 from ml_collections import ConfigDict
 
-from configs import common, mm1_30b
+from mm1_jax.configs import common, mm1_30b
 
 SLICES = {
   "v5p-512": common.preset(fsdp=32, expert=8, steps=2, remat=common.KEEP_EXPERTS),

@@ -6,7 +6,7 @@ python -m mm1_jax.main --config=configs/mm1_3b_moe.py --workdir=gs://BUCKET/mm1_
 
 from ml_collections import ConfigDict
 
-from configs import common, mm1_3b
+from mm1_jax.configs import common, mm1_3b
 
 SLICES = {
   "v5e-256": common.preset(fsdp=16, expert=16, steps=2),

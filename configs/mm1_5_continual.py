@@ -12,7 +12,7 @@ are: 4096 positions hold four pages of 730 and about 1,200 tokens of text.
 
 from ml_collections import ConfigDict
 
-from configs import common, mm1_sft
+from mm1_jax.configs import common, mm1_sft
 
 SETS = dict.fromkeys(("pdfa", "idl", "renderedtext", "docstruct"), 1.0)
 

@@ -11,7 +11,7 @@ cut. The paper does not say how long its rows are: 4096 positions hold two pictu
 
 from ml_collections import ConfigDict
 
-from configs import common, mm1_sft
+from mm1_jax.configs import common, mm1_sft
 
 
 def get_config(model: str = "3b") -> ConfigDict:

@@ -6,7 +6,7 @@ python -m mm1_jax.main --config=configs/mm1_7b.py --workdir=gs://BUCKET/mm1_7b
 
 from ml_collections import ConfigDict
 
-from configs import common
+from mm1_jax.configs import common
 
 SLICES = {
   "v5e-256": common.preset(fsdp=256, steps=2),

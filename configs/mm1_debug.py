@@ -7,7 +7,7 @@ python -m mm1_jax.main --config=configs/mm1_debug.py:moe --workdir=runs/debug_mo
 
 from ml_collections import ConfigDict
 
-from configs import common
+from mm1_jax.configs import common
 
 
 def get_config(kind: str = "dense") -> ConfigDict:

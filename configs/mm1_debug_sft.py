@@ -9,7 +9,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import common, mm1_debug
+from mm1_jax.configs import common, mm1_debug
 
 
 def get_config(spec: str = "dense") -> ConfigDict:

@@ -11,7 +11,7 @@ connector's.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from mm1_jax.configs import common
 
 SIZES = {
   "9m": {"depth": 12, "width": 256, "heads": 4, "kv_heads": 4, "mlp_dim": 640},

@@ -11,7 +11,7 @@ r"""Supervised fine-tuning of any model of the family; it begins from a run of p
 
 from ml_collections import ConfigDict
 
-from configs import common, mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe
+from mm1_jax.configs import common, mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe
 
 MODELS = {
   "3b": mm1_3b,

@@ -8,7 +8,6 @@ two CPU cores; at the end `report.png` and `report.html` are in the workdir. Run
 where it was stopped.
 """
 
-import argparse
 import io
 import pathlib
 import time
@@ -17,9 +16,9 @@ import types
 import numpy as np
 import PIL.Image
 
-from configs import mm1_debug, mm1_debug_sft
 from mm1_jax import cli
 from mm1_jax.config import RunConfig
+from mm1_jax.configs import mm1_debug, mm1_debug_sft
 from mm1_jax.data.sources import Source
 from mm1_jax.inference.model import Model
 from mm1_jax.metrics import format_seconds
@@ -30,7 +29,7 @@ NUM_PICTURES = 12
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+  parser = cli.make_parser("launch.demo", __doc__)
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
   parser.add_argument("--pretrain-steps", type=int, default=360)
   parser.add_argument("--sft-steps", type=int, default=80)

@@ -10,7 +10,6 @@ last training step, as when a spot node is taken away, all of them are started a
 the newest checkpoint. `--dry-run` prints the manifest and the command instead of applying it.
 """
 
-import argparse
 import math
 import re
 import subprocess
@@ -55,7 +54,7 @@ def manifest(
       {
         "name": "mm1-jax",
         "image": image,
-        "command": ["python", "-u", "-m", "mm1_jax.main", f"--stopped_code={STOPPED_CODE}", *args],
+        "command": ["python", "-u", "-m", "mm1_jax.main", f"--stopped-code={STOPPED_CODE}", *args],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}, {"containerPort": 8482}],
         "resources": {"limits": {"google.com/tpu": chips // hosts}},
       }
@@ -103,9 +102,7 @@ def check_name(name: str, topology: Topology) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = cli.make_parser("launch.gke", __doc__)
   parser.add_argument("--name", required=True, help="of the JobSet")
   parser.add_argument("--slice", required=True, help="such as v5p-128, v6e-256 or v5e-256")
   parser.add_argument("--num-slices", type=int, default=1)

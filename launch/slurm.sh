@@ -39,7 +39,7 @@ done
 
 # 75: stopped by a signal before the last step.
 script="#!/usr/bin/env bash
-srun --kill-on-bad-exit=1 .venv/bin/python -u -m mm1_jax.main --stopped_code=75$(printf ' %q' "$@")
+srun --kill-on-bad-exit=1 .venv/bin/python -u -m mm1_jax.main --stopped-code=75$(printf ' %q' "$@")
 code=\$?
 ((code == 75)) && exec scontrol requeue \"\$SLURM_JOB_ID\"
 exit \$code"

@@ -1,90 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines share: the door for configs, one line for a user's mistake, quiet.
+"""What the command lines share: flags, the door for configs, one line for a user's mistake, quiet.
 
-Here ends `ml_collections`: behind `load_config` there are only frozen dataclasses.
+Exit codes, of every command: 0 when it is done, or for --help; 1 for a user's mistake; 130 for
+Ctrl-C; `--stopped-code` of a training run that a signal stopped.
 """
 
+import argparse
+import collections
+import dataclasses
+import difflib
+import faulthandler
 import logging as std_logging
-import operator
 import os
+import pathlib
 import re
+import shlex
 import sys
-import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags, logging
-from ml_collections import config_flags
 
 from mm1_jax.config import ConfigError, RunConfig, UserError
+from mm1_jax.config_files import ConfigFile
+from mm1_jax.overrides import Override, is_switch
 
-# For --help, `--config` is a flag of the program that asks for it.
-flags.disclaim_key_flags()
+COMMAND = "mm1"  # the console command
+# What `mm1 NAME` runs, the same as `python -m MODULE`, and what it does.
+PROGRAMS = {
+  "train": ("mm1_jax.main", "trains a model: pre-training, fine-tuning"),
+  "plan": ("mm1_jax.plan", "compiles a run for a TPU slice that is not there: memory, time, cost"),
+  "data": ("mm1_jax.data.build", "turns raw files into shards of records"),
+  "inspect": ("mm1_jax.data.inspect", "draws the data of a run, and checks it"),
+  "ask": (
+    "mm1_jax.inference.generate",
+    "asks a model about pictures, once or many times",
+  ),
+  "chat": ("mm1_jax.inference.chat", "talks with a model in the terminal"),
+  "serve": ("mm1_jax.inference.app", "talks with a model on a web page"),
+  "convert": ("mm1_jax.convert", "imports open weights; exports, merges and upcycles runs"),
+}
+_OVERRIDE = re.compile(r"--?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 
 
-def define_config() -> flags.FlagHolder:
-  """Defines the flag `--config`, for `load_config`; its values can be overridden."""
-  return config_flags.DEFINE_config_file(
-    "config", None, "Config file, such as configs/mm1_3b.py or configs/mm1_proxy.py:85m."
+def spelled(text: str) -> str:
+  """Returns a text with its commands as the user spells them: `python -m MODULE`, or `mm1 NAME`."""
+  if pathlib.Path(sys.argv[0]).stem != COMMAND:
+    return text
+  names = {module: name for name, (module, _) in PROGRAMS.items()}
+  return re.sub(
+    r"python -m (mm1_jax[\w.]*\w)",
+    lambda match: f"{COMMAND} {names[match[1]]}" if match[1] in names else match[0],
+    text,
   )
 
 
-def load_config(flag: flags.FlagHolder) -> RunConfig:
+def make_parser(module: str, doc: str | None) -> "Parser":
+  """Returns the parser of a program's flags; `doc`, with examples, is shown by --help."""
+  return Parser(prog=spelled(f"python -m {module}"), description=spelled(doc or ""))
+
+
+class Parser(argparse.ArgumentParser):
+  """Flags of a program. A mistake is a ConfigError, with the flag that was probably meant.
+
+  `--max-new-tokens` may be spelled `--max_new_tokens`; nothing is abbreviated.
+  """
+
+  def __init__(self, **kwargs: Any):
+    super().__init__(
+      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+    )
+    self.passes_on = False  # unknown flags are returned, for another program
+    self._takes_config = False
+
+  def add_config(self, *, required: bool = False) -> None:
+    """Adds `--config` and its overrides, for `load_config`."""
+    self._takes_config = True
+    self.add_argument(
+      "--config",
+      metavar="FILE",
+      required=required,
+      help="a config by path or name, such as configs/mm1_3b.py, mm1_30b_moe:v5p-512 or "
+      "mm1_proxy:85m; --config.KEY=VALUE overrides any of its values",
+    )
+
+  def parse_known_args(self, args=None, namespace=None):  # pyright: ignore
+    """Returns the flags' values, and what is left: nothing, unless this parser `passes_on`."""
+    args = list(sys.argv[1:] if args is None else args)
+    if self._subparsers is None:  # else a verb's parser reads the flags behind it
+      args, overrides = self._split(args)
+      if self._takes_config:
+        self.set_defaults(overrides=overrides)
+    namespace, rest = super().parse_known_args(args, namespace)
+    if rest and not self.passes_on:
+      hint = "; overrides look like --config.key=value" if self._takes_config else ""
+      self.error(f"unexpected arguments {rest}{hint}")
+    return namespace, rest
+
+  def error(self, message: str) -> NoReturn:
+    """Raises a ConfigError instead of printing the usage."""
+    raise ConfigError(f"{message}. See {self.prog} --help.")
+
+  def _split(self, args: list[str]) -> tuple[list[str], tuple[Override, ...]]:
+    """Returns the flags, each spelled as it was added, and the overrides."""
+    kept, overrides = [], []
+    waiting = collections.deque(args)
+    while waiting and waiting[0] != "--":
+      arg = waiting.popleft()
+      if self._takes_config and (match := _OVERRIDE.fullmatch(arg)):
+        overrides.append((match["key"], self._value(match, waiting)))
+      else:
+        kept.append(self._spelled_as_added(arg) if arg.startswith("--") else arg)
+    return [*kept, *waiting], tuple(overrides)
+
+  def _value(self, match: re.Match[str], waiting: collections.deque[str]) -> str:
+    """Returns the text of an override: after `=`, or the next argument, or "true" of a bool."""
+    if match["value"] is not None:
+      return match["value"]
+    if waiting and not waiting[0].startswith("--"):
+      return waiting.popleft()
+    if not is_switch(match["key"]):
+      self.error(f"--config.{match['key']} needs a value")
+    return "true"
+
+  def _spelled_as_added(self, arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    known = self._option_string_actions
+    dashed = name.replace("_", "-")
+    found = name if name in known else dashed
+    if found in known or self.passes_on:
+      return f"{found}{equals}{value}" if found in known else arg
+    group = name.removeprefix("--").partition(".")[0]
+    if self._takes_config and group in (f.name for f in dataclasses.fields(RunConfig)):
+      near = [f"--config.{name.removeprefix('--')}"]
+    else:
+      near = difflib.get_close_matches(dashed, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise ConfigError(f"there is no flag {name}{hint} See {self.prog} --help.")
+
+
+def load_config(args: argparse.Namespace, topology: str | None = None) -> RunConfig:
   """Returns the run that `--config` and its overrides describe.
 
+  Args:
+    args: of a parser with `add_config`.
+    topology: name of a TPU slice; the config's preset for it is taken, if it has one.
+
   Raises:
-    ConfigError: there is none, the file cannot be loaded, or its values do not fit.
+    ConfigError: there is no config, the file cannot be run, or its values do not fit.
   """
-  if flag.value is None:
+  if args.config is None:
     raise ConfigError("--config=FILE is needed, such as configs/mm1_debug.py; see --help.")
-  try:
-    values = flag.value.to_dict()
-  except OSError as e:  # the flag keeps a file it cannot load until it is asked for
-    raise ConfigError(f"--config cannot be loaded: {_reason(e)}.") from e
-  return RunConfig.from_dict(values)
+  given = ConfigFile.find(args.config)
+  file = given.on_slice(topology) if topology else given
+  if file != given:
+    logging.info("with the preset of %s for %s", args.config, topology)
+  return file.build(args.overrides)
 
 
-def read_config(path: str) -> RunConfig:
-  """Returns the run that a config file describes, such as "configs/mm1_proxy.py:85m".
-
-  Raises:
-    ConfigError: the file cannot be loaded, or its values do not fit.
-  """
-  values = flags.FlagValues()
-  argv = ["", f"--config={path}"]
-  flag = config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
-  try:
-    values(argv)
-  except Exception as e:  # a config file is a program, and may raise anything
-    raise ConfigError(f"--config={path}: {_reason(e)}") from e
-  return load_config(flag)
+def ways_on(args: argparse.Namespace) -> dict[str, str]:
+  """Returns the commands that `inputs.check` names: `build`, `sample` and `plan`, of this run."""
+  config = f"--config={shlex.quote(args.config)}"
+  overrides = [shlex.quote(f"--config.{key}={text}") for key, text in args.overrides]
+  slice_name = ConfigFile.find(args.config).planned_slice
+  plan = config, *overrides, f"--topology={slice_name}"
+  return {
+    "build": spelled("python -m mm1_jax.data.build --help"),
+    "sample": spelled(f"python -m mm1_jax.main {config} --sample"),
+    "plan": spelled(f"python -m mm1_jax.plan {' '.join(plan)}"),
+  }
 
 
-def parse(argv: list[str]) -> list[str]:
-  """Parses flags; a config file or an override that is wrong is a ConfigError like any other."""
-  # `config_flags` would read "None" as a number or a string.
-  overrides = [(arg, re.fullmatch(r"--?config\.([^=]+)=(.*)", arg)) for arg in argv]
-  last = {match[1]: match[2] for _, match in overrides if match}
-  rest = [arg for arg, match in overrides if not match or match[2] != "None"]
-  try:
-    left = flags.FLAGS(rest)
-    for key in (key for key, value in last.items() if value == "None"):
-      group, _, name = f"config.{key}".rpartition(".")
-      setattr(operator.attrgetter(group)(flags.FLAGS), name, None)
-    return left
-  except Exception as e:  # a config file is a program, and may raise anything
-    raise ConfigError(f"{_reason(e)} See --help.") from e
+def at_least(least: int) -> Callable[[str], int]:
+  """Returns what reads a whole number of a flag, no smaller than `least`."""
 
+  def read(text: str) -> int:
+    if int(text) < least:
+      raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+    return int(text)
 
-def refuse_arguments(argv: list[str]) -> None:
-  """Raises a ConfigError if something is left that is no flag."""
-  if len(argv) > 1:
-    raise ConfigError(f"unexpected arguments {argv[1:]}; overrides look like --config.key=value.")
+  read.__name__ = "int"  # as argparse calls it in messages
+  return read
 
 
 def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-  """Runs a program; a UserError ends it with exit code 1, one line, and no traceback."""
+  """Runs a program; a UserError ends it with exit code 1, its message, and no traceback."""
   show_story()
+  if not faulthandler.is_enabled():
+    faulthandler.enable()  # where a crash in native code was
   try:
     program(*args, **kwargs)
   except UserError as e:
@@ -93,7 +196,8 @@ def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 def show_story() -> None:
   """Logs what this package says, bare; of the libraries, errors only."""
-  flags.FLAGS.mark_as_parsed()  # absl logs before that with a warning; app.run parses all the same
+  # absl warns of logs before that, and Grain's worker processes read flags of absl's.
+  flags.FLAGS.mark_as_parsed()
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
@@ -104,16 +208,3 @@ def show_story() -> None:
 def _is_ours(record: std_logging.LogRecord) -> bool:
   ours = record.pathname.startswith(os.path.dirname(__file__))
   return ours or record.levelno >= std_logging.ERROR
-
-
-def _reason(error: BaseException) -> str:
-  """Returns the last line of a message: a config file's own exception comes with its traceback."""
-  while error.args and isinstance(error.args[0], Exception):  # a KeyError of a KeyError
-    error = error.args[0]
-  lines = str(error.args[0] if len(error.args) == 1 else error).splitlines()
-  reason = next((line.strip() for line in reversed(lines) if line.strip()), "")
-  if isinstance(error, flags.Error | OSError | AttributeError | KeyError | TypeError | ValueError):
-    return reason
-  frame = traceback.extract_tb(error.__traceback__)[-1]
-  where = "" if isinstance(error, SyntaxError) else f" ({frame.filename}, line {frame.lineno})"
-  return f"{type(error).__name__}: {reason}{where}."

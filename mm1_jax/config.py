@@ -706,14 +706,30 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
   """Builds dataclass `cls`, refusing keys it does not have."""
   if not isinstance(values, Mapping):
     raise ConfigError(f"{path or 'config'} is {values!r}; it must be a group of settings.")
-  hints = typing.get_type_hints(cls)
-  fields = {f.name for f in dataclasses.fields(cls)}
+  hints = field_types(cls)
   for key in values:
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f"did you mean '{near[0]}'?" if near else f"the keys here are {sorted(fields)}."
-      raise ConfigError(f"unknown key '{path}{key}' = {values[key]!r}; {hint}")
+    if key not in hints:
+      raise ConfigError(unknown_key(cls, f"{path}{key}", values[key]))
   return cls(**{k: _convert(hints[k], v, f"{path}{k}") for k, v in values.items()})
+
+
+def field_types(cls: type) -> dict[str, Any]:
+  """Returns the types of a dataclass's fields, without their ranges."""
+  hints = typing.get_type_hints(cls)
+  return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def unknown_key(cls: type, path: str, value: Any, near: str | None = None) -> str:
+  """Returns the message on a key that dataclass `cls` does not have, with the keys it has.
+
+  Args:
+    path: of the key, from the config's root.
+    near: what was probably meant; None looks for it among the keys of `cls`.
+  """
+  names, name = sorted(field_types(cls)), path.rpartition(".")[2]
+  near = next(iter(difflib.get_close_matches(name, names, n=1)), near)
+  keys = f"did you mean '{near}'? The" if near else "the"
+  return f"unknown key '{path}' = {value!r}; {keys} keys here are {names}."
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -66,8 +66,8 @@ def find_cluster(
   """
   given = {
     "--coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-    "--num_processes": _number("JAX_NUM_PROCESSES", num_processes),
-    "--process_id": _number("JAX_PROCESS_ID", process_id),
+    "--num-processes": _number("JAX_NUM_PROCESSES", num_processes),
+    "--process-id": _number("JAX_PROCESS_ID", process_id),
   }
   missing = [name for name, value in given.items() if value is None]
   if len(missing) == len(given):
@@ -83,7 +83,7 @@ def find_cluster(
     raise ConfigError(f"--coordinator is '{cluster.coordinator}'; it must be HOST:PORT.")
   if not 0 <= cluster.process_id < cluster.num_processes:
     raise ConfigError(
-      f"--process_id {cluster.process_id} must lie in [0, --num_processes = "
+      f"--process-id {cluster.process_id} must lie in [0, --num-processes = "
       f"{cluster.num_processes})."
     )
   return cluster if cluster.num_processes > 1 else None

@@ -1,61 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a model: `python -m mm1_jax.main --config=configs/mm1_debug.py --workdir=runs/debug`.
+r"""Trains a model.
 
-Any value of the config can be overridden, such as `--config.train.num_steps=20`. Run the same
-command again to go on from the newest checkpoint. On several hosts, run it on each: on TPUs and
-under Slurm the processes find each other, elsewhere give --coordinator, --num_processes and
---process_id. This file only connects: see `train/loop.py`.
+  python -m mm1_jax.main --config=configs/mm1_debug.py
+  python -m mm1_jax.main --config=mm1_30b_moe:v5p-512 --workdir=gs://BUCKET/mm1_30b_moe
+  python -m mm1_jax.main --config=mm1_3b --config.train.num_steps=20 --config.mesh.tensor=2
+  python -m mm1_jax.main --config=mm1_3b --sample
+
+Any value of the config can be overridden. Run the same command again to continue from the newest
+checkpoint. On several hosts, run it on each: on TPUs and under Slurm the processes find each other,
+elsewhere give --coordinator, --num-processes and --process-id.
 """
 
+import argparse
 import sys
 
-import psutil
-from absl import app, flags
+from absl import logging
 
-from mm1_jax import cli, distributed
-from mm1_jax.config import ConfigError
-from mm1_jax.train.loop import train
-
-_CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder (or gs:// path) of checkpoints and metrics; an existing one is resumed."
-)
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "HOST:PORT of process 0, any free port; or $JAX_COORDINATOR_ADDRESS."
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", None, "Processes, one on each host; or $JAX_NUM_PROCESSES."
-)
-_PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "This process, counted from 0; or $JAX_PROCESS_ID."
-)
-_START_TIMEOUT = flags.DEFINE_integer(
-  "start_timeout", 300, "Seconds in which all processes must come.", lower_bound=1
-)
-_PEER_TIMEOUT = flags.DEFINE_integer(
-  "peer_timeout", 60, "Seconds after which a process that is silent counts as dead.", lower_bound=5
-)
-_STOPPED_CODE = flags.DEFINE_integer(
-  "stopped_code", 0, "Exit code if a signal stops the run early; a scheduler may start it again."
-)
+from mm1_jax import cli
 
 
-def main(argv: list[str]) -> None:
-  cli.refuse_arguments(argv)
-  if _CONFIG.value is None or _WORKDIR.value is None:
-    raise ConfigError("both --config=FILE and --workdir=FOLDER are needed; see --help.")
-  cluster = distributed.find_cluster(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+def main(argv: list[str] | None = None) -> None:
+  args = _parse(argv)
+  # Only now: --help needs none of these, and importing them takes seconds.
+  import psutil
+
+  from mm1_jax import distributed, inputs
+  from mm1_jax.train.loop import train
+
+  cluster = distributed.find_cluster(args.coordinator, args.num_processes, args.process_id)
   with distributed.joined(
-    cluster, start_timeout=_START_TIMEOUT.value, peer_timeout=_PEER_TIMEOUT.value
+    cluster, start_timeout=args.start_timeout, peer_timeout=args.peer_timeout
   ):
-    run = cli.load_config(_CONFIG)
+    run = cli.load_config(args)
+    if args.sample:
+      args.config = inputs.sample_config(run)
+      run = cli.load_config(args)
+    workdir = args.workdir or f"runs/{run.name}"
+    logging.info("training %s in %s", args.config, workdir)
     distributed.check_same("code and config", distributed.code_version() | run.to_dict())
+    inputs.check(run, workdir, **cli.ways_on(args))
     launched = psutil.Process().create_time()  # so that imports and waiting for hosts count
-    state = train(run, _WORKDIR.value, launched=launched)
+    state = train(run, workdir, launched=launched)
     stopped = int(state.step) < run.train.num_steps
   if stopped:
-    sys.exit(_STOPPED_CODE.value)
+    sys.exit(args.stopped_code)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = cli.make_parser("mm1_jax.main", __doc__)
+  parser.add_config()
+  add = parser.add_argument
+  add(
+    "--workdir",
+    metavar="FOLDER",
+    help="(or gs:// path) of checkpoints and metrics; an existing one is resumed (runs/NAME, by "
+    "the config's name)",
+  )
+  add(
+    "--sample",
+    action="store_true",
+    help="instead: a tiny model of the config's kind on the shipped sample, in minutes on a CPU",
+  )
+  add("--coordinator", metavar="HOST:PORT", help="of process 0; or $JAX_COORDINATOR_ADDRESS")
+  add("--num-processes", type=int, metavar="N", help="one on each host; or $JAX_NUM_PROCESSES")
+  add("--process-id", type=int, metavar="I", help="this one, from 0; or $JAX_PROCESS_ID")
+  add(
+    "--start-timeout",
+    type=cli.at_least(1),
+    default=300,
+    metavar="S",
+    help="seconds in which all processes must come (300)",
+  )
+  add(
+    "--peer-timeout",
+    type=cli.at_least(5),
+    default=60,
+    metavar="S",
+    help="seconds of silence after which a process counts as dead (60)",
+  )
+  add(
+    "--stopped-code",
+    type=int,
+    default=0,
+    metavar="CODE",
+    help="exit code if a signal stops the run early; a scheduler may start it again (0)",
+  )
+  return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-  cli.run(app.run, main, flags_parser=cli.parse)
+  cli.run(main)

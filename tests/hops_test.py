@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 
-from mm1_jax import cli, main
+from mm1_jax import main
 from mm1_jax.train import loop, loss
 
 PACKAGE = pathlib.Path(main.__file__).parent
@@ -27,9 +27,8 @@ def test_from_main_to_the_loss_in_at_most_nine_hops(tmp_path, monkeypatch):
 
   monkeypatch.setattr(loop, "start_compiling", lambda *_: None)  # a thread of its own traces first
   monkeypatch.setattr(loss, "cross_entropy", record)
-  cli.parse(["main", "--config=configs/mm1_debug.py", f"--workdir={tmp_path}"])
   with pytest.raises(Reached):
-    main.main(["main"])
+    main.main(["--config=configs/mm1_debug.py", f"--workdir={tmp_path}"])
   hops.append(("loss", "cross_entropy"))
   names = [f"{file}.{function}" for file, function in hops]
   assert names[:4] == ["main.main", "loop.train", "loop._run_steps", "step.train_step"]

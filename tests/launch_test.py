@@ -297,7 +297,7 @@ def test_gke_applies_what_the_dry_run_prints(bench):
   ((tool, *words, text),) = bench.given()
   assert (tool, words) == ("kubectl", ["apply", "-f", "-"])
   command = pods(yaml.safe_load(text))["template"]["spec"]["containers"][0]["command"]
-  assert command == ["python", "-u", "-m", "mm1_jax.main", "--stopped_code=75", *MAIN]
+  assert command == ["python", "-u", "-m", "mm1_jax.main", "--stopped-code=75", *MAIN]
   dry = bench(*GKE, *args, "--dry-run", "--", *MAIN)
   assert not bench.given()
   assert bench("bash", "-c", dry.stdout).returncode == 0

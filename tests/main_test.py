@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: what it says to a user's mistakes. One line, exit code 1, and no traceback.
+"""The command: what it says to a user's mistakes. One message, exit code 1, and no traceback.
 
 One process imports everything and forks for each command: an import takes seconds, a fork does not.
 """
 
+import argparse
 import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +17,16 @@ from typing import NamedTuple
 
 import pytest
 
+from mm1_jax import cli, inputs
+from mm1_jax.config import ConfigError
+
 ROOT = pathlib.Path(__file__).parents[1]
 DEBUG = "--config=configs/mm1_debug.py"
 
 # Reads a list of command lines; the child of each becomes `python -m mm1_jax.main`.
 FORKS = """
 import json, os, runpy, sys
-import configs.mm1_debug, jax, mm1_jax.cli, mm1_jax.train.loop
+import mm1_jax.configs.mm1_debug, jax, mm1_jax.cli, mm1_jax.inputs, mm1_jax.train.loop
 folder, commands = sys.argv[1], json.load(sys.stdin)
 for name, args in commands.items():
   pid = os.fork()
@@ -39,14 +44,11 @@ for name, args in commands.items():
 
 class Case(NamedTuple):
   args: list[str]  # WORK stands for a folder of the case's own
-  says: list[str]  # in the error's line
-  workdir: bool = True  # whether --workdir is added
+  says: list[str]  # in the error, which is one line
 
 
 CASES = {
-  "nothing": Case([], ["both --config=FILE and --workdir=FOLDER"], workdir=False),
-  "no_workdir": Case([DEBUG], ["--workdir=FOLDER"], workdir=False),
-  "no_config": Case([], ["--config=FILE"]),
+  "no_config": Case([], ["--config=FILE is needed"]),
   "missing_config": Case(["--config=configs/mm1_5b.py"], ["configs/mm1_5b.py"]),
   "config_raises": Case(
     ["--config=WORK/raises.py"], ["ZeroDivisionError: division by zero", "raises.py, line 2"]
@@ -58,9 +60,14 @@ CASES = {
   "config_without_get_config": Case(["--config=WORK/empty.py"], ["get_config"]),
   "bad_argument": Case([f"{DEBUG}:foo"], ["mm1_debug is 'dense' or 'moe', not 'foo'"]),
   "unknown_key": Case(
-    [DEBUG, "--config.train.num_step=3"], ['Did you mean "num_steps" instead of "num_step"?']
+    [DEBUG, "--config.train.num_step=3"], ["train.num_step", "did you mean 'num_steps'?", "'seed'"]
   ),
-  "unknown_group": Case([DEBUG, "--config.trian.num_steps=3"], ["trian"]),
+  "unknown_group": Case(
+    [DEBUG, "--config.trian.num_steps=3"], ["'trian'", "did you mean 'train'?", "'optimizer'"]
+  ),
+  "unknown_source": Case(
+    [DEBUG, "--config.data.sources.txt.weight=3"], ["data.sources has no 'txt'", "mean 'text'?"]
+  ),
   "wrong_type": Case([DEBUG, "--config.train.num_steps=many"], ["num_steps", "many"]),
   "wrong_value": Case(
     [DEBUG, "--config.optimizer.name=lion"], ["optimizer.name is 'lion'", "'adamw', 'adafactor'"]
@@ -78,19 +85,17 @@ CASES = {
   "none_of_an_unknown_key": Case(
     [DEBUG, "--config.train.init_form=None"], ["init_from", "init_form"]
   ),
-  "unknown_flag": Case([DEBUG, "--wrkdir=x"], ["wrkdir"]),
+  "unknown_flag": Case([DEBUG, "--wrkdir=x"], ["no flag --wrkdir; did you mean --workdir?"]),
+  "no_number": Case([DEBUG, "--peer_timeout=soon"], ["--peer-timeout: invalid int value: 'soon'"]),
+  "config_left_out": Case(
+    [DEBUG, "--train.num_steps=3"], ["did you mean --config.train.num_steps?"]
+  ),
+  "no_value": Case([DEBUG, "--config.train.num_steps"], ["--config.train.num_steps needs a value"]),
   "stray_argument": Case([DEBUG, "train"], ["['train']", "--config.key=value"]),
   "does_not_fit": Case(
     [DEBUG, "--config.model.decoder.num_heads=3"], ["num_heads 3", "num_kv_heads 2"]
   ),
-  "no_tokenizer": Case(
-    [DEBUG, "--config.data.tokenizer=WORK/none.model"], ["data.tokenizer", "none.model"]
-  ),
   "tokenizer_is_none": Case([DEBUG, "--config.data.tokenizer=WORK/empty.py"], ["data.tokenizer"]),
-  "no_shards": Case(
-    [DEBUG, "--config.data.sources.text.path=WORK/text-*.arrayrecord"],
-    ["source 'text'", "no file matches", "text-*.arrayrecord"],
-  ),
   "broken_shard": Case(
     [DEBUG, "--config.data.sources.text.path=WORK/broken.arrayrecord"],
     ["source 'text'", "not a whole ArrayRecord file"],
@@ -100,7 +105,6 @@ CASES = {
     ["data.batch_size", "12 does not divide over", "= 8", "8 or 16 would fit"],
   ),
   "too_many_devices": Case([DEBUG, "--config.mesh.data=3"], ["3", "8 devices"]),
-  "no_init_from": Case([DEBUG, "--config.train.init_from=WORK/none"], ["no checkpoint under"]),
   "another_shape": Case(
     [DEBUG, "--config.model.decoder.mlp_dim=64"],
     ["of another model", "decoder.units.layers.0.mlp.down is (4, 384, 128), not (4, 64, 128)"],
@@ -143,9 +147,9 @@ def write_run(workdir: pathlib.Path) -> None:
   import jax
   import numpy as np
 
-  from configs import mm1_debug
   from mm1_jax import checkpoint
   from mm1_jax.config import RunConfig
+  from mm1_jax.configs import mm1_debug
   from mm1_jax.data.pipeline import make_pipeline
   from mm1_jax.models.mm1 import MM1
   from mm1_jax.sharding import abstract_state, make_mesh
@@ -195,7 +199,7 @@ def run_all(folder: pathlib.Path, names) -> None:
   for name in names:
     case = CASES[name]
     args = [arg.replace("WORK", str(folder / name)) for arg in case.args]
-    commands[name] = args + [f"--workdir={folder / name / 'run'}"] * case.workdir
+    commands[name] = [*args, f"--workdir={folder / name / 'run'}"]
   subprocess.run(
     [sys.executable, "-c", FORKS, str(folder)],
     input=json.dumps(commands),
@@ -233,10 +237,9 @@ def test_a_mistake_leaves_no_run_behind(results):
   for name in (
     "missing_config",
     "wrong_value",
-    "no_tokenizer",
-    "no_shards",
+    "tokenizer_is_none",
+    "broken_shard",
     "mesh",
-    "no_init_from",
     "another_source",
   ):
     assert not (results / name / "run" / "config.json").exists(), name
@@ -245,9 +248,9 @@ def test_a_mistake_leaves_no_run_behind(results):
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_a_mistake_leaves_the_run_as_it_is(results, name):
   """What is said to be wrong must not be written over what was right."""
-  from configs import mm1_debug
   from mm1_jax import checkpoint
   from mm1_jax.config import RunConfig
+  from mm1_jax.configs import mm1_debug
 
   workdir = results / name / "run"
   run = RunConfig.from_dict(mm1_debug.get_config().to_dict())
@@ -257,24 +260,25 @@ def test_a_mistake_leaves_the_run_as_it_is(results, name):
   assert (workdir / "checkpoints" / "3" / "params").exists()
 
 
-def command(*args: str) -> subprocess.CompletedProcess:
+def command(*args: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess:
   return subprocess.run(
     [sys.executable, "-m", "mm1_jax.main", *args],
-    cwd=ROOT,
-    env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    cwd=cwd,
+    env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=300,
     check=False,
   )
 
 
 def test_help_names_the_flags():
   result = command("--help")
+  assert result.returncode == 0
   assert "python -m mm1_jax.main --config=configs/mm1_debug.py" in result.stdout
-  for text in ("--config:", "--workdir:", "--config.train.num_steps=20", "gs:// path"):
+  for text in ("--config FILE", "--workdir FOLDER", "--config.train.num_steps=20", "gs:// path"):
     assert text in result.stdout
-  assert "Traceback" not in result.stdout + result.stderr
+  assert not result.stderr
 
 
 def test_the_module_itself_reports_a_mistake(tmp_path):
@@ -284,3 +288,106 @@ def test_the_module_itself_reports_a_mistake(tmp_path):
   assert result.stderr.splitlines()[-1].startswith("error: ")
   assert "num_step" in result.stderr
   assert "Traceback" not in result.stderr
+
+
+MISSING = [
+  "data.tokenizer 'data/tokenizer.model'",
+  *(
+    f"data.{kind}: source '{name}': no file matches data/{name}-{part}-*.arrayrecord"
+    for kind, part in (("sources", "train"), ("eval_sources", "heldout"))
+    for name in ("captions", "interleaved", "text")
+  ),
+]
+
+
+@pytest.mark.parametrize(
+  ("config", "topology"),
+  [
+    ("configs/mm1_30b_moe.py", "v5p-512"),
+    ("mm1_30b_moe", "v5p-512"),
+    ("mm1_30b_moe:v6e-256", "v6e-256"),
+    ("mm1_proxy:9m", "v5p-128"),
+  ],
+)
+def test_all_that_is_missing_is_told_at_once(tmp_path, config, topology):
+  """In a folder with nothing in it; with the three commands to continue with, which are whole."""
+  steps, nowhere = "--config.train.num_steps=20", "--config.train.init_from=no/run"
+  result = command(f"--config={config}", steps, nowhere, cwd=tmp_path)
+  assert result.returncode == 1
+  assert "Traceback" not in result.stderr
+  message = result.stderr[result.stderr.index("error: ") :]
+  found = re.findall(r"^- (.*)$", message, re.MULTILINE)
+  assert found[: len(MISSING)] == MISSING
+  assert found[len(MISSING)].startswith("train.init_from: no checkpoint under")
+  build, sample, plan = re.findall(r"python -m mm1_jax.[^`\n]*", message)
+  assert build == "python -m mm1_jax.data.build --help"
+  assert sample == f"python -m mm1_jax.main --config={config} --sample"
+  assert plan == f"python -m mm1_jax.plan --config={config} {steps} {nowhere} --topology={topology}"
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("flag", "says"),
+  [
+    ("--config.data.tokenizer=none.model", "data.tokenizer 'none.model'"),
+    ("--config.data.sources.text.path=text-*", "source 'text': no file matches text-*"),
+    (
+      "--config.data.eval_sources.text.path=x-*",
+      "eval_sources: source 'text': no file matches x-*",
+    ),
+    ("--config.train.init_from=none", "train.init_from: no checkpoint under"),
+  ],
+)
+def test_only_what_is_missing_is_told(flag, says, tmp_path):
+  run = cli.load_config(arguments(DEBUG, flag))
+  with pytest.raises(ConfigError) as error:
+    inputs.check(run, tmp_path, build="", sample="", plan="")
+  told = str(error.value).partition("Three ways")[0]
+  assert says in told
+  assert told.count("\n- ") == 1
+
+
+def test_a_run_that_continues_does_not_need_what_it_started_from(tmp_path):
+  run = cli.load_config(arguments(DEBUG, f"--config.train.init_from={tmp_path}/gone"))
+  (tmp_path / "run/checkpoints/3/params").mkdir(parents=True)
+  inputs.check(run, tmp_path / "run", build="", sample="", plan="")
+
+
+def arguments(*flags: str) -> argparse.Namespace:
+  parser = cli.Parser(prog="test")
+  parser.add_config()
+  return parser.parse_args([*flags])
+
+
+@pytest.mark.parametrize(
+  ("config", "sample"),
+  [
+    ("mm1_30b_moe", "mm1_debug:moe"),
+    ("mm1_3b", "mm1_debug:dense"),
+    ("mm1_sft:3b", "mm1_debug_sft:dense"),
+    ("mm1_sft:30b_moe,lora", "mm1_debug_sft:moe,lora"),
+    ("mm1_5_sft", "mm1_debug_sft:dense"),
+  ],
+)
+def test_the_sample_has_a_model_of_the_same_kind(config, sample):
+  run = cli.load_config(arguments(f"--config={config}"))
+  assert inputs.sample_config(run) == sample
+  tiny = cli.load_config(arguments(f"--config={sample}"))
+  assert (tiny.model.decoder.moe is None) == (run.model.decoder.moe is None)
+  assert (tiny.model.decoder.lora is None) == (run.model.decoder.lora is None)
+  assert tiny.data.chat == run.data.chat
+
+
+@pytest.mark.slow
+def test_the_sample_is_trained_where_nothing_is_there(tmp_path):
+  """Without --workdir, the run is in a folder of its config's name."""
+  result = command(
+    "--config=configs/mm1_30b_moe.py",
+    "--sample",
+    "--config.train.num_steps=2",
+    "--config.train.eval_batches=1",
+    cwd=tmp_path,
+  )
+  assert result.returncode == 0, result.stderr
+  assert "training mm1_debug:moe in runs/mm1_debug_moe" in result.stderr
+  assert (tmp_path / "runs/mm1_debug_moe/checkpoints/2/params").is_dir()

@@ -95,8 +95,8 @@ def start(
     for name, value in values.items():
       args.append(f"--config.{name}={value[i] if isinstance(value, list) else value}")
     if num_processes > 1:
-      args += [f"--coordinator=localhost:{port}", f"--num_processes={num_processes}"]
-      args += [f"--process_id={i}", f"--peer_timeout={PEER_TIMEOUT}", "--start_timeout=120"]
+      args += [f"--coordinator=localhost:{port}", f"--num-processes={num_processes}"]
+      args += [f"--process-id={i}", f"--peer-timeout={PEER_TIMEOUT}", "--start-timeout=120"]
     flags = f"--xla_force_host_platform_device_count={NUM_DEVICES // num_processes}"
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
     process = subprocess.Popen(
@@ -497,10 +497,10 @@ def test_flags_win_over_the_environment(environment):
 @pytest.mark.parametrize(
   ("given", "says"),
   [
-    (("h:1", None, None), "--num_processes, --process_id not given, but --coordinator"),
+    (("h:1", None, None), "--num-processes, --process-id not given, but --coordinator"),
     ((None, 2, 0), "--coordinator not given"),
     (("h", 2, 0), "'h'; it must be HOST:PORT"),
-    (("h:1", 2, 2), r"--process_id 2 must lie in \[0, --num_processes = 2\)"),
+    (("h:1", 2, 2), r"--process-id 2 must lie in \[0, --num-processes = 2\)"),
   ],
 )
 def test_half_given(environment, given, says):

@@ -12,23 +12,16 @@ import argparse
 import pathlib
 
 from mm1_jax import cli
-from mm1_jax.convert import ConvertError, importer, merge_lora, upcycle
-from mm1_jax.convert.export import exporter
-from mm1_jax.convert.export.format import Options
+from mm1_jax.convert import FORMATS, ConvertError
 
 
 def main(argv: list[str] | None = None) -> None:
   args = _parse(argv)
-  args.run(args)
+  args.run(args)  # which imports what it needs: --help needs nothing
 
 
-def _parse(argv):
-  parser = argparse.ArgumentParser(
-    prog="python -m mm1_jax.convert",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = cli.make_parser("mm1_jax.convert", __doc__)
   verbs = parser.add_subparsers(required=True, metavar="VERB")
   _add_import(verbs)
   _add_upcycle(verbs)
@@ -53,12 +46,15 @@ def _add_import(verbs) -> None:
 
 
 def _import(args) -> None:
+  from mm1_jax.convert import importer
+
   if args.export is not None:
     if args.vit or args.decoder or args.tokenizer or args.fill:
       raise ConvertError("--export is a whole model; leave --vit, --decoder and the like out.")
     imported = importer.import_export(args.export, dtype=args.dtype, fsdp=args.fsdp)
     importer.write(imported, args.out)
-    print(f"wrote '{args.out}': python -m mm1_jax.inference.generate --checkpoint={args.out} ...")
+    ask = cli.spelled(f"python -m mm1_jax.inference.generate --checkpoint={args.out} ...")
+    print(f"wrote '{args.out}': {ask}")
     return
   imported = importer.import_weights(
     vit=args.vit,
@@ -70,29 +66,26 @@ def _import(args) -> None:
     fill=args.fill,
   )
   importer.write(imported, args.out)
-  print(
-    f"wrote '{args.out}'. Train from it:\n"
-    f"  python -m mm1_jax.main --config=configs/from_weights.py:{args.out} --workdir=..."
-  )
+  train = f"python -m mm1_jax.main --config=configs/from_weights.py:{args.out} --workdir=..."
+  print(f"wrote '{args.out}'. Train from it:\n  {cli.spelled(train)}")
 
 
 def _add_upcycle(verbs) -> None:
   verb = verbs.add_parser("upcycle", help="a dense run to the start of one with experts")
   add = verb.add_argument
   add("--checkpoint", required=True, metavar="RUN", help="a dense run, or imported weights")
-  add("--config", required=True, metavar="FILE", help="of the same model with experts")
+  verb.add_config(required=True)  # of the same model with experts
   add("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
   _add_fsdp(verb)
   verb.set_defaults(run=_upcycle)
 
 
 def _upcycle(args) -> None:
-  upcycle.upcycle_run(args.checkpoint, cli.read_config(args.config), args.out, fsdp=args.fsdp)
-  print(
-    f"wrote '{args.out}'. Train from it:\n"
-    f"  python -m mm1_jax.main --config={args.config} --workdir=... "
-    f"--config.train.init_from={args.out}"
-  )
+  from mm1_jax.convert import upcycle
+
+  upcycle.upcycle_run(args.checkpoint, cli.load_config(args), args.out, fsdp=args.fsdp)
+  train = f"python -m mm1_jax.main --config={args.config} --config.train.init_from={args.out} ..."
+  print(f"wrote '{args.out}'. Train from it:\n  {cli.spelled(train)}")
 
 
 def _add_merge_lora(verbs) -> None:
@@ -107,6 +100,8 @@ def _add_merge_lora(verbs) -> None:
 
 
 def _merge_lora(args) -> None:
+  from mm1_jax.convert import merge_lora
+
   merge_lora.merge_run(args.checkpoint, args.out, fsdp=args.fsdp)
   print(f"wrote '{args.out}'")
 
@@ -122,13 +117,16 @@ def _add_export(verbs) -> None:
   add = verb.add_argument
   add("--checkpoint", required=True, metavar="RUN", help="a run, or one of its checkpoints/STEP")
   add("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where the files go")
-  add("--format", choices=tuple(exporter.FORMATS), required=True, help="see docs/convert.md")
+  add("--format", choices=FORMATS, required=True, help="see docs/convert.md")
   add("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16", help="of weights")
   add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="of a file of weights (5)")
   verb.set_defaults(run=_export)
 
 
 def _export(args) -> None:
+  from mm1_jax.convert.export import exporter
+  from mm1_jax.convert.export.format import Options
+
   options = Options(dtype=args.dtype, max_shard_gb=args.max_shard_gb)
   compared = exporter.export(args.checkpoint, args.out, args.format, options)
   print(f"exported '{args.out}': {compared}.")

@@ -82,22 +82,30 @@ def expand(config: SourceConfig) -> tuple[str, ...]:
   Raises:
     DataError: there is none, or what lists such a path is not installed.
   """
-  path = epath.Path(config.path)
-  if "://" in config.path:
-    try:
-      paths = sorted(str(p) for p in path.parent.glob(path.name))
-    except ImportError as e:
-      raise DataError(
-        f"source '{config.name}': cannot list {config.path} ({e}). For gs://, pip install gcsfs."
-      ) from e
-  else:
-    paths = sorted(glob.glob(os.path.abspath(path.expanduser())))
+  try:
+    paths = find_shards(config.path)
+  except ImportError as e:
+    raise DataError(
+      f"source '{config.name}': cannot list {config.path} ({e}). For gs://, pip install gcsfs."
+    ) from e
   if not paths:
     raise DataError(
       f"source '{config.name}': no file matches {config.path}. Correct data.sources, or make "
       f"shards there: python -m mm1_jax.data.build --help."
     )
-  return tuple(paths)
+  return paths
+
+
+def find_shards(pattern: str) -> tuple[str, ...]:
+  """Returns the files that a glob matches, sorted; none is opened.
+
+  Raises:
+    ImportError: what lists such a path, gs:// for instance, is not installed.
+  """
+  path = epath.Path(pattern)
+  if "://" in pattern:
+    return tuple(sorted(str(p) for p in path.parent.glob(path.name)))
+  return tuple(sorted(glob.glob(os.path.abspath(path.expanduser()))))
 
 
 def write_shards(records: Iterable[Mapping[str, Any]], prefix: str, num_shards: int) -> list[str]:

@@ -9,269 +9,22 @@ other server.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import html
-import os
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
-
-from etils import epath
 
 from mm1_jax import cli
 from mm1_jax.config import UserError
 from mm1_jax.inference import generate
-from mm1_jax.inference.beam import BeamSearch
-from mm1_jax.inference.conversation import Conversation
-from mm1_jax.inference.model import Model
-from mm1_jax.inference.prompts import PromptError
-from mm1_jax.inference.sampler import Sampling
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
-try:
-  import gradio as gr
-  from gradio import themes
-except ImportError:
-  sys.exit("error: the page needs Gradio; pip install -e '.[serve]' -c constraints.txt")
-
-MOST_WAITING = 32  # questions in the queue; the next one is refused
 LOCAL = ("127.0.0.1", "localhost", "::1")
-SECONDS_OF_AN_ERROR = 20
-FILES_FOR = 24 * 3600  # seconds that an uploaded file is kept
-
-
-@dataclasses.dataclass
-class Visit:
-  """One open page: its conversation, and the question that waits for an answer."""
-
-  conversation: Conversation
-  question: str | None = None
-  stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
-
-  def messages(self, answer: str = "") -> list[dict[str, Any]]:
-    """Returns what a chatbot shows: all turns, the question, and what was said of its answer."""
-    turns = [*self.conversation.turns]
-    if self.question is not None:
-      turns.append({"role": "user", "content": [*self.conversation.images, self.question]})
-    if answer:
-      turns.append({"role": "assistant", "content": answer})
-    return [
-      {"role": turn["role"], "content": part}
-      for turn in turns
-      if turn["role"] != "system"
-      for part in _parts(turn["content"])
-    ]
-
-
-class Page:
-  """What the events of the page do.
-
-  Args:
-    model: who answers.
-    max_new_tokens: of an answer, where the visitor does not change it.
-    sampling: how answers are drawn, of which the visitor changes temperature and top-p.
-    stop: texts that end an answer.
-    seed: of what is drawn.
-  """
-
-  def __init__(
-    self,
-    model: Model,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling | BeamSearch,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-  ):
-    self._model = model
-    self._defaults = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-    self._how = {"stop": stop, "seed": seed}
-
-  def new(self, visit: Visit | None) -> tuple[Visit, list[dict[str, Any]]]:
-    """Ends a conversation, and what is being said in it, and begins another."""
-    if visit is not None:
-      visit.stopped.set()
-    visit = Visit(Conversation(self._model, **self._defaults, **self._how))
-    return visit, visit.messages()
-
-  def begin(self, visit: Visit | None, message: dict[str, Any], system: str) -> Visit:
-    """Takes a message, and looks at its pictures.
-
-    Raises:
-      gr.Error: there is nothing in it, or a picture of it cannot be used; nothing has changed.
-    """
-    visit = self.new(None)[0] if visit is None else visit
-    conversation = visit.conversation
-    if not any(turn["role"] == "user" for turn in conversation.turns):
-      conversation.clear(system.strip())
-    conversation.images = []
-    text = message["text"].strip()
-    try:
-      if not text and not message["files"]:
-        raise PromptError("there is nothing to answer; type a question, or add a picture.")
-      for name in message["files"]:
-        conversation.show(epath.Path(name))
-    except UserError as e:
-      conversation.images = []
-      raise _error(e, message["files"]) from e
-    visit.question = text
-    visit.stopped.clear()
-    return visit
-
-  def answer(
-    self, visit: Visit, temperature: float, top_p: float, max_new_tokens: int
-  ) -> Iterator[list[dict[str, Any]]]:
-    """Yields what the chatbot shows while the answer grows, until it ends or is stopped.
-
-    Raises:
-      gr.Error: the question cannot be answered; the conversation is as before.
-    """
-    conversation, question = visit.conversation, visit.question
-    if question is None or visit.stopped.is_set():
-      return
-    conversation.max_new_tokens = int(max_new_tokens)
-    if isinstance(conversation.sampling, Sampling):
-      conversation.sampling = conversation.sampling._replace(temperature=temperature, top_p=top_p)
-    num_turns = len(conversation.turns)
-    try:
-      # Closed, so that what was said is in the conversation before the page goes on.
-      with contextlib.closing(conversation.ask(question)) as answers:
-        for text in answers:
-          if visit.stopped.is_set():
-            return
-          yield visit.messages(text)
-    except UserError as e:
-      raise _error(e, conversation.images) from e
-    finally:
-      if len(conversation.turns) > num_turns:
-        visit.question = None
-    if visit.question is not None:
-      raise _error(PromptError("the model said nothing."))
-
-  def end(self, visit: Visit) -> tuple[list[dict[str, Any]], Any]:
-    """Shows the conversation, and gives back a question that was not answered."""
-    unanswered, visit.question = visit.question, None
-    files = [str(image) for image in visit.conversation.images] if unanswered else []
-    visit.conversation.images = []
-    value = {"text": unanswered or "", "files": files}
-    return visit.messages(), gr.MultimodalTextbox(value=value, submit_btn=True, stop_btn=False)
-
-  def build(self, title: str) -> gr.Blocks:
-    """Returns the page, to be launched."""
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, FILES_FOR)) as page:
-      visit = gr.State()
-      gr.Markdown(f"## {title}")
-      if not self._model.chat:
-        gr.Markdown("This run was not trained on conversations: do not expect answers.")
-      chatbot = gr.Chatbot(
-        show_label=False,
-        height="60vh",
-        # Answers are shown as they are: a picture's address in one would be a call to its server.
-        render_markdown=False,
-        buttons=["copy"],
-        allow_file_downloads=False,
-        elem_id="chat",
-      )
-      box = gr.MultimodalTextbox(
-        show_label=False,
-        placeholder="A question; add pictures with the clip, or drop them here",
-        file_types=["image"],
-        file_count="multiple",
-        autofocus=True,
-        max_plain_text_length=1_000_000,
-        elem_id="question",
-      )
-      with gr.Row():
-        new = gr.Button("New conversation", size="sm", elem_id="new")
-      with gr.Accordion("Settings", open=False):
-        system = gr.Textbox(
-          "", label="Instructions", info="How to behave; read when a conversation begins."
-        )
-        settings = self._settings()
-      self._connect(visit, chatbot, box, new, system, settings)
-    return page.queue(max_size=MOST_WAITING, default_concurrency_limit=1)
-
-  def _settings(self) -> list[Any]:
-    """Returns the controls whose values `answer` takes."""
-    sampling = self._defaults["sampling"]
-    drawn = isinstance(sampling, Sampling)  # a search draws nothing
-    temperature, top_p = (sampling.temperature, sampling.top_p) if drawn else (0.0, 1.0)
-    temperature, top_p = float(temperature), float(top_p)
-    longest = self._model.run.data.seq_len
-    length = min(self._defaults["max_new_tokens"], longest)
-    return [
-      gr.Slider(
-        0, 2, temperature, label="Temperature", info="0 takes the likeliest.", visible=drawn
-      ),
-      gr.Slider(0.05, 1, top_p, label="Top-p", info="Draws among the likeliest.", visible=drawn),
-      gr.Slider(1, longest, length, step=1, label="Longest answer, in tokens", elem_id="length"),
-    ]
-
-  def _connect(self, visit, chatbot, box, new, system, settings) -> None:
-    """Lets the events do what the methods above do.
-
-    One answer at a time is drawn, whoever asks; the others wait. Stopping waits for nothing.
-    """
-    # A badge of progress, or of an error, would cover the conversation.
-    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    taken = box.submit(self.begin, [visit, box, system], visit, **private)
-    shown = taken.success(
-      lambda visit: (
-        visit.messages(),
-        gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True),
-      ),
-      visit,
-      [chatbot, box],
-      queue=False,
-      **private,
-    )
-    answered = shown.then(self.answer, [visit, *settings], chatbot, **private)
-    answered.success(self.end, visit, [chatbot, box], queue=False, **private)
-    answered.failure(self.end, visit, [chatbot, box], queue=False, **private)
-    box.stop(lambda visit: visit.stopped.set(), visit, None, queue=False, **private)
-    new.click(self.new, visit, [visit, chatbot], queue=False, **private)
-
-
-def _parts(content: Any) -> list[Any]:
-  """Returns a turn's content as parts that a chatbot shows."""
-  items = [content] if isinstance(content, str) else content
-  return [i if isinstance(i, str) else {"path": os.fspath(i)} for i in items if i != ""]
-
-
-def _error(error: UserError, files: Sequence[Any] = ()) -> gr.Error:
-  """Returns what the visitor is told; they know a file's name, not where it was put."""
-  message = str(error)
-  for file in files:
-    message = message.replace(os.fspath(file), epath.Path(file).name)
-  return gr.Error(
-    html.escape(message, quote=False),
-    title="Not answered",
-    duration=SECONDS_OF_AN_ERROR,
-    print_exception=False,
-  )
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog="python -m mm1_jax.inference.app",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
-  add = parser.add_argument
-  add("--host", default=LOCAL[0], metavar="ADDRESS", help="0.0.0.0 lets the network in (127.0.0.1)")
-  add("--port", type=int, metavar="N", help="(the first free one from 7860)")
-  add("--share", action="store_true", help="a public address, through Gradio's servers, for a week")
-  add("--max-upload-mb", type=int, default=20, metavar="N", help="of a file (20)")
-  add("--max-megapixels", type=float, default=40, metavar="N", help="of a picture (40)")
-  generate.add_model_flags(parser)
-  generate.add_answer_flags(parser, max_new_tokens=512)
-  args = parser.parse_args(argv)
+  args = _parse(argv)
   for name in ("max_upload_mb", "max_megapixels"):
     if getattr(args, name) <= 0:
       raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0.")
+  # Only now: --help does not need Gradio, and importing it takes seconds.
+  from mm1_jax.inference.page import THEME, Page, bound_pixels
+
   settings = generate.how(args)
   model = generate.load(args)
   bound_pixels(model, int(args.max_megapixels * 1e6))
@@ -286,18 +39,23 @@ def main(argv: list[str] | None = None) -> None:
       max_file_size=args.max_upload_mb * 1_000_000,
       footer_links=[],
       ssr_mode=False,
-      # System fonts: Gradio's own would be fetched.
-      theme=themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+      theme=THEME,
     )
   except OSError as e:
     raise UserError(f"the page cannot be served at {args.host}:{args.port or 7860}: {e}") from e
 
 
-def bound_pixels(model: Model, most: int) -> None:
-  """Lets a model refuse larger pictures than in training: visitors are strangers."""
-  most = min(most, model.run.data.max_image_pixels)
-  data = dataclasses.replace(model.run.data, max_image_pixels=most)
-  model.run = dataclasses.replace(model.run, data=data)
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = cli.make_parser("mm1_jax.inference.app", __doc__)
+  add = parser.add_argument
+  add("--host", default=LOCAL[0], metavar="ADDRESS", help="0.0.0.0 lets the network in (127.0.0.1)")
+  add("--port", type=int, metavar="N", help="(the first free one from 7860)")
+  add("--share", action="store_true", help="a public address, through Gradio's servers, for a week")
+  add("--max-upload-mb", type=int, default=20, metavar="N", help="of a file (20)")
+  add("--max-megapixels", type=float, default=40, metavar="N", help="of a picture (40)")
+  generate.add_model_flags(parser)
+  generate.add_answer_flags(parser, max_new_tokens=512)
+  return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

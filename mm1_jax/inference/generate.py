@@ -20,28 +20,23 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from mm1_jax import cli
 from mm1_jax.config import UserError
-from mm1_jax.data.tokenizer import IMAGE
-from mm1_jax.inference.beam import BeamSearch
-from mm1_jax.inference.model import Model
-from mm1_jax.inference.prompts import Item, PromptError, fill_slots
-from mm1_jax.inference.quantize import KINDS
-from mm1_jax.inference.questions import answer_file
-from mm1_jax.inference.sampler import GREEDY, Sampling
+from mm1_jax.inference import QUANTIZED
+
+if TYPE_CHECKING:
+  from mm1_jax.inference.model import Model
+  from mm1_jax.inference.prompts import Item
+
+# What answers is imported where it is used: --help needs none of it, and it takes seconds.
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog="python -m mm1_jax.inference.generate",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = cli.make_parser("mm1_jax.inference.generate", __doc__)
   add = parser.add_argument
   # Both fill one list: a text is a str, a picture a path.
   add("--image", dest="content", action="append", type=epath.Path, metavar="FILE", help="a picture")
@@ -77,7 +72,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
   add("--fsdp", type=int, default=1, metavar="N", help="to split rows and params over (1)")
   add("--expert", type=int, default=1, metavar="N", help="the same, and experts (1)")
   add("--tensor", type=int, default=1, metavar="N", help="to split heads and mlp over (1)")
-  add("--quantize", choices=KINDS, help="keeps matrices in fewer bits; needs qwix")
+  add("--quantize", choices=QUANTIZED, help="keeps matrices in fewer bits; needs qwix")
   add("--max-tiles", type=int, metavar="N", help="sub-images of a picture (as in training)")
   add("--cut-last", type=int, metavar="N", help="cut the last N pictures alone: mixed resolution")
 
@@ -103,8 +98,10 @@ def add_answer_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) ->
   add("--seed", type=int, default=0, help="of what is drawn (0)")
 
 
-def load(args: argparse.Namespace) -> Model:
+def load(args: argparse.Namespace) -> "Model":
   """Loads what `add_model_flags` names, and says how long it took."""
+  from mm1_jax.inference.model import Model
+
   start = time.perf_counter()
   axes = {axis: getattr(args, axis) for axis in ("data", "fsdp", "expert", "tensor")}
   tiling = {"max_tiles": args.max_tiles, "last": args.cut_last}
@@ -121,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
   if args.input is not None and args.content:
     raise UserError("give either --input, or --prompt and --image.")
   if args.input is None and not args.content:
-    raise PromptError("there is nothing to answer; give --prompt=TEXT, --image=FILE, or both.")
+    raise UserError("there is nothing to answer; give --prompt=TEXT, --image=FILE, or both.")
   answer = _answer_one if args.input is None else _answer_all
   try:
     answer(args)
@@ -140,6 +137,8 @@ def _answer_one(args: argparse.Namespace) -> None:
 
 
 def _answer_all(args: argparse.Namespace) -> None:
+  from mm1_jax.inference.questions import answer_file
+
   settings = how(args)
   tally = answer_file(
     load(args),
@@ -165,6 +164,10 @@ def how(args: argparse.Namespace) -> dict[str, Any]:
   Raises:
     PromptError: flags that do not go together.
   """
+  from mm1_jax.inference.beam import BeamSearch
+  from mm1_jax.inference.prompts import PromptError
+  from mm1_jax.inference.sampler import GREEDY, Sampling
+
   sampling = Sampling(args.temperature, args.top_k, args.top_p)
   penalty = args.length_penalty
   if args.num_beams == 1 and penalty is not None:
@@ -176,12 +179,15 @@ def how(args: argparse.Namespace) -> dict[str, Any]:
   return {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
 
 
-def content_of(items: Sequence[Item]) -> Sequence[Item]:
+def content_of(items: "Sequence[Item]") -> "Sequence[Item]":
   """Returns texts and pictures in their order, or by the `<image>` slots of the text.
 
   Raises:
     PromptError: there are slots, but not as many as pictures, or in one of several texts.
   """
+  from mm1_jax.data.tokenizer import IMAGE
+  from mm1_jax.inference.prompts import PromptError, fill_slots
+
   texts = [item for item in items if isinstance(item, str)]
   if not any(IMAGE in text for text in texts):
     return items

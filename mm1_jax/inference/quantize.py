@@ -15,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from mm1_jax import checkpoint
 from mm1_jax.config import ConfigError
+from mm1_jax.inference import QUANTIZED
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.models.quantized import SUMMED, Quantized
 
-KINDS = ("int8", "int4")
 TILE = 32
 STACKS = ("decoder.units.", "vit.blocks.")
 
@@ -29,8 +29,8 @@ def quantize(model: MM1, kind: str, mesh: Mesh) -> MM1:
   Raises:
     ConfigError: there is no such kind, or qwix is not installed.
   """
-  if kind not in KINDS:
-    raise ConfigError(f"quantize is '{kind}'; it must be one of {', '.join(KINDS)}.")
+  if kind not in QUANTIZED:
+    raise ConfigError(f"quantize is '{kind}'; it must be one of {', '.join(QUANTIZED)}.")
   leaves: dict[str, Any] = checkpoint.to_names(model)
   for name, x in leaves.items():
     dims = SUMMED.get(name.split(".")[-1])

@@ -100,7 +100,7 @@ def parse_option(text: str) -> tuple[str, str | bool]:
   """Returns the name and value of a compiler option, `name=value`; raises ConfigError."""
   name, equals, value = text.strip().removeprefix("--").partition("=")
   if not equals:
-    raise ConfigError(f"--compiler_options has '{text}'; options look like xla_tpu_x=true.")
+    raise ConfigError(f"--compiler-options has '{text}'; options look like xla_tpu_x=true.")
   return name, {"true": True, "false": False}.get(value, value)
 
 

@@ -116,7 +116,7 @@ def find_topology(name: str, num_slices: int = 1) -> Topology:
     ConfigError: there is no such slice; the message has the nearest names.
   """
   if num_slices < 1:
-    raise ConfigError(f"--num_slices is {num_slices}; it must be at least 1.")
+    raise ConfigError(f"--num-slices is {num_slices}; it must be at least 1.")
   kind, _, count = name.partition("-")
   if name not in slice_names():
     raise ConfigError(f"there is no TPU slice '{name}'; {_suggest(name, kind)}")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mm1_jax import checkpoint, cli
+from mm1_jax import checkpoint
 from mm1_jax.checkpoint import CheckpointError
-from mm1_jax.config import CheckpointConfig, ConfigError, MoEConfig, RunConfig
+from mm1_jax.config import CheckpointConfig, MoEConfig, RunConfig
 from mm1_jax.convert import ConvertError
 from mm1_jax.convert.__main__ import main
 from mm1_jax.convert.upcycle import check_upcycling, upcycle_run
@@ -100,12 +100,6 @@ def test_what_does_not_fit_is_refused():
   check_upcycling(dense, dataclasses.replace(sparse, dtype="bfloat16", remat="full"))
 
 
-def test_config_files_are_read_by_their_name(tmp_path):
-  run = cli.read_config("configs/mm1_debug.py:moe")
-  assert run.model.decoder.moe is not None
-  with pytest.raises(ConfigError, match="mm1_debug is 'dense' or 'moe', not 'big'"):
-    cli.read_config("configs/mm1_debug.py:big")
-  with pytest.raises(ConfigError, match=r"nothing\.py"):
-    cli.read_config("configs/nothing.py")
+def test_a_run_to_upcycle_is_needed(tmp_path):
   with pytest.raises(CheckpointError, match="is not a run"):
     main(["upcycle", f"--checkpoint={tmp_path}", "--config=configs/mm1_debug.py:moe", "--out=x"])

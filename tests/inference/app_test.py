@@ -33,7 +33,7 @@ SLOW_MACHINE = 120_000  # milliseconds
 
 @pytest.fixture(scope="module")
 def app():
-  from mm1_jax.inference import app
+  from mm1_jax.inference import page as app
 
   return app
 

@@ -17,8 +17,8 @@ import PIL.Image
 import pytest
 
 from mm1_jax.inference import sampler
-from mm1_jax.inference.chat import Chat
 from mm1_jax.inference.conversation import Conversation
+from mm1_jax.inference.terminal import Chat
 
 
 @pytest.fixture

@@ -4,19 +4,21 @@
 import dataclasses
 import io
 import json
+from typing import get_args
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from configs import mm1_3b, mm1_debug
+from mm1_jax import cli
 from mm1_jax.config import ConfigError, MeshConfig, RunConfig
 from mm1_jax.metrics import image_slots, model_flops
+from mm1_jax.plan import __main__ as command
 from mm1_jax.plan.compare import compare_table, markdown_table, read_figures
-from mm1_jax.plan.compile import Compiled, PlanError, Result
+from mm1_jax.plan.compile import Compiled, PlanError, Result, What
 from mm1_jax.plan.estimate import Plan, read_plan, step_flops
 from mm1_jax.plan.memory import GIB, Buffer
-from mm1_jax.plan.preset import with_preset
 from mm1_jax.plan.report import draw, figures, table
 from mm1_jax.plan.search import frontier, parse_mesh, search_table
 from mm1_jax.plan.topology import find_topology
@@ -182,17 +184,26 @@ def test_quick_plans_count_only_among_themselves():
   assert ">" in search_table([quick]).splitlines()[1]
 
 
-def test_the_preset_of_the_slice_is_taken(tmp_path):
-  flags = ["plan", "--config=configs/mm1_3b.py", "--topology=v5p-128"]
-  assert with_preset(flags)[1] == "--config=configs/mm1_3b.py:v5p-128"
-  for config, topology in (
-    ("configs/mm1_3b.py", "v5p-8"),  # has none
-    ("configs/mm1_3b.py:v5e-256", "v5p-128"),
-    ("configs/mm1_debug.py", "v5p-128"),
-    (str(tmp_path / "none.py"), "v5p-128"),
-  ):
-    flags = ["plan", f"--config={config}", f"--topology={topology}", "--search"]
-    assert with_preset(flags) == flags
+@pytest.mark.parametrize("space", ["=", " "])
+def test_the_preset_of_the_slice_is_taken(space):
+  """However flags and values are put together; an argument of the user's own is left alone."""
+
+  def planned(config: str, topology: str) -> RunConfig:
+    words = f"--config{space}{config} --topology{space}{topology}".split()
+    args = command._parse(words)
+    return cli.load_config(args, topology=args.topology)
+
+  preset = RunConfig.from_dict(mm1_3b.get_config("v5p-128").to_dict())
+  assert planned("configs/mm1_3b.py", "v5p-128") == planned("mm1_3b", "v5p-128") == preset
+  bare = RunConfig.from_dict(mm1_3b.get_config().to_dict())
+  assert planned("configs/mm1_3b.py", "v5p-8") == bare  # has none
+  other = RunConfig.from_dict(mm1_3b.get_config("v5e-256").to_dict())
+  assert planned("configs/mm1_3b.py:v5e-256", "v5p-128") == other
+  assert planned("configs/mm1_debug.py", "v5p-128").name == "mm1_debug"
+
+
+def test_the_flags_name_all_programs():
+  assert get_args(What) == command.WHAT
 
 
 @pytest.mark.parametrize(

@@ -78,5 +78,5 @@ def test_wrong_name(name, message):
 
 
 def test_no_slice():
-  with pytest.raises(ConfigError, match="--num_slices is 0"):
+  with pytest.raises(ConfigError, match="--num-slices is 0"):
     find_topology("v5p-128", num_slices=0)

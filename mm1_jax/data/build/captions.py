@@ -273,7 +273,7 @@ def _tfds(name: str, split: str, data_dir: str, image_feature: str) -> Any:
       f"--input={name}: TFDS has no split '{split}' of it that can be read at random "
       f"({first_line}). Prepare it with "
       f"tfds.builder('{name}', file_format='array_record').download_and_prepare(), and give "
-      f"--data_dir if it is not in ~/tensorflow_datasets."
+      f"--data-dir if it is not in ~/tensorflow_datasets."
     ) from e
 
 

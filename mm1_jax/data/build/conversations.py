@@ -6,7 +6,7 @@
 
 `images` may stand for `image`, and both may be missing. Each `<image>` is the next of them. Turns
 are the user's and the assistant's by turns, and end with an answer; a system turn may stand in
-front. `--answer_prompt` puts a line behind each question, as LLaVA-1.5 asks for short answers
+front. `--answer-prompt` puts a line behind each question, as LLaVA-1.5 asks for short answers
 (arXiv 2310.03744, section 3.2).
 """
 

@@ -119,7 +119,7 @@ def text_parts(file: Part, options: Options) -> list[Part]:
 
 
 def text_rows(part: Part, options: Options) -> Iterator[Row]:
-  """Yields rows with the text under `--text_field`."""
+  """Yields rows with the text under `--text-field`."""
   kind = files.suffix(part.path)
   if kind in _JSON:
     yield from files.json_rows(part)

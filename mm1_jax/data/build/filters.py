@@ -2,7 +2,7 @@
 """From a draft to a record: pictures are fetched and looked at, and the filters applied.
 
 A picture that is lost (missing, unreadable, filtered) takes its record with it. In interleaved
-documents, unless `--lost_images=document`, it leaves alone, and the texts around it become one.
+documents, unless `--lost-images=document`, it leaves alone, and the texts around it become one.
 """
 
 import collections

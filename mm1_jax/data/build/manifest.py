@@ -46,7 +46,7 @@ def judge(options: Options, total: Stats) -> None:
   num_bad = total.bad.total()
   if num_bad > options.max_bad_fraction * total.rows:
     raise DataError(
-      f"{num_bad} of {total.rows} rows cannot be used, more than --max_bad_fraction="
+      f"{num_bad} of {total.rows} rows cannot be used, more than --max-bad-fraction="
       f"{options.max_bad_fraction} allows: {dict(total.bad.most_common(3))}. The others are built; "
       f"look at {dead_letters_path(options)}, repair the input, or raise it."
     )

@@ -10,7 +10,6 @@ Questions that want a short answer, a letter or a caption get LLaVA-1.5's line t
 across and down the picture, whatever its size. A video is 24 frames, evenly spaced.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -278,11 +277,7 @@ def convert(name: str, paths: list[pathlib.Path], **options: str) -> Iterator[Ro
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog="python -m mm1_jax.data.build.official",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.make_parser("mm1_jax.data.build.official", __doc__)
   parser.add_argument("set", choices=SETS)
   parser.add_argument("files", nargs="+", type=pathlib.Path, help="in the order of the example")
   parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON lines")

@@ -5,11 +5,11 @@ Each format has its own flags; `python -m mm1_jax.data.build FORMAT --help` list
 needs Beam.
 """
 
-import argparse
 import dataclasses
 import json
 from typing import Any
 
+from mm1_jax import cli
 from mm1_jax.config import ConfigError
 
 URL_WORDS = ("logo", "button", "icon", "plugin", "widget")
@@ -103,14 +103,14 @@ FORMATS = {
   ),
   "obelics": FormatFlags(
     "OBELICS' parquet: parallel lists of texts and image URLs; pictures from a store",
-    "--input='obelics/*.parquet' --images='store/*.tar' --output=data/web --mm1_filters",
+    "--input='obelics/*.parquet' --images='store/*.tar' --output=data/web --mm1-filters",
     max_chars=1_000_000,
     store=True,
     interleaved=True,
   ),
   "mmc4": FormatFlags(
     "MMC4's JSON lines: sentences, and pictures matched to them; pictures from a store",
-    "--input='mmc4/*.jsonl' --images=mmc4_images --output=data/mmc4 --mm1_filters",
+    "--input='mmc4/*.jsonl' --images=mmc4_images --output=data/mmc4 --mm1-filters",
     max_chars=1_000_000,
     store=True,
     interleaved=True,
@@ -123,7 +123,7 @@ FORMATS = {
   ),
   "tfds": FormatFlags(
     "a set of TensorFlow Datasets by name, in ArrayRecord files",
-    "--input=coco_captions --image_feature=image --text_feature=captions.text --output=data/coco",
+    "--input=coco_captions --image-feature=image --text-feature=captions.text --output=data/coco",
     max_chars=1_000_000,
   ),
 }
@@ -150,45 +150,42 @@ def _check(options: Options) -> None:
   for name in ("rows_per_shard", "limit", "max_chars", "max_image_mb", "max_repeats"):
     value = getattr(options, name)
     if value is not None and value <= 0 and (name != "max_image_mb" or options.format != "text"):
-      raise ConfigError(f"--{name}={value} must be above 0.")
+      raise ConfigError(f"--{name.replace('_', '-')}={value} must be above 0.")
   if not 0 <= options.max_bad_fraction <= 1:
-    raise ConfigError(f"--max_bad_fraction={options.max_bad_fraction} must be from 0 to 1.")
+    raise ConfigError(f"--max-bad-fraction={options.max_bad_fraction} must be from 0 to 1.")
   if options.max_aspect is not None and options.max_aspect < 1:
     raise ConfigError(
-      f"--max_aspect={options.max_aspect} must be at least 1: it is the longer side to the shorter."
+      f"--max-aspect={options.max_aspect} must be at least 1: it is the longer side to the shorter."
     )
   for low, high in (("min_images", "max_images"), ("min_side", "max_side")):
     bounds = getattr(options, low), getattr(options, high)
     if None not in bounds and bounds[0] > bounds[1]:
-      raise ConfigError(f"--{low}={bounds[0]} is above --{high}={bounds[1]}: nothing is left.")
+      raise ConfigError(
+        f"--{low.replace('_', '-')}={bounds[0]} is above --{high.replace('_', '-')}={bounds[1]}: "
+        "nothing is left."
+      )
   if options.format == "tfds" and not (options.image_feature or options.text_feature):
-    raise ConfigError("tfds needs --image_feature, --text_feature or both, such as image.")
+    raise ConfigError("tfds needs --image-feature, --text-feature or both, such as image.")
 
 
-def _parser(doc: str) -> argparse.ArgumentParser:
+def _parser(doc: str) -> cli.Parser:
   examples = "\n\n".join(
     f"  {name:<11}{flags.about}\n    python -m mm1_jax.data.build {name} {flags.example}"
     for name, flags in FORMATS.items()
   )
-  parser = argparse.ArgumentParser(
-    prog="python -m mm1_jax.data.build",
-    description=f"{doc}\nFormats, each with an example:\n\n{examples}",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  doc = f"{doc}\nFormats, each with an example:\n\n{examples}"
+  parser = cli.make_parser("mm1_jax.data.build", doc)
+  parser.passes_on = True
   formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
   for name, flags in FORMATS.items():
-    one = formats.add_parser(
-      name,
-      description=f"{flags.about}.\n\n  python -m mm1_jax.data.build {name} {flags.example}",
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-      allow_abbrev=False,
-    )
+    example = f"python -m mm1_jax.data.build {name} {flags.example}"
+    one = formats.add_parser(name, description=cli.spelled(f"{flags.about}.\n\n  {example}"))
+    one.passes_on = True
     _add_flags(one, name, flags)
   return parser
 
 
-def _add_flags(parser: argparse.ArgumentParser, name: str, flags: FormatFlags) -> None:
+def _add_flags(parser: cli.Parser, name: str, flags: FormatFlags) -> None:
   add = parser.add_argument
   add("--input", required=True, metavar="GLOB", help="files to read; of tfds the name")
   add("--output", required=True, metavar="PREFIX", help="of all that is written")
@@ -206,16 +203,16 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, flags: FormatFlags) -
   if flags.images:
     _add_image_flags(add, flags)
   add(
-    "--max_chars",
+    "--max-chars",
     type=int,
     default=flags.max_chars,
     help=f"drop records with more characters ({flags.max_chars:,})",
   )
   add("--tokenizer", default="", metavar="FILE", help="SentencePiece model: count tokens too")
-  add("--rows_per_shard", type=int, default=10_000, metavar="N", help="about (10000); a tar is one")
+  add("--rows-per-shard", type=int, default=10_000, metavar="N", help="about (10000); a tar is one")
   add("--limit", type=int, metavar="N", help="at most N records: a try")
   add(
-    "--max_bad_fraction",
+    "--max-bad-fraction",
     type=float,
     default=0.1,
     metavar="F",
@@ -227,48 +224,48 @@ def _add_flags(parser: argparse.ArgumentParser, name: str, flags: FormatFlags) -
 def _add_format_flags(add: Any, name: str) -> None:
   if name == "llava":
     add(
-      "--answer_prompt",
+      "--answer-prompt",
       default="",
       metavar="TEXT",
       help="behind each question, for sets of short answers: 'Answer the question using a single "
       "word or phrase.'",
     )
   if name == "text":
-    add("--text_field", default="text", metavar="NAME", help="key or column of the text (text)")
-    add("--txt_split", default="", metavar="TEXT", help="what parts documents in a .txt file")
+    add("--text-field", default="text", metavar="NAME", help="key or column of the text (text)")
+    add("--txt-split", default="", metavar="TEXT", help="what parts documents in a .txt file")
   if name == "tfds":
     add("--split", default="train", help="split to read (train)")
-    add("--data_dir", default="", metavar="FOLDER", help="where TFDS keeps its sets")
-    add("--image_feature", default="", metavar="PATH", help="such as image")
-    add("--text_feature", default="", metavar="PATH", help="such as captions.text")
+    add("--data-dir", default="", metavar="FOLDER", help="where TFDS keeps its sets")
+    add("--image-feature", default="", metavar="PATH", help="such as image")
+    add("--text-feature", default="", metavar="PATH", help="such as captions.text")
 
 
 def _add_image_flags(add: Any, flags: FormatFlags) -> None:
   if flags.interleaved:
     add(
-      "--lost_images",
+      "--lost-images",
       choices=("image", "document"),
       default="image",
       help="what is dropped when a picture is missing or unreadable (image)",
     )
-    add("--mm1_filters", action="store_true", help="all filters below, at MM1's values")
-    add("--min_images", type=int, metavar="N", help="drop documents with fewer left (MM1: 1)")
-    add("--max_images", type=int, metavar="N", help="drop documents with more (MM1: 30)")
-    add("--first_copy_only", action="store_true", default=None, help="of a picture on a page (MM1)")
-  add("--max_aspect", type=float, metavar="R", help="longer side to the shorter at most (MM1: 2)")
-  add("--min_side", type=int, metavar="PX", help="of the shorter side (MM1: 100)")
-  add("--max_side", type=int, metavar="PX", help="of the longer side (MM1: 10000)")
+    add("--mm1-filters", action="store_true", help="all filters below, at MM1's values")
+    add("--min-images", type=int, metavar="N", help="drop documents with fewer left (MM1: 1)")
+    add("--max-images", type=int, metavar="N", help="drop documents with more (MM1: 30)")
+    add("--first-copy-only", action="store_true", default=None, help="of a picture on a page (MM1)")
+  add("--max-aspect", type=float, metavar="R", help="longer side to the shorter at most (MM1: 2)")
+  add("--min-side", type=int, metavar="PX", help="of the shorter side (MM1: 100)")
+  add("--max-side", type=int, metavar="PX", help="of the longer side (MM1: 10000)")
   add(
-    "--url_words",
+    "--url-words",
     type=lambda words: [w for w in words.lower().split(",") if w],
     metavar="A,B",
     help=f"drop pictures with these in their URL (MM1: {','.join(URL_WORDS)})",
   )
   add(
-    "--max_repeats",
+    "--max-repeats",
     type=int,
     metavar="N",
     help="drop pictures whose URL or bytes more than N records have (MM1: 10); reads all twice",
   )
-  add("--max_image_mb", type=float, default=64.0, metavar="MB", help="of an encoded picture (64)")
-  add("--decode_images", action="store_true", help="decode every picture, not only its header")
+  add("--max-image-mb", type=float, default=64.0, metavar="MB", help="of an encoded picture (64)")
+  add("--decode-images", action="store_true", help="decode every picture, not only its header")

@@ -127,7 +127,7 @@ def _finished_jobs(options: Options, jobs: list[Job]) -> set[str]:
   strange = sorted(shards[name] for name in shards.keys() - names)
   if strange and not options.overwrite:
     raise DataError(
-      f"{strange[0]} is none of the {len(jobs)} shards to be made: the input or --rows_per_shard "
+      f"{strange[0]} is none of the {len(jobs)} shards to be made: the input or --rows-per-shard "
       f"has changed since it was. Give --overwrite to remove it, or another --output."
     )
   work = _list(f"{work_folder(options)}/*")

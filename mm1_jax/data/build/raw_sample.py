@@ -4,7 +4,6 @@
 python -m mm1_jax.data.build.raw_sample --out=raw
 """
 
-import argparse
 import contextlib
 import gzip
 import hashlib
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import zstandard
 
+from mm1_jax import cli
 from mm1_jax.config import SourceConfig
 from mm1_jax.data.sources import Record, Source
 
@@ -29,7 +29,7 @@ PER_TAR = 25
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+  parser = cli.make_parser("mm1_jax.data.build.raw_sample", __doc__)
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
   out = parser.parse_args(argv).out
   write_all(out)
@@ -220,4 +220,4 @@ def _url(record: Record) -> str:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

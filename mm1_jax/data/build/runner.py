@@ -2,12 +2,15 @@
 """Beam's own options: passed on unchanged, with defaults for the machine we are on."""
 
 import argparse
+import dataclasses
+import difflib
 import os
 
 from apache_beam.options import pipeline_options
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 
 from mm1_jax.config import ConfigError
+from mm1_jax.data.build.options import Options
 
 # Beam's DirectRunner would first look for Prism, a program that it downloads.
 LOCAL_RUNNER = "FnApiRunner"
@@ -47,4 +50,8 @@ def _refuse_unknown(args: list[str]) -> None:
       group._add_argparse_args(parser)  # pyright: ignore[reportArgumentType]
   unknown = parser.parse_known_args(args)[1]
   if unknown:
-    raise ConfigError(f"{unknown[0]} is a flag neither of this format nor of Beam; see --help.")
+    flag = unknown[0].partition("=")[0].replace("_", "-")
+    ours = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Options)]
+    near = difflib.get_close_matches(flag, ours, n=1)
+    hint = f"did you mean {near[0]}? See" if near else "see"
+    raise ConfigError(f"{unknown[0]} is a flag neither of this format nor of Beam; {hint} --help.")

@@ -11,7 +11,6 @@ looks the same), a caption, an exercise or a novel form a component, and a compo
 side as a whole.
 """
 
-import argparse
 import collections
 import dataclasses
 import gzip
@@ -28,6 +27,7 @@ import numpy as np
 import PIL.Image
 import sentencepiece
 
+from mm1_jax import cli
 from mm1_jax.data import sources, tokenizer
 from mm1_jax.data.image import on_white
 
@@ -101,7 +101,7 @@ class Candidate:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+  parser = cli.make_parser("mm1_jax.data.build.sample", __doc__)
   parser.add_argument("--raw", type=pathlib.Path, required=True, help="the raw data dump")
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
   args = parser.parse_args()
@@ -513,4 +513,4 @@ def _digest(data: str | bytes) -> str:
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -16,32 +16,28 @@ Any value of the config can be overridden, such as `--config.data.seq_len=512`. 
 if a check fails. No accelerator is needed.
 """
 
+import argparse
 import re
+from typing import TYPE_CHECKING
 
-from absl import app, flags, logging
+from absl import logging
 from etils import epath
 
 from mm1_jax import cli
 from mm1_jax.config import ConfigError, RunConfig, SourceConfig
-from mm1_jax.data.inspect import Drawing, draw_source, draw_stream
-from mm1_jax.data.sources import DataError
 
-_CONFIG = cli.define_config()
-_OUTPUT = flags.DEFINE_string("output", "runs/inspect", "Folder to write to, also gs://.")
-_BATCHES = flags.DEFINE_integer("batches", 4, "Global batches to read.")
-_STEPS = flags.DEFINE_string("steps", "0", "First batch, or first and last: A:B is A to B - 1.")
-_ROWS = flags.DEFINE_integer("rows", 8, "Rows to read of each batch; the page draws the first 24.")
-_SOURCE = flags.DEFINE_string("source", None, "Draw records of this source instead.")
-_PATH = flags.DEFINE_string("path", None, "Draw records of these ArrayRecord shards instead.")
-_RECORDS = flags.DEFINE_integer("records", 24, "Records to draw of a source.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the records that are drawn.")
+if TYPE_CHECKING:
+  from mm1_jax.data.inspect.draw import Drawing
 
 
-def main(argv: list[str]) -> None:
-  cli.refuse_arguments(argv)
-  if _SOURCE.value and _PATH.value:
+def main(argv: list[str] | None = None) -> None:
+  args = _parse(argv)
+  if args.source and args.path:
     raise ConfigError("--source and --path are two ways to name records; give one of them.")
-  drawing = _draw(cli.load_config(_CONFIG))
+  # Only now: --help needs nothing of it, and importing it takes a second.
+  from mm1_jax.data.sources import DataError
+
+  drawing = _draw(cli.load_config(args), args)
   logging.info("wrote %s, %s and %s", drawing.page, drawing.picture, drawing.figures)
   for check in drawing.facts.get("checks", ()):
     verdict = "FAIL" if check["failed"] else "pass"
@@ -54,12 +50,29 @@ def main(argv: list[str]) -> None:
     raise DataError(f"{len(drawing.failed)} checks failed: look at {drawing.page}.")
 
 
-def _draw(run: RunConfig) -> Drawing:
-  source = SourceConfig(_name(_PATH.value), _PATH.value) if _PATH.value else _SOURCE.value
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = cli.make_parser("mm1_jax.data.inspect", __doc__)
+  parser.add_config()
+  add = parser.add_argument
+  add("--output", default="runs/inspect", metavar="FOLDER", help="also gs:// (runs/inspect)")
+  add("--batches", type=int, default=4, metavar="N", help="global batches to read (4)")
+  add("--steps", default="0", metavar="A:B", help="first batch, or A to B - 1 (0)")
+  add("--rows", type=int, default=8, metavar="N", help="to read of each batch; 24 are drawn (8)")
+  add("--source", metavar="NAME", help="draw records of this source instead")
+  add("--path", metavar="GLOB", help="draw records of these ArrayRecord shards instead")
+  add("--records", type=int, default=24, metavar="N", help="to draw of a source (24)")
+  add("--seed", type=int, default=0, metavar="N", help="of the records that are drawn (0)")
+  return parser.parse_args(argv)
+
+
+def _draw(run: RunConfig, args: argparse.Namespace) -> "Drawing":
+  from mm1_jax.data.inspect.draw import draw_source, draw_stream
+
+  source = SourceConfig(_name(args.path), args.path) if args.path else args.source
   if source:
-    return draw_source(run, _OUTPUT.value, source, num_records=_RECORDS.value, seed=_SEED.value)
-  first, num = _parse_steps(_STEPS.value, _BATCHES.value)
-  return draw_stream(run, _OUTPUT.value, first_step=first, num_batches=num, num_rows=_ROWS.value)
+    return draw_source(run, args.output, source, num_records=args.records, seed=args.seed)
+  first, num = _parse_steps(args.steps, args.batches)
+  return draw_stream(run, args.output, first_step=first, num_batches=num, num_rows=args.rows)
 
 
 def _name(path: str) -> str:
@@ -81,4 +94,4 @@ def _parse_steps(steps: str, num_batches: int) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-  cli.run(app.run, main, flags_parser=cli.parse)
+  cli.run(main)
