@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mm1_jax.models.mm1 import MM1
+from mm1_jax.models.mm1 import MM1, image_spread
 from mm1_jax.train.loss import cross_entropy
 
 RUNS = {"dense": tiny.run_config(), "capacity": tiny.run_config(tiny.BOUNDED)}
@@ -84,6 +84,37 @@ def test_groups_of_slots_without_a_picture_are_left_out(sizes, size, scan):
   encoded = np.abs(out).max(axis=(1, 2)) > 0
   assert encoded.sum() == min(groups * size * chips, mask.size) < mask.size
   assert (np.abs(whole).max(axis=(1, 2)) > 0).all()
+
+
+def test_image_spread_is_the_deviation_between_pictures(mesh):
+  """Of the slots that hold one; whatever all pictures have in common does not count."""
+  rng = np.random.default_rng(0)
+  mask = np.array([[True, True, False], [True, False, False]] * 4)
+  common = 10 * rng.standard_normal((1, 1, 2, 5))
+  own = 0.01 * rng.standard_normal((8, 3, 2, 5))
+  tokens = (common + own).astype(np.float32)
+  tokens[~mask] = 1e6
+  pictures = tokens[mask].astype(np.float64)
+  deviation = pictures - pictures.mean(axis=0)
+  expected = np.sqrt(np.mean(deviation**2) / np.mean(pictures**2))
+  assert 5e-4 < expected < 5e-3
+  with jax.set_mesh(mesh):
+    arrays = tiny.put((tokens.reshape(8, 6, 5), mask), mesh)
+    assert float(tiny.jit(image_spread)(*arrays)) == pytest.approx(expected, rel=1e-2)
+    same = np.broadcast_to(tokens[:1, :1], tokens.shape).reshape(8, 6, 5)
+    assert float(tiny.jit(image_spread)(*tiny.put((same, mask), mesh))) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["c_abstractor", "average_pool", "attention_pool"])
+def test_fresh_models_tell_pictures_apart(kind, mesh):
+  """So that a warning of collapsed image tokens is of training, not of its start."""
+  connector = dataclasses.replace(tiny.model_config().connector, kind=kind)
+  cfg = tiny.model_config(connector=connector)
+  with jax.set_mesh(mesh):
+    model = tiny.jit(lambda: MM1(jax.random.key(0), cfg))()
+    batch = tiny.put(tiny.BATCH, mesh)
+    tokens = tiny.jit(lambda model, images: model.embed_image(images))(model, batch.images)
+    assert float(tiny.jit(image_spread)(tokens, batch.image_mask)) > 0.1
 
 
 def test_pictures_are_seen_by_what_follows_them_in_their_example_only(models, mesh):

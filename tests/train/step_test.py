@@ -390,6 +390,34 @@ def equations(jaxpr):
       yield from equations(sub)
 
 
+def test_collapsed_image_tokens_are_warned_of_once(tmp_path, caplog):
+  """A connector whose last weights are 0 gives the decoder its bias, the same for every picture."""
+  run = dataclasses.replace(DENSE, train=dataclasses.replace(DENSE.train, log_every=1))
+  healthy = tiny_step.make_state(run)
+  dead = tiny_step.change(healthy, model__connector__readout__layers__0__weight=np.zeros_like)
+  with (
+    caplog.at_level("WARNING"),
+    MetricWriter(tmp_path) as writer,
+    Checkpointer(tmp_path, CheckpointConfig()) as checkpointer,
+  ):
+    log = StepLog(run, writer, Verdicts(run, checkpointer), launched=0.0)
+    said = []
+    for step, state in enumerate([healthy, dead, dead, healthy], start=1):
+      with jax.set_mesh(mesh := tiny.mesh(*tiny_step.ONE)):
+        _, metrics = tiny_step._step(state, tiny.put(tiny.BATCH, mesh), run=run)
+      log.step(step, metrics, np.array(Tally.of(STATS, False)))
+      log.flush()
+      said.append([r.getMessage() for r in caplog.records if "image tokens" in r.getMessage()])
+  assert said[0] == []
+  assert said[1] == said[3]
+  (message,) = said[3]
+  assert message.startswith("step 2: image tokens of different pictures differ by ")
+  assert "optimizer.vit_learning_rate" in message
+  spread = read_metrics(tmp_path)["image_spread"]
+  assert spread[1] > 0.1
+  assert spread[2] < 1e-3
+
+
 def test_step_is_compiled_with_the_options_of_the_meshs_chips(monkeypatch):
   """A wrong one shows that they reach the compiler."""
   mesh = tiny.mesh(*tiny_step.ONE)
