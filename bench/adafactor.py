@@ -9,8 +9,9 @@ First, the RMS of an update per unit of rate, for four stacked layers whose weig
 in one step; `stacked` is optax's transformation over the whole stack, as it was here once.
 
 Then, with `--init_from`, a pre-trained `mm1_debug` run, fine-tuning by `mm1_debug_sft` with and
-without the scale, once for each rate: the mean loss of held-out answers in nats per token, and its paired
-difference from the first row's, each with a standard error over answers. Finished runs are kept.
+without the scale, once for each rate: the mean loss of held-out answers in nats per token, and its
+paired difference from the first row's, each with a standard error over answers. Finished runs are
+kept.
 """
 
 import argparse
