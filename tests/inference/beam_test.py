@@ -38,7 +38,16 @@ def prompts(pictures):
 @jax.jit
 def _logits(params, tokens, images):
   ones, rest = jnp.ones_like(tokens), [None] * 3
-  batch = Batch(tokens, rest[0], rest[1], jnp.cumsum(ones, axis=1) - 1, ones, rest[2], images, None)
+  batch = Batch(
+    tokens,
+    rest[0],
+    rest[1],
+    jnp.cumsum(ones, axis=1) - 1,
+    ones,
+    rest[2],
+    images,
+    jnp.ones_like(images[:, :, 0, 0, 0], bool),
+  )
   return params.decoder.logits(params(batch).hidden)
 
 

@@ -79,14 +79,32 @@ def _full_logits(params, tokens, images):
   """Returns float32[B, S, V] of left-aligned rows; causal, so what follows changes nothing."""
   ones, rest = jnp.ones_like(tokens), [None] * 3
   positions = jnp.cumsum(ones, axis=1) - 1
-  batch = Batch(tokens, rest[0], rest[1], positions, ones, rest[2], images, None)
+  batch = Batch(
+    tokens,
+    rest[0],
+    rest[1],
+    positions,
+    ones,
+    rest[2],
+    images,
+    jnp.ones_like(images[:, :, 0, 0, 0], bool),
+  )
   return params.decoder.logits(params(batch).hidden)
 
 
 @jax.jit
 def _packed_logits(params, tokens, positions, segments, images):
   rest = [None] * 3
-  batch = Batch(tokens, rest[0], rest[1], positions, segments, rest[2], images, None)
+  batch = Batch(
+    tokens,
+    rest[0],
+    rest[1],
+    positions,
+    segments,
+    rest[2],
+    images,
+    jnp.ones_like(images[:, :, 0, 0, 0], bool),
+  )
   return params.decoder.logits(params(batch).hidden)
 
 
