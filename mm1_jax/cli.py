@@ -184,7 +184,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-  """Runs a program; a UserError ends it with exit code 1, its message, and no traceback."""
+  """Runs a program; a UserError ends it with code 1 and its message, Ctrl-C with code 130."""
   show_story()
   if not faulthandler.is_enabled():
     faulthandler.enable()  # where a crash in native code was
@@ -192,6 +192,8 @@ def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     program(*args, **kwargs)
   except UserError as e:
     sys.exit(f"error: {e}")
+  except KeyboardInterrupt:
+    sys.exit(130)
 
 
 def show_story() -> None:

@@ -130,7 +130,7 @@ def test_commands_are_spelled_as_they_were_called(monkeypatch):
   assert cli.spelled(text) == "mm1 train, mm1 data x, python -m mm1_jax.data.build.raw"
 
 
-def fail(error: type[Exception]) -> None:
+def fail(error: type[BaseException]) -> None:
   raise error("wrong")
 
 
@@ -138,6 +138,9 @@ def test_a_users_mistake_ends_with_code_1_and_a_bug_with_its_traceback(capsys):
   with pytest.raises(SystemExit) as ended:
     cli.run(fail, UserError)
   assert ended.value.code == "error: wrong"  # which Python prints, and exits with 1
+  with pytest.raises(SystemExit) as ended:
+    cli.run(fail, KeyboardInterrupt)
+  assert ended.value.code == 130
   with pytest.raises(ZeroDivisionError):
     cli.run(fail, ZeroDivisionError)
 

@@ -9,6 +9,9 @@ import pytest
 
 from mm1_jax import cli
 from mm1_jax.inference import generate
+from mm1_jax.inference.beam import BeamSearch
+from mm1_jax.inference.model import Model
+from mm1_jax.inference.sampler import Sampling
 
 MODULE = [sys.executable, "-m", "mm1_jax.inference.generate"]
 
@@ -47,13 +50,11 @@ def test_settings_reach_the_model(model, workdir, capsys):
   assert capsys.readouterr().out == model.generate([["Hi"]], max_new_tokens=5, chat=True)[0] + "\n"
   flags = ["--temperature=2", "--top-k=40", "--top-p=0.9", "--seed=3"]
   cli.run(generate.main, [f"--checkpoint={workdir}", "--prompt=Hi", "--max-new-tokens=5", *flags])
-  drawn = model.generate(
-    [["Hi"]], max_new_tokens=5, sampling=generate.Sampling(2.0, 40, 0.9), seed=3
-  )
+  drawn = model.generate([["Hi"]], max_new_tokens=5, sampling=Sampling(2.0, 40, 0.9), seed=3)
   assert capsys.readouterr().out == drawn[0] + "\n"
   flags = ["--num-beams=3", "--length-penalty=2"]
   cli.run(generate.main, [f"--checkpoint={workdir}", "--prompt=Hi", "--max-new-tokens=5", *flags])
-  found = model.generate([["Hi"]], max_new_tokens=5, sampling=generate.BeamSearch(3, 2.0))
+  found = model.generate([["Hi"]], max_new_tokens=5, sampling=BeamSearch(3, 2.0))
   assert capsys.readouterr().out == found[0] + "\n"
 
 
@@ -122,7 +123,7 @@ def test_ctrl_c_ends_in_one_line(workdir, monkeypatch, capsys):
   def interrupt(*_, **__):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(generate.Model, "generate", interrupt)
+  monkeypatch.setattr(Model, "generate", interrupt)
   with pytest.raises(SystemExit) as exit:
     cli.run(generate.main, [f"--checkpoint={workdir}", "--prompt=Hi"])
   assert exit.value.code == 130

@@ -161,7 +161,7 @@ def test_mm1_preset():
   assert mm1.first_copy_only
   plain, _ = parse(flags, "")
   assert (plain.min_images, plain.max_aspect, plain.url_words) == (None, None, ())
-  for wrong in ("--max_aspect=0.5", "--min_side=200 --max_side=100", "--max_repeats=0"):
+  for wrong in ("--max-aspect=0.5", "--min-side=200 --max_side=100", "--max-repeats=0"):
     with pytest.raises(ConfigError, match=wrong.split("=")[0]):
       parse([*flags, *wrong.split()], "")
 
