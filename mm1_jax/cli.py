@@ -2,7 +2,8 @@
 """What the command lines share: flags, the door for configs, one line for a user's mistake, quiet.
 
 Exit codes, of every command: 0 when it is done, or for --help; 1 for a user's mistake; 130 for
-Ctrl-C; `--stopped-code` of a training run that a signal stopped.
+Ctrl-C; 141 where what reads its output has ended; `--stopped-code` of a training run that a signal
+stopped.
 """
 
 import argparse
@@ -190,10 +191,14 @@ def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     faulthandler.enable()  # where a crash in native code was
   try:
     program(*args, **kwargs)
+    sys.stdout.flush()
   except UserError as e:
     sys.exit(f"error: {e}")
   except KeyboardInterrupt:
     sys.exit(130)
+  except BrokenPipeError:  # what read the output has ended, as in `mm1 --help | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    sys.exit(141)
 
 
 def show_story() -> None:

@@ -229,3 +229,13 @@ def test_help_imports_nothing_slow_and_spells_the_command(args):
   assert not SLOW & set(json.loads(modules))
   assert " ".join(["mm1", *args]) in text
   assert not done.stderr
+
+
+def test_a_reader_that_ends_early_is_no_traceback():
+  """As in `mm1 --help | head -1`."""
+  read, write = os.pipe()
+  os.close(read)
+  command = [sys.executable, "-m", "mm1_jax", "--help"]
+  done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+  os.close(write)
+  assert (done.returncode, done.stderr) == (141, "")
