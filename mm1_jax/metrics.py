@@ -25,33 +25,11 @@ import numpy as np
 import tensorboardX
 from etils import epath
 
+from mm1_jax.chips import PEAK_FLOPS
 from mm1_jax.config import ConnectorConfig, RunConfig
 
 # It warns at every NaN, which TensorBoard shows well: a source that a batch has nothing of has one.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
-
-# Peak dense bf16 FLOP/s of one JAX device, by `device_kind` (makers' data sheets). From TPU v4 on a
-# chip is one device, except that TPU7x's, of 2307 TFLOP/s, is two.
-PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,  # v5e
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,  # v5p
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,  # v6e, Trillium
-  "TPU v6e": 918e12,
-  "TPU7x": 1153.5e12,
-  "NVIDIA A100-PCIE-40GB": 312e12,
-  "NVIDIA A100-SXM4-40GB": 312e12,
-  "NVIDIA A100-SXM4-80GB": 312e12,
-  "NVIDIA A100 80GB PCIe": 312e12,
-  "NVIDIA L4": 121e12,
-  "NVIDIA H100 80GB HBM3": 989e12,
-  "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA B200": 2250e12,
-}
-
 
 FILE, SEGMENTS = "metrics.jsonl", "metrics"  # in the workdir
 
@@ -345,7 +323,7 @@ def mfu(flops: float, seconds: float, devices: Sequence[Any] | None = None) -> f
   """Returns model FLOPs utilisation in [0, 1]: `flops` done in `seconds` over the devices' peak.
 
   `devices` are all that share the work, `jax.devices()` if not given. None where the peak of a
-  device's kind is not in `PEAK_FLOPS`, as for a CPU.
+  device's kind is not in `chips.PEAK_FLOPS`, as for a CPU.
   """
   kinds = [d.device_kind for d in (jax.devices() if devices is None else devices)]
   if any(kind not in PEAK_FLOPS for kind in kinds):

@@ -17,12 +17,12 @@ import time
 
 import jax
 
+from mm1_jax.chips import compiler_options
 from mm1_jax.config import RunConfig
 from mm1_jax.plan.compile import DUMP, Request, Result
 from mm1_jax.plan.memory import kept_arrays
 from mm1_jax.plan.program import trace
 from mm1_jax.plan.topology import find_topology
-from mm1_jax.train.xla_flags import compiler_options
 
 _MEMORY = {
   "arguments": "argument_size_in_bytes",

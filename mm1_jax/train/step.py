@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from mm1_jax.batch import Batch
+from mm1_jax.chips import compiler_options
 from mm1_jax.config import PARTS, RunConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import spec_of
@@ -28,7 +29,6 @@ from mm1_jax.train.optimizer import (
   part_norms,
   split_frozen,
 )
-from mm1_jax.train.xla_flags import compiler_options
 
 Metrics = dict[str, Any]  # clu's Average or LastValue by name
 

@@ -11,12 +11,12 @@ import tiny
 import tiny_step
 from jax.extend.core import jaxprs_in_params
 
+from mm1_jax import chips
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer, to_names
 from mm1_jax.config import CheckpointConfig, OptimizerConfig, RunConfig, TrainConfig
 from mm1_jax.data.pipeline import BatchStats
 from mm1_jax.metrics import MetricWriter, read_metrics
-from mm1_jax.train import xla_flags
 from mm1_jax.train.guard import NORM_DECAY, NORM_STEPS, RISE, TrainingDiverged, Verdicts
 from mm1_jax.train.loop import StepLog, Tally
 from mm1_jax.train.step import eval_step, train_step, train_step_on
@@ -394,7 +394,7 @@ def test_step_is_compiled_with_the_options_of_the_meshs_chips(monkeypatch):
   """A wrong one shows that they reach the compiler."""
   mesh = tiny.mesh(*tiny_step.ONE)
   kind = mesh.devices.flat[0].device_kind
-  monkeypatch.setattr(xla_flags, "OPTIONS", {kind: {"xla_no_such_option": True}})
+  monkeypatch.setattr(chips, "COMPILER_OPTIONS", {kind: {"xla_no_such_option": True}})
   run = tiny_step.run_config()
   with jax.set_mesh(mesh):
     batch = tiny.put(tiny.BATCH, mesh)
