@@ -31,10 +31,10 @@ from mm1_jax.metrics import (
   MetricWriter,
   StepTimer,
   load_scalars,
-  model_flops,
   peak_memory_gib,
   progress_line,
 )
+from mm1_jax.models.flops import model_flops
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_batch, abstract_state, device_batch, make_mesh
 from mm1_jax.train import start
