@@ -49,15 +49,14 @@ class MetricWriter:
 
   def __init__(self, workdir: epath.PathLike, *, start_step: int = 0):
     """Opens the files of `workdir`, which is made if missing, to go on from `start_step`."""
-    self._board = None
+    self.workdir, self._board = epath.Path(workdir), None
     self._pending = ""
     self._lock = threading.Lock()  # a thread may flush on the way to the process's end
     if jax.process_index() != 0:
       return
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    self._appends = can_append(workdir)
-    self._path, self._segments = workdir / FILE, workdir / SEGMENTS
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    self._appends = can_append(self.workdir)
+    self._path, self._segments = self.workdir / FILE, self.workdir / SEGMENTS
     if not self._appends or self._segments.exists():
       self._segments.mkdir(exist_ok=True)
       self._path = self._next_segment()
@@ -65,7 +64,7 @@ class MetricWriter:
       self._pending = "\n"  # an earlier attempt was cut off in the middle of a line
     # TensorBoard hides what it has seen past `purge_step`: the first step still to come.
     self._board = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+      str(self.workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
     )
     self._write_line(start_step, {"resumed": True})
 

@@ -15,7 +15,7 @@ import math
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -25,6 +25,7 @@ from grain.python import SharedMemoryArray
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, SourceConfig
+from mm1_jax.data.drops import Drops
 from mm1_jax.data.examples import Encoder, Example, cut, make_encoder
 from mm1_jax.data.image import ImageError
 from mm1_jax.data.index import UNREADABLE, Index, cache_dir, load_index
@@ -42,7 +43,6 @@ from mm1_jax.data.sources import DataError, RecordError, Source
 from mm1_jax.data.tiling import decode_pictures
 from mm1_jax.data.tokenizer import Tokenizer
 
-MIN_EXAMPLES_TO_JUDGE = 100  # a share of dropped examples means little below this many
 ENDLESS = 1 << 40  # batches
 # A long document is cut over rows near each other; it is tokenised once for all of them.
 CACHED_DOCUMENTS = 64
@@ -92,7 +92,6 @@ class Pipeline:
 
   Attributes:
     tokenizer: the one that the data is tokenised with.
-    drops: examples lost so far, by reason; `indexes` have those that never had a row.
     indexes: by source name, the lengths of all its examples.
   """
 
@@ -109,17 +108,20 @@ class Pipeline:
   ):
     self.tokenizer = tokenizer
     self.indexes = indexes
-    self.drops: collections.Counter = collections.Counter()
+    self._drops = Drops(max_drop_fraction)
     self._loaded = [loaded]
     self._num_rows = num_rows
     self._lengths = lengths
     self._state = state
-    self._max_drop_fraction = max_drop_fraction
-    self._num_examples = 0
     self._error: Exception | None = None
     # Also at exit: Grain's threads and workers do not survive the interpreter's own clean-up. The
     # list lets go of the iterator with that, which would else try to close itself once more.
     self._finalizer = weakref.finalize(self, _close, self._loaded)
+
+  @property
+  def drops(self) -> collections.Counter:
+    """Examples lost so far, by reason; `indexes` have those that never had a row."""
+    return self._drops.reasons
 
   def close(self) -> None:
     """Stops the threads and workers; there is no next batch."""
@@ -142,7 +144,8 @@ class Pipeline:
     try:
       rows = [next(self._loaded[0]) for _ in range(self._num_rows)]
       batch, stats = _join(rows)
-      self._count(stats)
+      self._drops.note(stats.drops)
+      self._drops.count(stats.num_examples, sum(stats.drops.values()))
     except DataError as e:
       self._error = e
       raise
@@ -178,20 +181,6 @@ class Pipeline:
           "source '%s' is used up at step %d; the others keep their proportions",
           *(name, self._state["batch"]),
         )
-
-  def _count(self, stats: BatchStats) -> None:
-    self._num_examples += stats.num_examples + sum(stats.drops.values())
-    self.drops.update(stats.drops)
-    check_drops(self.drops.total(), self._num_examples, self._max_drop_fraction, self.drops)
-
-
-def check_drops(num_dropped: int, num_examples: int, limit: float, reasons: Mapping) -> None:
-  """Raises DataError if more examples were dropped than `limit`, a fraction, allows."""
-  if num_examples >= MIN_EXAMPLES_TO_JUDGE and num_dropped > limit * num_examples:
-    raise DataError(
-      f"{num_dropped} of {num_examples} examples were dropped ({dict(reasons)}), more than "
-      f"data.max_drop_fraction {limit} allows. Repair the source, or raise it."
-    )
 
 
 def _join(rows: Sequence[_Loaded]) -> tuple[Batch, BatchStats]:
