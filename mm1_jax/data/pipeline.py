@@ -24,7 +24,7 @@ from absl import flags, logging
 from grain.python import SharedMemoryArray
 
 from mm1_jax.batch import Batch
-from mm1_jax.config import ConfigError, DataConfig, SourceConfig
+from mm1_jax.config import ConfigError, DataConfig, InputSpec, SourceConfig
 from mm1_jax.data.drops import Drops
 from mm1_jax.data.examples import Encoder, Example, cut, make_encoder
 from mm1_jax.data.image import ImageError
@@ -208,10 +208,8 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 
 def make_pipeline(
   data: DataConfig,
+  spec: InputSpec,
   *,
-  image_size: tuple[int, int],
-  tokens_per_image: int,
-  image_token_id: int,
   process_index: int = 0,
   process_count: int = 1,
   state: dict[str, Any] | None = None,
@@ -222,9 +220,7 @@ def make_pipeline(
 
   Args:
     data: sources and row shape.
-    image_size: height and width that pictures are resized to, in pixels.
-    tokens_per_image: positions of a picture, without its delimiters (T).
-    image_token_id: the model's `<image>` id, checked against the tokenizer's.
+    spec: the model's inputs; its `<image>` id is checked against the tokenizer's.
     process_index: of this process.
     process_count: processes that share the global batch.
     state: what `Pipeline.state()` returned, on any number of processes.
@@ -236,7 +232,7 @@ def make_pipeline(
   if not data.sources:
     raise ConfigError("data.sources is empty; name at least one source to train on.")
   rows = _local_rows(data, process_index, process_count)
-  encoder = _encoder(data, image_size, tokens_per_image, image_token_id)
+  encoder = _encoder(data, spec)
   sources = [Source(config) for config in data.leaves]
   indexes = [_index(source, encoder, data, process_index) for source in sources]
   plan = Plan(data, indexes, len(encoder.image_ids))
@@ -247,7 +243,7 @@ def make_pipeline(
     state = {"batch": 0, "plan": plan.first_state.to_dict(), "fingerprint": now}
   check_fingerprint(state["fingerprint"], now, state["plan"].get("batch", 0))
   planned = PlannedBatches(plan, WindowState.from_dict(state["plan"]), state["batch"], rows)
-  load = RowLoader(data, sources, indexes, encoder, image_size, len(rows))
+  load = RowLoader(data, sources, indexes, encoder, spec.image_size, len(rows))
   ahead = math.ceil(data.prefetch_batches * len(rows) / max(1, data.num_workers))
   loaded = grain.MapDataset.source(PlannedRows(planned, len(rows))).map(load)
   loaded = loaded.to_iter_dataset(grain.ReadOptions(NUM_THREADS, max(NUM_THREADS, ahead)))
@@ -296,10 +292,8 @@ def _ignore_interrupts(_worker: int, _num_workers: int) -> None:
 def make_eval_batches(
   source: SourceConfig,
   data: DataConfig,
+  spec: InputSpec,
   *,
-  image_size: tuple[int, int],
-  tokens_per_image: int,
-  image_token_id: int,
   process_index: int = 0,
   process_count: int = 1,
   limit: int | None = None,
@@ -312,11 +306,9 @@ def make_eval_batches(
   Args:
     source: what to evaluate on.
     data: row shape, batch size and tokenizer; its own sources are not looked at.
-    image_size: as in `make_pipeline`, like the arguments below.
-    tokens_per_image: see above.
-    image_token_id: see above.
-    process_index: see above.
-    process_count: see above.
+    spec: as in `make_pipeline`, like `process_index` and `process_count`.
+    process_index: see there.
+    process_count: see there.
     limit: batches to stop after.
 
   Raises:
@@ -324,7 +316,7 @@ def make_eval_batches(
     DataError: files that are missing, damaged or empty.
   """
   local = _local_rows(data, process_index, process_count)
-  encoder = _encoder(data, image_size, tokens_per_image, image_token_id)
+  encoder = _encoder(data, spec)
   opened = Source(source)
   index = _index(opened, encoder, data, process_index)
   rows = plan_once(index, data, len(encoder.image_ids))
@@ -334,7 +326,7 @@ def make_eval_batches(
     _Planned(rows[start + r], None, (start, i)) for start in starts for i, r in enumerate(local)
   ]
   here = dataclasses.replace(data, num_workers=0)
-  load = RowLoader(here, [opened], [index], encoder, image_size, len(local))
+  load = RowLoader(here, [opened], [index], encoder, spec.image_size, len(local))
   loaded = grain.MapDataset.source(planned).map(load)
   options = grain.ReadOptions(NUM_THREADS, max(NUM_THREADS, len(local)))
   return _eval_batches(loaded.to_iter_dataset(options), len(local), source.name)
@@ -540,16 +532,14 @@ class RowLoader:
     self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
 
 
-def _encoder(
-  data: DataConfig, image_size: tuple[int, int], tokens_per_image: int, image_token_id: int
-) -> Encoder:
+def _encoder(data: DataConfig, spec: InputSpec) -> Encoder:
   tokenizer = Tokenizer(data.tokenizer)
-  if tokenizer.image_id != image_token_id:
+  if tokenizer.image_id != spec.image_token_id:
     raise ConfigError(
-      f"model.image_token_id is {image_token_id}, but data.tokenizer '{data.tokenizer}' has "
+      f"model.image_token_id is {spec.image_token_id}, but data.tokenizer '{data.tokenizer}' has "
       f"<image> at {tokenizer.image_id}; set it to that."
     )
-  encoder = make_encoder(data, tokenizer, image_size=image_size, tokens_per_image=tokens_per_image)
+  encoder = make_encoder(data, tokenizer, spec)
   if data.images_per_row and len(encoder.image_ids) > data.seq_len:
     raise ConfigError(
       f"data.seq_len {data.seq_len} cannot hold one image of {len(encoder.image_ids)} positions."

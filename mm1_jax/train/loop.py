@@ -268,8 +268,7 @@ def _draw(batch: Batch, pipeline: Pipeline, run: RunConfig, writer: MetricWriter
     encoder = make_encoder(
       run.data,
       pipeline.tokenizer,
-      image_size=run.model.vision.image_size,
-      tokens_per_image=run.model.connector.num_tokens,
+      run.input_spec,
     )
     picture = draw_batch(batch, encoder, [source.name for source in run.data.leaves])
     writer.write_images(0, {"first_batch": picture})

@@ -25,7 +25,7 @@ from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.inference.answers import Answers, answers
 from mm1_jax.inference.model import IN_FLOAT32, abstract_params
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import abstract_state, make_mesh
+from mm1_jax.sharding import abstract_state, make_params_mesh
 
 STACKS = ("decoder.units", "vit.blocks")
 # Bytes of a stacked param that are read at once, or of one block of it if that is more. As many
@@ -120,8 +120,7 @@ class Source:
     return make_encoder(
       self.run.data,
       self.tokenizer,
-      image_size=self.run.model.vision.image_size,
-      tokens_per_image=self.run.model.connector.num_tokens,
+      self.run.input_spec,
     )
 
   def answers(self) -> Answers:
@@ -168,9 +167,7 @@ class Source:
 
 def _abstract(run: RunConfig) -> Any:
   """Returns the model's shapes, on a mesh of one device."""
-  train = dataclasses.replace(run.train, accumulation_steps=1)
-  one = dataclasses.replace(run, mesh=MeshConfig(fsdp=1), train=train)
-  return abstract_params(run, make_mesh(one, jax.devices()[:1]))
+  return abstract_params(run, make_params_mesh(run.model, MeshConfig(), jax.devices()[:1]))
 
 
 def parts(name: str, shape: tuple[int, ...]) -> list[Part]:

@@ -114,8 +114,7 @@ def read_records(run: RunConfig, source: SourceConfig, *, num_records: int, seed
   encoder = make_encoder(
     run.data,
     tokenizer,
-    image_size=run.model.vision.image_size,
-    tokens_per_image=run.model.connector.num_tokens,
+    run.input_spec,
   )
   rng = np.random.default_rng(seed)
   drawn = rng.choice(len(opened), min(num_records, len(opened)), replace=False)

@@ -145,8 +145,7 @@ def read_stream(run: RunConfig, *, first_step: int, num_batches: int, num_rows: 
   encoder = make_encoder(
     run.data,
     first.tokenizer,
-    image_size=run.model.vision.image_size,
-    tokens_per_image=run.model.connector.num_tokens,
+    run.input_spec,
   )
   steps = range(first_step, first_step + num_batches)
   plan = Plan(data, list(first.indexes.values()), run.image_positions)
@@ -181,9 +180,7 @@ def _pipeline(
   """Returns the stream of the first `num_rows` rows: those of the first of several processes."""
   return make_pipeline(
     data,
-    image_size=run.model.vision.image_size,
-    tokens_per_image=run.model.connector.num_tokens,
-    image_token_id=run.model.image_token_id,
+    run.input_spec,
     process_count=data.batch_size // num_rows,
     state=state,
   )
