@@ -683,7 +683,7 @@ class RunConfig(_Group, where=""):
     Raises:
       ConfigError: naming the number that does not divide, and by what it must.
     """
-    sizes = dict(zip(MESH_AXES, self.mesh.resolve(num_devices), strict=True))
+    sizes: dict[str, int] = dict(zip(MESH_AXES, self.mesh.resolve(num_devices), strict=True))
     rows = self.data.batch_size // self.train.accumulation_steps
     batch = math.prod(sizes[a] for a in BATCH_AXES)
     _divides("data.batch_size / train.accumulation_steps", rows, " x ".join(BATCH_AXES), batch)

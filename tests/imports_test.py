@@ -217,7 +217,7 @@ def test_every_rule_can_fail(module: str, source: str):
     ("mm1_jax.eval.fewshot", "from mm1_jax.inference import sampler"),
     ("mm1_jax.main", "from mm1_jax import cli\nfrom mm1_jax.train import loop"),
     ("mm1_jax.data.build.options", "from mm1_jax import cli"),
-    ("mm1_jax.data.inspect.stream", "from mm1_jax.data import plan\nfrom mm1_jax import drawing"),
+    ("mm1_jax.data.inspect.stream", "from mm1_jax.data import mixing\nfrom mm1_jax import drawing"),
   ],
 )
 def test_allowed_imports_pass(module: str, source: str):

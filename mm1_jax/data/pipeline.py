@@ -29,16 +29,16 @@ from mm1_jax.data.drops import Drops
 from mm1_jax.data.examples import Encoder, Example, cut, make_encoder
 from mm1_jax.data.image import ImageError
 from mm1_jax.data.index import UNREADABLE, Index, cache_dir, load_index
-from mm1_jax.data.packing import Segment, assemble, stack
-from mm1_jax.data.plan import (
+from mm1_jax.data.mixing import (
+  Mixer,
   Piece,
-  Plan,
   Row,
   WindowState,
   check_fingerprint,
   fingerprint,
   plan_once,
 )
+from mm1_jax.data.packing import Segment, assemble, stack
 from mm1_jax.data.sources import DataError, RecordError, Source
 from mm1_jax.data.tiling import decode_pictures
 from mm1_jax.data.tokenizer import Tokenizer
@@ -235,14 +235,14 @@ def make_pipeline(
   encoder = _encoder(data, spec)
   sources = [Source(config) for config in data.leaves]
   indexes = [_index(source, encoder, data, process_index) for source in sources]
-  plan = Plan(data, indexes, len(encoder.image_ids))
+  mixer = Mixer(data, indexes, len(encoder.image_ids))
   if process_index == 0:
-    _log_slots(data, plan)
+    _log_slots(data, mixer)
   now = fingerprint(data, len(encoder.image_ids), indexes)
   if state is None:
-    state = {"batch": 0, "plan": plan.first_state.to_dict(), "fingerprint": now}
+    state = {"batch": 0, "plan": mixer.first_state.to_dict(), "fingerprint": now}
   check_fingerprint(state["fingerprint"], now, state["plan"].get("batch", 0))
-  planned = PlannedBatches(plan, WindowState.from_dict(state["plan"]), state["batch"], rows)
+  planned = PlannedBatches(mixer, WindowState.from_dict(state["plan"]), state["batch"], rows)
   load = RowLoader(data, sources, indexes, encoder, spec.image_size, len(rows))
   ahead = math.ceil(data.prefetch_batches * len(rows) / max(1, data.num_workers))
   loaded = grain.MapDataset.source(PlannedRows(planned, len(rows))).map(load)
@@ -259,20 +259,20 @@ def make_pipeline(
     num_rows=len(rows),
     tokenizer=encoder.tokenizer,
     indexes={config.name: index for config, index in zip(data.leaves, indexes, strict=True)},
-    lengths=[order.length for order in plan.orders],
+    lengths=[order.length for order in mixer.orders],
     state=state,
     # Of several processes each sees a part; `train.loop` adds them up.
     max_drop_fraction=data.max_drop_fraction if process_count == 1 else 1.0,
   )
 
 
-def _log_slots(data: DataConfig, plan: Plan) -> None:
+def _log_slots(data: DataConfig, mixer: Mixer) -> None:
   """Says how full the image slots will be, and how many would suit the data."""
   for step in (0, *(change.step for change in data.reweight)):
-    images = plan.expected_images(step)
+    images = mixer.expected_images(step)
     if not images or data.packing != "joint":
       continue  # rows of one source need what that source needs
-    enough = min(math.ceil(SLOTS_TO_SPARE * images), data.seq_len // plan.image_positions)
+    enough = min(math.ceil(SLOTS_TO_SPARE * images), data.seq_len // mixer.image_positions)
     if data.images_per_row < images:
       used = f"too few: rows will be about {data.images_per_row / images:.0%} full"
     else:
@@ -350,8 +350,8 @@ class PlannedBatches:
   plans again from the beginning. Pickles without what it has planned.
   """
 
-  def __init__(self, plan: Plan, state: WindowState, first: int, rows: range):
-    self._plan = plan
+  def __init__(self, mixer: Mixer, state: WindowState, first: int, rows: range):
+    self._mixer = mixer
     self._first = first
     self._rows = rows
     self._base = state
@@ -370,7 +370,7 @@ class PlannedBatches:
     """Returns this process's rows of batch `first + index`, and the state for the one after it."""
     batch = self._first + index
     rows, state, after = self._window(batch)
-    start = (batch - state.batch) * self._plan.batch_size
+    start = (batch - state.batch) * self._mixer.batch_size
     return [rows[start + r] for r in self._rows], after if batch + 1 == after.batch else state
 
   def _window(self, batch: int) -> tuple[list[Row], WindowState, WindowState]:
@@ -380,15 +380,15 @@ class PlannedBatches:
         self._windows.clear()
       while not self._windows or self._windows[-1][2].batch <= batch:
         state = self._windows[-1][2] if self._windows else self._base
-        rows, after = self._plan.window(state)
+        rows, after = self._mixer.window(state)
         self._windows.append((rows, state, after))
       return next(window for window in self._windows if batch < window[2].batch)
 
   def __getstate__(self):
-    return self._plan, self._base, self._first, self._rows
+    return self._mixer, self._base, self._first, self._rows
 
   def __setstate__(self, state):
-    self._plan, self._base, self._first, self._rows = state
+    self._mixer, self._base, self._first, self._rows = state
     self._reset()
 
 

@@ -28,7 +28,7 @@ class Tally(NamedTuple):
     counts = stats.num_positions, stats.num_images, stats.num_examples, sum(stats.drops.values())
     return cls(1, stopping, stats.padded_fraction, stats.empty_slot_fraction, *counts)
 
-  def over_processes(self, mesh: Mesh) -> jax.Array:
+  def over_processes(self, mesh: Mesh) -> jax.Array | np.ndarray:
     """Returns the sum over processes, which a step that is dispatched later does not delay."""
     return distributed.sum_over_processes(np.array(self, np.float32), mesh)
 
