@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 from configs import common
 from mm1_jax import cli
-from mm1_jax.config import DataConfig, RunConfig
+from mm1_jax.config import DataConfig, InputSpec, RunConfig
 from mm1_jax.data.pipeline import make_pipeline
 
-IMAGES = {"image_size": (32, 32), "tokens_per_image": 16, "image_token_id": 4}
+INPUTS = InputSpec(image_size=(32, 32), tokens_per_image=16, image_token_id=4)
 
 
 class Leg(NamedTuple):
@@ -99,7 +99,7 @@ def make_slice(
 ) -> Slice:
   """Makes one process's rows of so many batches; runs in a process of its own."""
   pipeline = make_pipeline(
-    data, **IMAGES, process_index=process_index, process_count=process_count, state=state
+    data, INPUTS, process_index=process_index, process_count=process_count, state=state
   )
   hashes = []
   for _ in range(num_batches):
@@ -113,7 +113,7 @@ def make_slice(
 
 def seconds_to_first_batch(data: DataConfig, step: int) -> float:
   """Returns how long the first batch takes from a state as it would be at `step`."""
-  pipeline = make_pipeline(data, **IMAGES)
+  pipeline = make_pipeline(data, INPUTS)
   for _ in range(9):
     next(pipeline)
   state = pipeline.state()
@@ -125,7 +125,7 @@ def seconds_to_first_batch(data: DataConfig, step: int) -> float:
   plan["placed"] = [int(drawn * share) for share in shares]
   plan["batch"], state["batch"] = step, step
   start = time.perf_counter()
-  pipeline = make_pipeline(data, **IMAGES, state=state)
+  pipeline = make_pipeline(data, INPUTS, state=state)
   next(pipeline)
   seconds = time.perf_counter() - start
   pipeline.close()

@@ -20,8 +20,9 @@ from typing import Any
 from bench.ours import save_work
 from bench.workers import Worker, by_turns
 from configs import mm1_debug
+from mm1_jax.chips import PEAK_FLOPS
 from mm1_jax.config import RunConfig
-from mm1_jax.metrics import PEAK_FLOPS, model_flops
+from mm1_jax.models.flops import model_flops
 from mm1_jax.sharding import make_mesh
 from mm1_jax.train.feed import training_batches
 

@@ -32,7 +32,7 @@ import PIL.Image
 
 from bench import data_peers
 from mm1_jax import cli
-from mm1_jax.config import DataConfig, SourceConfig
+from mm1_jax.config import DataConfig, InputSpec, SourceConfig
 from mm1_jax.data import sample
 from mm1_jax.data.image import decode_image
 from mm1_jax.data.pipeline import make_pipeline
@@ -103,7 +103,7 @@ def ours(args: argparse.Namespace) -> Iterator[int]:
     images_per_row=16,  # 15 come with a full row
     num_workers=args.workers,
   )
-  pipeline = make_pipeline(config, image_size=SIZE, tokens_per_image=144, image_token_id=4)
+  pipeline = make_pipeline(config, InputSpec(SIZE, 144, 4))
   for _, stats in pipeline:
     yield stats.num_images
 

@@ -30,7 +30,7 @@ from configs import common
 from mm1_jax import checkpoint, cli
 from mm1_jax.config import SourceConfig
 from mm1_jax.convert.export import exporter
-from mm1_jax.convert.export.format import Options
+from mm1_jax.convert.export.format import ExportOptions
 from mm1_jax.data.sources import Source
 from mm1_jax.inference.model import IN_FLOAT32, Model
 from mm1_jax.inference.prompts import Request
@@ -76,7 +76,7 @@ def main() -> None:
   for name in args.format:
     out, answers = args.workdir / name, args.workdir / f"{name}.npz"
     fresh = FRESH[name]
-    exporter.export(args.checkpoint, out, name, Options(fresh.dtype))
+    exporter.export(args.checkpoint, out, name, ExportOptions(fresh.dtype))
     packages = [part.replace("EXPORT", str(out)) for part in fresh.packages]
     python = args.python or make_environment(args.workdir / f"venv_{name}", packages)
     # From elsewhere, so that nothing of this tree can be imported.

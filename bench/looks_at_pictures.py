@@ -51,8 +51,7 @@ def held_out_captions(run: RunConfig) -> tuple[list[Batch], np.ndarray]:
   encoder = make_encoder(
     run.data,
     tokenizer,
-    image_size=run.model.vision.image_size,
-    tokens_per_image=run.model.connector.num_tokens,
+    run.input_spec,
   )
   rows, names = [], []
   for record in (source[i] for i in range(len(source))):

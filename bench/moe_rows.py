@@ -29,7 +29,7 @@ from mm1_jax.sharding import LAYOUT, device_batch, make_mesh
 from mm1_jax.train.feed import held_out_batches, training_batches
 from mm1_jax.train.loss import loss_fn
 from mm1_jax.train.optimizer import split_frozen
-from mm1_jax.train.step import TrainState, _gradients, init_state, train_step
+from mm1_jax.train.step import TrainState, _gradients, init_state, train_step_on
 
 EXPERTS, WIDTH, ROWS, POSITIONS = 64, 64, 4, 512
 
@@ -106,7 +106,7 @@ def main() -> None:
     state = jax.jit(lambda: init_state(MM1(jax.random.key(0), run.model), run))()
     accumulation(run, mesh, state, next(batches)[0], 0)
     for _ in range(args.steps):
-      state, _ = train_step(state, device_batch(next(batches)[0], mesh), run=run)
+      state, _ = train_step_on(mesh)(state, device_batch(next(batches)[0], mesh), run=run)
     accumulation(run, mesh, state, next(batches)[0], args.steps)
     held_out(run, mesh, state.model)
 

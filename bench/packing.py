@@ -22,7 +22,7 @@ from mm1_jax import cli
 from mm1_jax.config import DataConfig, RunConfig
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.index import Index, load_index
-from mm1_jax.data.plan import Plan, Row
+from mm1_jax.data.mixing import Mixer, Row
 from mm1_jax.data.sources import Source
 from mm1_jax.data.tokenizer import Tokenizer
 
@@ -66,11 +66,11 @@ def load_indexes(data: DataConfig) -> list[Index]:
 
 
 def measure(data: DataConfig, indexes: Sequence[Index], num_rows: int) -> Filled:
-  plan = Plan(data, indexes, TOKENS_PER_IMAGE + 2)
-  state, rows = plan.first_state, []
+  mixer = Mixer(data, indexes, TOKENS_PER_IMAGE + 2)
+  state, rows = mixer.first_state, []
   start = time.process_time()
   while len(rows) < num_rows:
-    more, state = plan.window(state)
+    more, state = mixer.window(state)
     rows += more
   seconds = time.process_time() - start
   return filled(data, indexes, rows, 1000 * seconds / len(rows))

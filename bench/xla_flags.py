@@ -4,7 +4,7 @@
   python -m bench.xla_flags --slice=v6e-4 --options='; xla_tpu_scoped_vmem_limit_kib=65536'
 
 Compiles forward, backward and update of two layers of Llama-2-7B's shape, 8192 tokens a chip, once
-for each set of options; the first is what `mm1_jax/train/xla_flags.py` has for the chip. Nothing
+for each set of options; the first is what `mm1_jax/chips.py` has for the chip. Nothing
 runs: `mm1_jax.plan` prices the programs, see docs/plans.md. Differences under 5% are no win.
 """
 

@@ -22,14 +22,6 @@ from mm1_jax import cli
 from mm1_jax.config import ConfigError
 from mm1_jax.plan.topology import Topology, find_topology
 
-# GKE's names of what `plan` calls chips; `cloud.google.com/gke-tpu-accelerator`.
-ACCELERATORS = {
-  "v4": "tpu-v4-podslice",
-  "v5e": "tpu-v5-lite-podslice",
-  "v5p": "tpu-v5p-slice",
-  "v6e": "tpu-v6e-slice",
-  "tpu7x": "tpu7x",
-}
 STOPPED_CODE = 75  # a job that fails is started again, one that succeeds is not
 SPOT_SECONDS = 25  # that GKE gives a pod on a spot node between SIGTERM and the end
 
@@ -41,7 +33,7 @@ def manifest(
   chips = math.prod(topology.shape)
   hosts = topology.num_hosts // topology.num_slices
   selector = {
-    "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[topology.chip.name],
+    "cloud.google.com/gke-tpu-accelerator": topology.chip.gke_name,
     "cloud.google.com/gke-tpu-topology": "x".join(map(str, topology.shape)),
   }
   pod: dict[str, Any] = {

@@ -65,6 +65,16 @@ def _require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
+def _divides(key: str, value: int, axes: str, size: int) -> None:
+  """Checks that field `key` divides over mesh axes whose lengths multiply to `size`."""
+  below = value - value % size
+  fits = f"{below} or {below + size}" if below else f"{size}"
+  _require(
+    value % size == 0,
+    f"{key} {value} does not divide over mesh axes {axes} = {size}; {fits} would fit.",
+  )
+
+
 class _Group:
   """Settings that belong together, checked however they are made: by number, then `_check`."""
 
@@ -275,6 +285,27 @@ class ModelConfig(_Group, where="model."):
   # chip are left out. None encodes all slots at once: best where most are filled, as on a pod, for
   # each group gathers the encoder's weights.
   image_group: Count | None = None
+
+  def check_mesh(self, sizes: Mapping[str, int]) -> None:
+    """Checks that the params divide over a mesh with axes of these lengths.
+
+    Raises:
+      ConfigError: naming the number that does not divide, and by what it must.
+    """
+    decoder, vision, tensor = self.decoder, self.vision, sizes["tensor"]
+    weights, fsdp = math.prod(sizes[a] for a in FSDP_AXES), " x ".join(FSDP_AXES)
+    _divides("model.decoder.width", decoder.width, fsdp, weights)
+    _divides("model.vision.width", vision.width, fsdp, weights)
+    _divides("model.connector.hidden", self.connector.hidden, fsdp, weights)
+    for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
+      _divides(f"model.decoder.{name}", getattr(decoder, name), "tensor", tensor)
+    for name in ("num_heads", "mlp_dim"):
+      _divides(f"model.vision.{name}", getattr(vision, name), "tensor", tensor)
+    if decoder.moe:
+      experts = decoder.moe.num_experts
+      _divides("model.decoder.moe.num_experts", experts, "expert", sizes["expert"])
+      split = tensor * sizes["fsdp"] * sizes["sequence"]
+      _divides("model.decoder.mlp_dim", decoder.mlp_dim, "tensor x fsdp x sequence", split)
 
   def _check(self) -> None:
     whole = self.remat in ("none", "dots", "full")
@@ -602,6 +633,15 @@ class MeshConfig(_Group, where="mesh."):
 
 
 @dataclasses.dataclass(frozen=True)
+class InputSpec:
+  """What a model takes in: all that the data code knows of it."""
+
+  image_size: tuple[int, int]  # pixels, height and width
+  tokens_per_image: int  # positions of a picture, or of a sub-image, without delimiters (T)
+  image_token_id: int  # the id at those positions
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig(_Group, where=""):
   """Everything that defines a run, apart from where it writes."""
 
@@ -612,6 +652,12 @@ class RunConfig(_Group, where=""):
   train: TrainConfig = TrainConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   mesh: MeshConfig = MeshConfig()
+
+  @property
+  def input_spec(self) -> InputSpec:
+    """What the model takes in."""
+    model = self.model
+    return InputSpec(model.vision.image_size, model.connector.num_tokens, model.image_token_id)
 
   @property
   def image_positions(self) -> int:
@@ -637,37 +683,13 @@ class RunConfig(_Group, where=""):
     Raises:
       ConfigError: naming the number that does not divide, and by what it must.
     """
-    sizes = dict(zip(MESH_AXES, self.mesh.resolve(num_devices), strict=True))
+    sizes: dict[str, int] = dict(zip(MESH_AXES, self.mesh.resolve(num_devices), strict=True))
     rows = self.data.batch_size // self.train.accumulation_steps
     batch = math.prod(sizes[a] for a in BATCH_AXES)
-    weights, fsdp = math.prod(sizes[a] for a in FSDP_AXES), " x ".join(FSDP_AXES)
-    decoder, vision = self.model.decoder, self.model.vision
-    rules = [
-      ("data.batch_size / train.accumulation_steps", rows, "data x fsdp x expert", batch),
-      ("data.seq_len", self.data.seq_len, "sequence", sizes["sequence"]),
-      ("model.decoder.width", decoder.width, fsdp, weights),
-      ("model.vision.width", vision.width, fsdp, weights),
-      ("model.connector.hidden", self.model.connector.hidden, fsdp, weights),
-      ("model.decoder.num_heads", decoder.num_heads, "tensor", sizes["tensor"]),
-      ("model.decoder.num_kv_heads", decoder.num_kv_heads, "tensor", sizes["tensor"]),
-      ("model.decoder.mlp_dim", decoder.mlp_dim, "tensor", sizes["tensor"]),
-      ("model.decoder.vocab_size", decoder.vocab_size, "tensor", sizes["tensor"]),
-      ("model.vision.num_heads", vision.num_heads, "tensor", sizes["tensor"]),
-      ("model.vision.mlp_dim", vision.mlp_dim, "tensor", sizes["tensor"]),
-    ]
-    if decoder.moe:
-      experts = decoder.moe.num_experts
-      rules.append(("model.decoder.moe.num_experts", experts, "expert", sizes["expert"]))
-      split = sizes["tensor"] * sizes["fsdp"] * sizes["sequence"]
-      rules.append(("model.decoder.mlp_dim", decoder.mlp_dim, "tensor x fsdp x sequence", split))
-    for key, value, axes, size in rules:
-      below = value - value % size
-      fits = f"{below} or {below + size}" if below else f"{size}"
-      _require(
-        value % size == 0,
-        f"{key} {value} does not divide over mesh axes {axes} = {size}; {fits} would fit.",
-      )
-    return self.mesh.resolve(num_devices)
+    _divides("data.batch_size / train.accumulation_steps", rows, " x ".join(BATCH_AXES), batch)
+    _divides("data.seq_len", self.data.seq_len, "sequence", sizes["sequence"])
+    self.model.check_mesh(sizes)
+    return tuple(sizes.values())
 
   def _check(self) -> None:
     data, train = self.data, self.train

@@ -19,7 +19,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mm1_jax.batch import Batch
-from mm1_jax.config import BATCH_AXES, FSDP_AXES, MESH_AXES, ConfigError, RunConfig
+from mm1_jax.config import (
+  BATCH_AXES,
+  FSDP_AXES,
+  MESH_AXES,
+  ConfigError,
+  MeshConfig,
+  ModelConfig,
+  RunConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +71,23 @@ def make_mesh(run: RunConfig, devices: Sequence[Any] | None = None) -> Mesh:
     ConfigError: the run does not divide over the mesh, or `data` not over the slices.
   """
   devices = jax.devices() if devices is None else devices
-  grid = arrange(run.check_mesh(len(devices)), devices)
-  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+  return _mesh(run.check_mesh(len(devices)), devices)
+
+
+def make_params_mesh(model: ModelConfig, mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
+  """Returns the mesh over `devices` for a model's params alone, where no given batch has to fit.
+
+  Raises:
+    ConfigError: the params do not divide over the mesh.
+  """
+  sizes = mesh.resolve(len(devices))
+  model.check_mesh(dict(zip(MESH_AXES, sizes, strict=True)))
+  return _mesh(sizes, devices)
+
+
+def _mesh(sizes: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
+  axis_types = (AxisType.Explicit,) * len(MESH_AXES)
+  return Mesh(arrange(sizes, devices), MESH_AXES, axis_types=axis_types)
 
 
 def arrange(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:

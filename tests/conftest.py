@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={NUM_DEVICES} "
-    # As in mm1_jax/train/xla_flags.py, for what tests compile themselves.
+    # As in mm1_jax/chips.py, for what tests compile themselves.
     "--xla_cpu_enable_concurrency_optimized_scheduler=false"
   )
   os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

@@ -18,6 +18,7 @@ TRAINING = {"jax", "flax", "optax", "orbax", "torch", "transformers", "tensorflo
 MAY_IMPORT: dict[str, set[str]] = {
   "mm1_jax.config": {"mm1_jax.ranges"},
   "mm1_jax.ranges": set(),
+  "mm1_jax.chips": set(),
   "mm1_jax.batch": set(),
   "mm1_jax.sharding": CONTRACTS,
   "mm1_jax.overrides": {"mm1_jax.config"},
@@ -25,17 +26,18 @@ MAY_IMPORT: dict[str, set[str]] = {
   "mm1_jax.configs": set(),
   "mm1_jax.cli": CONTRACTS | {"mm1_jax.config_files", "mm1_jax.overrides"},
   "mm1_jax.inputs": CONTRACTS | {"mm1_jax.checkpoint", "mm1_jax.data"},
-  "mm1_jax.metrics": CONTRACTS,
+  "mm1_jax.metrics": CONTRACTS | {"mm1_jax.chips"},
   "mm1_jax.drawing": set(),
   "mm1_jax.report": CONTRACTS | {"mm1_jax.drawing", "mm1_jax.metrics"},
   "mm1_jax.distributed": CONTRACTS | {"mm1_jax.sharding"},
   "mm1_jax.checkpoint": CONTRACTS | {"mm1_jax.sharding", "mm1_jax.models.layers"},
-  "mm1_jax.models": CONTRACTS | {"mm1_jax.sharding"},
+  "mm1_jax.models": CONTRACTS | {"mm1_jax.chips", "mm1_jax.sharding"},
   "mm1_jax.data": CONTRACTS,
   "mm1_jax.data.build": CONTRACTS | {"mm1_jax.cli", "mm1_jax.data"},
   "mm1_jax.data.inspect": CONTRACTS | {"mm1_jax.cli", "mm1_jax.data", "mm1_jax.drawing"},
   "mm1_jax.train": CONTRACTS
   | {
+    "mm1_jax.chips",
     "mm1_jax.sharding",
     "mm1_jax.distributed",
     "mm1_jax.models",
@@ -67,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
   },
   "mm1_jax.plan": CONTRACTS
   | {
+    "mm1_jax.chips",
     "mm1_jax.cli",
     "mm1_jax.drawing",
     "mm1_jax.sharding",
@@ -82,6 +85,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_NOT_IMPORT: dict[str, set[str]] = {
   "mm1_jax.config": TRAINING | {"grain"},
   "mm1_jax.batch": TRAINING | {"grain"},
+  "mm1_jax.chips": TRAINING | {"grain"},
   "mm1_jax.models": {"grain", "orbax", "optax", "torch", "transformers", "tensorflow"},
   "mm1_jax.data": TRAINING,
   "mm1_jax.metrics": {"tensorflow"},
@@ -183,6 +187,9 @@ def test_no_module_is_called_utils():
     ("mm1_jax.config", "from mm1_jax import batch"),
     ("mm1_jax.config", "import jax"),
     ("mm1_jax.batch", "import jax"),
+    ("mm1_jax.chips", "from mm1_jax import config"),
+    ("mm1_jax.chips", "import jax"),
+    ("mm1_jax.data.packing", "from mm1_jax import chips"),
     ("mm1_jax.train.loop", "from mm1_jax import main"),
     ("mm1_jax.main", "from configs import mm1_debug"),
     ("mm1_jax.cli", "import configs.mm1_debug"),
@@ -210,7 +217,7 @@ def test_every_rule_can_fail(module: str, source: str):
     ("mm1_jax.eval.fewshot", "from mm1_jax.inference import sampler"),
     ("mm1_jax.main", "from mm1_jax import cli\nfrom mm1_jax.train import loop"),
     ("mm1_jax.data.build.options", "from mm1_jax import cli"),
-    ("mm1_jax.data.inspect.stream", "from mm1_jax.data import plan\nfrom mm1_jax import drawing"),
+    ("mm1_jax.data.inspect.stream", "from mm1_jax.data import mixing\nfrom mm1_jax import drawing"),
   ],
 )
 def test_allowed_imports_pass(module: str, source: str):

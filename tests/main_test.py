@@ -162,9 +162,7 @@ def write_run(workdir: pathlib.Path) -> None:
   )
   pipeline = make_pipeline(
     run.data,
-    image_size=run.model.vision.image_size,
-    tokens_per_image=run.model.connector.num_tokens,
-    image_token_id=run.model.image_token_id,
+    run.input_spec,
   )
   checkpoint.write_run_files(workdir, run)
   with checkpoint.Checkpointer(workdir, run.checkpoint) as checkpointer:

@@ -16,10 +16,17 @@ from jax.sharding import PartitionSpec as P
 
 from configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.batch import Batch
-from mm1_jax.config import FSDP_AXES, MESH_AXES, ConfigError, RunConfig
+from mm1_jax.config import FSDP_AXES, MESH_AXES, ConfigError, MeshConfig, RunConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.topology import find_topology
-from mm1_jax.sharding import LAYOUT, abstract_state, device_batch, gather, make_mesh
+from mm1_jax.sharding import (
+  LAYOUT,
+  abstract_state,
+  device_batch,
+  gather,
+  make_mesh,
+  make_params_mesh,
+)
 from mm1_jax.train.step import init_state
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "shardings"
@@ -46,6 +53,16 @@ def test_mesh_that_does_not_fit_the_run_is_refused():
     make_mesh(load("dense", fsdp=1, tensor=8))
   with pytest.raises(ConfigError, match=r"needs 4 devices; there are 8"):
     make_mesh(load("dense", fsdp=4))
+
+
+def test_a_mesh_for_params_alone_asks_nothing_of_the_rows():
+  run = RunConfig.from_dict(load("dense", fsdp=8).to_dict() | {"data": {"batch_size": 3}})
+  with pytest.raises(ConfigError, match=r"batch_size .* 3 does not divide"):
+    make_mesh(run)
+  devices = jax.devices()
+  assert make_params_mesh(run.model, run.mesh, devices) == make_mesh(load("dense", fsdp=8))
+  with pytest.raises(ConfigError, match=r"num_heads 4 does not divide over .* tensor = 8"):
+    make_params_mesh(run.model, MeshConfig(tensor=8), devices)
 
 
 @pytest.mark.parametrize(

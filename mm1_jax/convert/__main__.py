@@ -125,9 +125,9 @@ def _add_export(verbs) -> None:
 
 def _export(args) -> None:
   from mm1_jax.convert.export import exporter
-  from mm1_jax.convert.export.format import Options
+  from mm1_jax.convert.export.format import ExportOptions
 
-  options = Options(dtype=args.dtype, max_shard_gb=args.max_shard_gb)
+  options = ExportOptions(dtype=args.dtype, max_shard_gb=args.max_shard_gb)
   compared = exporter.export(args.checkpoint, args.out, args.format, options)
   print(f"exported '{args.out}': {compared}.")
 

@@ -19,27 +19,27 @@ from mm1_jax.convert.layouts import (
   SAME,
   ClassPosition,
   FusedThird,
-  Layout,
   PositionsBehindClass,
   Rows,
   SiglipPatch,
   SiglipPositions,
+  WeightLayout,
 )
 from mm1_jax.convert.tensors import Tensors
 
 
-class Piece(NamedTuple):
+class WeightPiece(NamedTuple):
   """A part of one of our arrays, and the tensors of theirs that it is made of."""
 
   ours: str  # name of a param, as in `checkpoint.to_names`
   at: tuple[int, ...]  # index of its leading dims: the block of a stack, or nothing
   theirs: tuple[str, ...]
-  layout: Layout
+  layout: WeightLayout
 
 
 Settings = Mapping[str, Any]
 # Name of ours in a block or layer: name of theirs in it, and how it lies.
-Table = Mapping[str, tuple[str, Layout]]
+Table = Mapping[str, tuple[str, WeightLayout]]
 
 # Decoders: names as `transformers` saves them; a layer's are behind `layers.I.`.
 LLAMA: Table = {
@@ -207,20 +207,20 @@ def _check_router(settings: Settings, kind: str, top_k: int) -> None:
     )
 
 
-def decoder_pieces(kind: str, cfg: DecoderConfig, tensors: Tensors) -> Iterator[Piece]:
+def decoder_pieces(kind: str, cfg: DecoderConfig, tensors: Tensors) -> Iterator[WeightPiece]:
   """Yields the pieces of a decoder of a family."""
   root = _root(tensors, EMBEDDING)
-  yield Piece("decoder.embedding", (), (f"{root}{EMBEDDING}",), Rows(vocab_size(tensors)))
+  yield WeightPiece("decoder.embedding", (), (f"{root}{EMBEDDING}",), Rows(vocab_size(tensors)))
   if not cfg.tie_embeddings:
     head = _find(tensors, HEAD)[0]
-    yield Piece("decoder.head", (), (head,), Rows(_rows(tensors, head)))
-  yield Piece("decoder.norm.scale", (), (f"{root}norm.weight",), SAME)
+    yield WeightPiece("decoder.head", (), (head,), Rows(_rows(tensors, head)))
+  yield WeightPiece("decoder.norm.scale", (), (f"{root}norm.weight",), SAME)
   num_experts = cfg.moe.num_experts if cfg.moe else 0
   for layer in range(cfg.depth):
     for ours, (theirs, layout) in DECODERS[kind].items():
       name = f"{root}layers.{layer}.{theirs}"
       names = [name.format(e) for e in range(num_experts)] if layout == PER_EXPERT else [name]
-      yield Piece(f"decoder.units.layers.0.{ours}", (layer,), tuple(names), layout)
+      yield WeightPiece(f"decoder.units.layers.0.{ours}", (layer,), tuple(names), layout)
 
 
 def vision_config(settings: Settings, tensors: Tensors, feature_layer: int) -> VisionConfig:
@@ -289,7 +289,7 @@ def _open_clip_config(settings: Settings, feature_layer: int) -> VisionConfig:
   )
 
 
-def vision_pieces(kind: str, cfg: VisionConfig, tensors: Tensors) -> Iterator[Piece]:
+def vision_pieces(kind: str, cfg: VisionConfig, tensors: Tensors) -> Iterator[WeightPiece]:
   """Yields the pieces of an encoder of a family, up to the feature layer."""
   if kind == "open_clip":
     root = _root(tensors, "conv1.weight")
@@ -303,19 +303,21 @@ def vision_pieces(kind: str, cfg: VisionConfig, tensors: Tensors) -> Iterator[Pi
     norm, token = f"{root}pre_layrnorm", f"{root}embeddings.class_embedding"
     block_root, blocks = f"{root}encoder.layers", HF_BLOCK
   if cfg.class_token:
-    yield Piece("vit.patch", (), (patch,), PATCH)
-    yield Piece("vit.positions", (), (table,), PositionsBehindClass())
-    yield Piece("vit.class_position", (), (table,), ClassPosition(math.prod(cfg.position_grid)))
-    yield Piece("vit.class_token", (), (token,), SAME)
-    yield Piece("vit.pre_norm.scale", (), (f"{norm}.weight",), SAME)
-    yield Piece("vit.pre_norm.bias", (), (f"{norm}.bias",), SAME)
+    yield WeightPiece("vit.patch", (), (patch,), PATCH)
+    yield WeightPiece("vit.positions", (), (table,), PositionsBehindClass())
+    yield WeightPiece(
+      "vit.class_position", (), (table,), ClassPosition(math.prod(cfg.position_grid))
+    )
+    yield WeightPiece("vit.class_token", (), (token,), SAME)
+    yield WeightPiece("vit.pre_norm.scale", (), (f"{norm}.weight",), SAME)
+    yield WeightPiece("vit.pre_norm.bias", (), (f"{norm}.bias",), SAME)
   else:
     bias = patch.removesuffix("weight") + "bias"
-    yield Piece("vit.patch", (), (patch,), SiglipPatch())
-    yield Piece("vit.positions", (), (table, patch, bias), SiglipPositions(cfg.patch_size))
+    yield WeightPiece("vit.patch", (), (patch,), SiglipPatch())
+    yield WeightPiece("vit.positions", (), (table, patch, bias), SiglipPositions(cfg.patch_size))
   for block in range(cfg.num_blocks):
     for ours, (theirs, layout) in blocks.items():
-      yield Piece(f"vit.blocks.{ours}", (block,), (f"{block_root}.{block}.{theirs}",), layout)
+      yield WeightPiece(f"vit.blocks.{ours}", (block,), (f"{block_root}.{block}.{theirs}",), layout)
 
 
 def _rope(settings: Settings, kind: str) -> tuple[float, RopeScaling | None]:

@@ -25,7 +25,7 @@ from mm1_jax.config import (
 )
 from mm1_jax.convert import ConvertError, families, vocabulary
 from mm1_jax.convert.export import folder as export
-from mm1_jax.convert.export import source
+from mm1_jax.convert.export import run_reader
 from mm1_jax.convert.load import Report, load
 from mm1_jax.convert.placement import params_mesh
 from mm1_jax.convert.tensors import Tensors
@@ -37,7 +37,7 @@ REPORT = "import.json"
 OPEN_CLIP, HF = "open_clip_config.json", "config.json"
 
 
-class Part(NamedTuple):
+class PartWeights(NamedTuple):
   """Weights of an encoder or a decoder, with the config that comes with them."""
 
   settings: families.Settings
@@ -128,7 +128,7 @@ def import_export(folder: pathlib.Path, *, dtype: str = "float32", fsdp: int = -
     for name, x in checkpoint.to_names(model).items()
   }
   tensors = Tensors(folder)
-  parts = [part for name, x in abstract.items() for part in source.parts(name, x.shape)]
+  parts = [part for name, x in abstract.items() for part in run_reader.parts(name, x.shape)]
   with jax.set_mesh(mesh):
     params, report = load(tensors, [export.piece(tensors, part) for part in parts], abstract)
   logging.info("%s: %s", folder, report)
@@ -154,7 +154,7 @@ def write(imported: Imported, out: pathlib.Path) -> None:
   checkpoint.save_params(out, 0, imported.params)
 
 
-def _open(path: pathlib.Path) -> Part:
+def _open(path: pathlib.Path) -> PartWeights:
   """Returns the weights at a folder, and the config beside them.
 
   Raises:
@@ -170,7 +170,7 @@ def _open(path: pathlib.Path) -> Part:
     kind = "open_clip" if "model_cfg" in settings else settings["model_type"]
   except (ValueError, KeyError, TypeError) as e:
     raise ConvertError(f"'{file}' is no config of a model ({type(e).__name__}: {e}).") from e
-  return Part({**settings, "model_type": kind}, tensors)
+  return PartWeights({**settings, "model_type": kind}, tensors)
 
 
 def _vocabulary(decoder: pathlib.Path | None, tokenizer: pathlib.Path | None) -> Vocabulary | None:
@@ -178,7 +178,9 @@ def _vocabulary(decoder: pathlib.Path | None, tokenizer: pathlib.Path | None) ->
   return None if path is None else vocabulary.extend(path)
 
 
-def _run_config(parts: dict[str, Part], words: Vocabulary | None, feature_layer: int) -> RunConfig:
+def _run_config(
+  parts: dict[str, PartWeights], words: Vocabulary | None, feature_layer: int
+) -> RunConfig:
   """Returns the config that the weights need; parts that are not read are at their defaults."""
   vision, decoder = VisionConfig(), DecoderConfig()
   if "vit" in parts:

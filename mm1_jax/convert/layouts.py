@@ -17,7 +17,7 @@ from mm1_jax.models.vit import PIXEL_MEAN, PIXEL_STD
 Shape = tuple[int, ...]
 
 
-class Layout(Protocol):
+class WeightLayout(Protocol):
   """Their tensors, and how to make our array of them."""
 
   def shapes(self, ours: Shape) -> list[Shape]:
@@ -27,7 +27,7 @@ class Layout(Protocol):
   def load(self, theirs: Sequence[np.ndarray], ours: Shape) -> np.ndarray: ...
 
 
-class Reversible(Layout, Protocol):
+class Reversible(WeightLayout, Protocol):
   """A layout that our array can be written in."""
 
   def store(self, ours: np.ndarray) -> list[np.ndarray]:

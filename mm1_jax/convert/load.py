@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mm1_jax.convert import ConvertError
-from mm1_jax.convert.families import Piece
+from mm1_jax.convert.families import WeightPiece
 from mm1_jax.convert.layouts import Flat, Same
 from mm1_jax.convert.tensors import SHOWN, Tensors, shorten
 
@@ -42,7 +42,7 @@ class Report:
 
 
 def load(
-  tensors: Tensors, pieces: Iterable[Piece], abstract: Mapping[str, jax.ShapeDtypeStruct]
+  tensors: Tensors, pieces: Iterable[WeightPiece], abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> tuple[dict[str, jax.Array], Report]:
   """Reads params by name onto the shardings and in the dtypes of `abstract`.
 
@@ -80,7 +80,7 @@ def load(
   return params, _report(tensors, pieces, abstract)
 
 
-def _check(tensors: Tensors, pieces: list[Piece], abstract: Mapping[str, Any]) -> None:
+def _check(tensors: Tensors, pieces: list[WeightPiece], abstract: Mapping[str, Any]) -> None:
   wrong = []
   for piece in pieces:
     shapes = piece.layout.shapes(abstract[piece.ours].shape[len(piece.at) :])
@@ -97,7 +97,7 @@ def _check(tensors: Tensors, pieces: list[Piece], abstract: Mapping[str, Any]) -
     raise ConvertError(f"'{tensors.path}': {'; '.join(wrong[:SHOWN])}{more}.")
 
 
-def _report(tensors: Tensors, pieces: list[Piece], abstract: Mapping[str, Any]) -> Report:
+def _report(tensors: Tensors, pieces: list[WeightPiece], abstract: Mapping[str, Any]) -> Report:
   as_is, changed = set(), set()
   for piece in pieces:
     (as_is if isinstance(piece.layout, Same | Flat) else changed).update(piece.theirs)

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mesh for params alone, where no batch has to fit."""
 
-import dataclasses
-
 import jax
 from jax.sharding import Mesh
 
 from mm1_jax.config import ConfigError, MeshConfig, RunConfig
 from mm1_jax.convert import ConvertError
-from mm1_jax.sharding import make_mesh
+from mm1_jax.sharding import make_params_mesh
 
 
 def params_mesh(run: RunConfig, fsdp: int = -1) -> Mesh:
@@ -18,14 +16,7 @@ def params_mesh(run: RunConfig, fsdp: int = -1) -> Mesh:
     ConvertError: there are not as many, or the params do not divide over them.
   """
   num = jax.device_count() if fsdp == -1 else fsdp
-  # Rows are not of interest, only the params have to divide.
-  fitted = dataclasses.replace(
-    run,
-    mesh=MeshConfig(fsdp=num),
-    data=dataclasses.replace(run.data, batch_size=num),
-    train=dataclasses.replace(run.train, accumulation_steps=1),
-  )
   try:
-    return make_mesh(fitted, jax.devices()[:num])
+    return make_params_mesh(run.model, MeshConfig(fsdp=num), jax.devices()[:num])
   except ConfigError as e:
     raise ConvertError(f"{e} --fsdp=1 puts all params on one device.") from e

@@ -4,7 +4,7 @@
   1. record   dict           `sources.Source[i]`: a document or a conversation, pictures as bytes
   2. example  `Example`      `examples.Encoder`: ids, targets and loss mask; pictures still as bytes
   3. index    `Index`        `index.load_index`: the length of every example, kept on disk
-  4. plan     rows of pieces `plan.Plan`: lengths -> what is in row r of batch n; reads no record
+  4. mix      rows of pieces `mixing.Mixer`: lengths -> what is in row r of batch n; reads no record
   5. batch    `Batch`        `packing.assemble`: examples and decoded pictures -> numpy arrays
   6. run      `(Batch, BatchStats)`   `pipeline.make_pipeline`: this process's rows, resumable
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mm1_jax.config import DataConfig
+from mm1_jax.config import DataConfig, InputSpec
 from mm1_jax.data.sources import Record
 from mm1_jax.data.template import ChatTemplate, load_template
 from mm1_jax.data.tiling import Tile, Tiler
@@ -226,26 +226,23 @@ def cut(example: Example, start: int, stop: int) -> Example:
   )
 
 
-def make_encoder(
-  data: DataConfig, tokenizer: Tokenizer, *, image_size: tuple[int, int], tokens_per_image: int
-) -> Encoder:
+def make_encoder(data: DataConfig, tokenizer: Tokenizer, spec: InputSpec) -> Encoder:
   """Returns the encoder of a run.
 
   Args:
     data: the run's.
     tokenizer: text to ids.
-    image_size: of the encoder's input, in pixels.
-    tokens_per_image: positions of a picture, or of a part of one (T).
+    spec: the model's inputs.
 
   Raises:
     DataError: its chat template is missing or damaged.
   """
   return Encoder(
     tokenizer,
-    tokens_per_image,
+    spec.tokens_per_image,
     data.image_delimiters,
     load_template(data.chat_template),
-    data.tiling and Tiler(data.tiling, image_size, data.image_fit),
+    data.tiling and Tiler(data.tiling, spec.image_size, data.image_fit),
   )
 
 

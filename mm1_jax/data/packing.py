@@ -41,7 +41,7 @@ class Item(NamedTuple):
   cuts: Sequence[int] | None  # where it may be cut, ascending; None is anywhere
 
 
-class Part(NamedTuple):
+class ItemSpan(NamedTuple):
   """Positions `start` to `stop` of item number `item`."""
 
   item: int
@@ -52,7 +52,7 @@ class Part(NamedTuple):
 class Packing(NamedTuple):
   """The parts in each row, and from where on the items without room are left over."""
 
-  rows: list[list[Part]]
+  rows: list[list[ItemSpan]]
   left: list[tuple[int, int]]  # item, first position that is in no row
 
 
@@ -104,7 +104,7 @@ class _Rows:
   """Rows that are being filled, and how far each item has got."""
 
   def __init__(self, items: Sequence[Item], num_rows: int, shape: RowShape):
-    self.parts: list[list[Part]] = [[] for _ in range(num_rows)]
+    self.parts: list[list[ItemSpan]] = [[] for _ in range(num_rows)]
     self._items = items
     self._shape = shape
     self._reached = [0] * len(items)  # first position of each item that is in no row
@@ -263,7 +263,7 @@ class _Rows:
 
   def _put(self, row: int, i: int, stop: int) -> None:
     """Puts item `i`, from where it has got to up to `stop`, into a row."""
-    part = Part(i, self._reached[i], stop)
+    part = ItemSpan(i, self._reached[i], stop)
     self.parts[row].append(part)
     self._free_positions[row] -= part.stop - part.start
     self._free_images[row] -= _count(self._items[i], part.start, part.stop)

@@ -15,7 +15,7 @@ import math
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -24,25 +24,25 @@ from absl import flags, logging
 from grain.python import SharedMemoryArray
 
 from mm1_jax.batch import Batch
-from mm1_jax.config import ConfigError, DataConfig, SourceConfig
+from mm1_jax.config import ConfigError, DataConfig, InputSpec, SourceConfig
+from mm1_jax.data.drops import Drops
 from mm1_jax.data.examples import Encoder, Example, cut, make_encoder
 from mm1_jax.data.image import ImageError
 from mm1_jax.data.index import UNREADABLE, Index, cache_dir, load_index
-from mm1_jax.data.packing import Segment, assemble, stack
-from mm1_jax.data.plan import (
+from mm1_jax.data.mixing import (
+  Mixer,
   Piece,
-  Plan,
   Row,
   WindowState,
   check_fingerprint,
   fingerprint,
   plan_once,
 )
+from mm1_jax.data.packing import Segment, assemble, stack
 from mm1_jax.data.sources import DataError, RecordError, Source
 from mm1_jax.data.tiling import decode_pictures
 from mm1_jax.data.tokenizer import Tokenizer
 
-MIN_EXAMPLES_TO_JUDGE = 100  # a share of dropped examples means little below this many
 ENDLESS = 1 << 40  # batches
 # A long document is cut over rows near each other; it is tokenised once for all of them.
 CACHED_DOCUMENTS = 64
@@ -92,7 +92,6 @@ class Pipeline:
 
   Attributes:
     tokenizer: the one that the data is tokenised with.
-    drops: examples lost so far, by reason; `indexes` have those that never had a row.
     indexes: by source name, the lengths of all its examples.
   """
 
@@ -109,17 +108,20 @@ class Pipeline:
   ):
     self.tokenizer = tokenizer
     self.indexes = indexes
-    self.drops: collections.Counter = collections.Counter()
+    self._drops = Drops(max_drop_fraction)
     self._loaded = [loaded]
     self._num_rows = num_rows
     self._lengths = lengths
     self._state = state
-    self._max_drop_fraction = max_drop_fraction
-    self._num_examples = 0
     self._error: Exception | None = None
     # Also at exit: Grain's threads and workers do not survive the interpreter's own clean-up. The
     # list lets go of the iterator with that, which would else try to close itself once more.
     self._finalizer = weakref.finalize(self, _close, self._loaded)
+
+  @property
+  def drops(self) -> collections.Counter:
+    """Examples lost so far, by reason; `indexes` have those that never had a row."""
+    return self._drops.reasons
 
   def close(self) -> None:
     """Stops the threads and workers; there is no next batch."""
@@ -142,7 +144,8 @@ class Pipeline:
     try:
       rows = [next(self._loaded[0]) for _ in range(self._num_rows)]
       batch, stats = _join(rows)
-      self._count(stats)
+      self._drops.note(stats.drops)
+      self._drops.count(stats.num_examples, sum(stats.drops.values()))
     except DataError as e:
       self._error = e
       raise
@@ -179,20 +182,6 @@ class Pipeline:
           *(name, self._state["batch"]),
         )
 
-  def _count(self, stats: BatchStats) -> None:
-    self._num_examples += stats.num_examples + sum(stats.drops.values())
-    self.drops.update(stats.drops)
-    check_drops(self.drops.total(), self._num_examples, self._max_drop_fraction, self.drops)
-
-
-def check_drops(num_dropped: int, num_examples: int, limit: float, reasons: Mapping) -> None:
-  """Raises DataError if more examples were dropped than `limit`, a fraction, allows."""
-  if num_examples >= MIN_EXAMPLES_TO_JUDGE and num_dropped > limit * num_examples:
-    raise DataError(
-      f"{num_dropped} of {num_examples} examples were dropped ({dict(reasons)}), more than "
-      f"data.max_drop_fraction {limit} allows. Repair the source, or raise it."
-    )
-
 
 def _join(rows: Sequence[_Loaded]) -> tuple[Batch, BatchStats]:
   """Returns rows as a batch, copied out of the workers' shared memory."""
@@ -219,10 +208,8 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 
 def make_pipeline(
   data: DataConfig,
+  spec: InputSpec,
   *,
-  image_size: tuple[int, int],
-  tokens_per_image: int,
-  image_token_id: int,
   process_index: int = 0,
   process_count: int = 1,
   state: dict[str, Any] | None = None,
@@ -233,9 +220,7 @@ def make_pipeline(
 
   Args:
     data: sources and row shape.
-    image_size: height and width that pictures are resized to, in pixels.
-    tokens_per_image: positions of a picture, without its delimiters (T).
-    image_token_id: the model's `<image>` id, checked against the tokenizer's.
+    spec: the model's inputs; its `<image>` id is checked against the tokenizer's.
     process_index: of this process.
     process_count: processes that share the global batch.
     state: what `Pipeline.state()` returned, on any number of processes.
@@ -247,18 +232,18 @@ def make_pipeline(
   if not data.sources:
     raise ConfigError("data.sources is empty; name at least one source to train on.")
   rows = _local_rows(data, process_index, process_count)
-  encoder = _encoder(data, image_size, tokens_per_image, image_token_id)
+  encoder = _encoder(data, spec)
   sources = [Source(config) for config in data.leaves]
   indexes = [_index(source, encoder, data, process_index) for source in sources]
-  plan = Plan(data, indexes, len(encoder.image_ids))
+  mixer = Mixer(data, indexes, len(encoder.image_ids))
   if process_index == 0:
-    _log_slots(data, plan)
+    _log_slots(data, mixer)
   now = fingerprint(data, len(encoder.image_ids), indexes)
   if state is None:
-    state = {"batch": 0, "plan": plan.first_state.to_dict(), "fingerprint": now}
+    state = {"batch": 0, "plan": mixer.first_state.to_dict(), "fingerprint": now}
   check_fingerprint(state["fingerprint"], now, state["plan"].get("batch", 0))
-  planned = PlannedBatches(plan, WindowState.from_dict(state["plan"]), state["batch"], rows)
-  load = RowLoader(data, sources, indexes, encoder, image_size, len(rows))
+  planned = PlannedBatches(mixer, WindowState.from_dict(state["plan"]), state["batch"], rows)
+  load = RowLoader(data, sources, indexes, encoder, spec.image_size, len(rows))
   ahead = math.ceil(data.prefetch_batches * len(rows) / max(1, data.num_workers))
   loaded = grain.MapDataset.source(PlannedRows(planned, len(rows))).map(load)
   loaded = loaded.to_iter_dataset(grain.ReadOptions(NUM_THREADS, max(NUM_THREADS, ahead)))
@@ -274,20 +259,20 @@ def make_pipeline(
     num_rows=len(rows),
     tokenizer=encoder.tokenizer,
     indexes={config.name: index for config, index in zip(data.leaves, indexes, strict=True)},
-    lengths=[order.length for order in plan.orders],
+    lengths=[order.length for order in mixer.orders],
     state=state,
     # Of several processes each sees a part; `train.loop` adds them up.
     max_drop_fraction=data.max_drop_fraction if process_count == 1 else 1.0,
   )
 
 
-def _log_slots(data: DataConfig, plan: Plan) -> None:
+def _log_slots(data: DataConfig, mixer: Mixer) -> None:
   """Says how full the image slots will be, and how many would suit the data."""
   for step in (0, *(change.step for change in data.reweight)):
-    images = plan.expected_images(step)
+    images = mixer.expected_images(step)
     if not images or data.packing != "joint":
       continue  # rows of one source need what that source needs
-    enough = min(math.ceil(SLOTS_TO_SPARE * images), data.seq_len // plan.image_positions)
+    enough = min(math.ceil(SLOTS_TO_SPARE * images), data.seq_len // mixer.image_positions)
     if data.images_per_row < images:
       used = f"too few: rows will be about {data.images_per_row / images:.0%} full"
     else:
@@ -307,10 +292,8 @@ def _ignore_interrupts(_worker: int, _num_workers: int) -> None:
 def make_eval_batches(
   source: SourceConfig,
   data: DataConfig,
+  spec: InputSpec,
   *,
-  image_size: tuple[int, int],
-  tokens_per_image: int,
-  image_token_id: int,
   process_index: int = 0,
   process_count: int = 1,
   limit: int | None = None,
@@ -323,11 +306,9 @@ def make_eval_batches(
   Args:
     source: what to evaluate on.
     data: row shape, batch size and tokenizer; its own sources are not looked at.
-    image_size: as in `make_pipeline`, like the arguments below.
-    tokens_per_image: see above.
-    image_token_id: see above.
-    process_index: see above.
-    process_count: see above.
+    spec: as in `make_pipeline`, like `process_index` and `process_count`.
+    process_index: see there.
+    process_count: see there.
     limit: batches to stop after.
 
   Raises:
@@ -335,7 +316,7 @@ def make_eval_batches(
     DataError: files that are missing, damaged or empty.
   """
   local = _local_rows(data, process_index, process_count)
-  encoder = _encoder(data, image_size, tokens_per_image, image_token_id)
+  encoder = _encoder(data, spec)
   opened = Source(source)
   index = _index(opened, encoder, data, process_index)
   rows = plan_once(index, data, len(encoder.image_ids))
@@ -345,7 +326,7 @@ def make_eval_batches(
     _Planned(rows[start + r], None, (start, i)) for start in starts for i, r in enumerate(local)
   ]
   here = dataclasses.replace(data, num_workers=0)
-  load = RowLoader(here, [opened], [index], encoder, image_size, len(local))
+  load = RowLoader(here, [opened], [index], encoder, spec.image_size, len(local))
   loaded = grain.MapDataset.source(planned).map(load)
   options = grain.ReadOptions(NUM_THREADS, max(NUM_THREADS, len(local)))
   return _eval_batches(loaded.to_iter_dataset(options), len(local), source.name)
@@ -369,8 +350,8 @@ class PlannedBatches:
   plans again from the beginning. Pickles without what it has planned.
   """
 
-  def __init__(self, plan: Plan, state: WindowState, first: int, rows: range):
-    self._plan = plan
+  def __init__(self, mixer: Mixer, state: WindowState, first: int, rows: range):
+    self._mixer = mixer
     self._first = first
     self._rows = rows
     self._base = state
@@ -389,7 +370,7 @@ class PlannedBatches:
     """Returns this process's rows of batch `first + index`, and the state for the one after it."""
     batch = self._first + index
     rows, state, after = self._window(batch)
-    start = (batch - state.batch) * self._plan.batch_size
+    start = (batch - state.batch) * self._mixer.batch_size
     return [rows[start + r] for r in self._rows], after if batch + 1 == after.batch else state
 
   def _window(self, batch: int) -> tuple[list[Row], WindowState, WindowState]:
@@ -399,15 +380,15 @@ class PlannedBatches:
         self._windows.clear()
       while not self._windows or self._windows[-1][2].batch <= batch:
         state = self._windows[-1][2] if self._windows else self._base
-        rows, after = self._plan.window(state)
+        rows, after = self._mixer.window(state)
         self._windows.append((rows, state, after))
       return next(window for window in self._windows if batch < window[2].batch)
 
   def __getstate__(self):
-    return self._plan, self._base, self._first, self._rows
+    return self._mixer, self._base, self._first, self._rows
 
   def __setstate__(self, state):
-    self._plan, self._base, self._first, self._rows = state
+    self._mixer, self._base, self._first, self._rows = state
     self._reset()
 
 
@@ -551,16 +532,14 @@ class RowLoader:
     self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
 
 
-def _encoder(
-  data: DataConfig, image_size: tuple[int, int], tokens_per_image: int, image_token_id: int
-) -> Encoder:
+def _encoder(data: DataConfig, spec: InputSpec) -> Encoder:
   tokenizer = Tokenizer(data.tokenizer)
-  if tokenizer.image_id != image_token_id:
+  if tokenizer.image_id != spec.image_token_id:
     raise ConfigError(
-      f"model.image_token_id is {image_token_id}, but data.tokenizer '{data.tokenizer}' has "
+      f"model.image_token_id is {spec.image_token_id}, but data.tokenizer '{data.tokenizer}' has "
       f"<image> at {tokenizer.image_id}; set it to that."
     )
-  encoder = make_encoder(data, tokenizer, image_size=image_size, tokens_per_image=tokens_per_image)
+  encoder = make_encoder(data, tokenizer, spec)
   if data.images_per_row and len(encoder.image_ids) > data.seq_len:
     raise ConfigError(
       f"data.seq_len {data.seq_len} cannot hold one image of {len(encoder.image_ids)} positions."

@@ -27,7 +27,7 @@ from mm1_jax.inference.beam import BeamSearch, Search
 from mm1_jax.inference.prompts import Prompt, PromptError, Request, check_room, read_prompt
 from mm1_jax.inference.sampler import GREEDY, Draw, Sampling
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import LAYOUT, abstract_state, make_mesh
+from mm1_jax.sharding import LAYOUT, abstract_state, make_params_mesh
 
 SHORTEST = 64  # positions that any prompt gets room for
 # Tokens between two looks of the host at what was said: a stop string, a listener, Ctrl-C.
@@ -58,8 +58,7 @@ class Model:
     self.encoder = make_encoder(
       run.data,
       self.tokenizer,
-      image_size=run.model.vision.image_size,
-      tokens_per_image=run.model.connector.num_tokens,
+      run.input_spec,
     )
     self.chat = run.data.chat
     self.answers = answers(self.encoder, run.model.decoder.vocab_size)
@@ -348,14 +347,7 @@ def _make_mesh(run: RunConfig, sizes: MeshConfig) -> Mesh:
   if not 1 <= num <= len(here):
     asked = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size != 1)
     raise ConfigError(f"{asked} needs {num} devices; there are {len(here)}.")
-  # Rows are made to fit, so only the model has to divide.
-  fitted = dataclasses.replace(
-    run,
-    mesh=sizes,
-    data=dataclasses.replace(run.data, batch_size=num),
-    train=dataclasses.replace(run.train, accumulation_steps=1),
-  )
-  return make_mesh(fitted, here[:num])
+  return make_params_mesh(run.model, sizes, here[:num])  # rows are made to fit
 
 
 def _check(

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from mm1_jax import checkpoint
 from mm1_jax.config import ConfigError
 from mm1_jax.inference import QUANTIZED
+from mm1_jax.models.dequantize import SUMMED, Quantized
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.models.quantized import SUMMED, Quantized
 
 TILE = 32
 STACKS = ("decoder.units.", "vit.blocks.")

@@ -43,7 +43,7 @@ class Question(NamedTuple):
   row: Any  # as it stands in the file
 
 
-class Tally(NamedTuple):
+class AnswerCounts(NamedTuple):
   answered: int
   failed: int
   before: int  # had an answer from an earlier run
@@ -62,7 +62,7 @@ def answer_file(
   seed: int = 0,
   batch_size: int = 8,
   tell: Callable[[str], None] = print,
-) -> Tally:
+) -> AnswerCounts:
   """Answers the questions of a file that have no answer yet.
 
   Args:
@@ -118,7 +118,7 @@ def answer_file(
       if time.monotonic() - told > SECONDS_BETWEEN_NEWS or answered + failed == len(todo):
         told = time.monotonic()
         tell(_news(answered, failed, len(todo), told - start))
-  return Tally(answered, failed, before)
+  return AnswerCounts(answered, failed, before)
 
 
 def read_questions(path: epath.Path) -> list[Question]:

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # in the names of its chips
+from mm1_jax.chips import is_hopper
+
 ROW_TILE = 512  # rows that a TPU kernel takes at a time
 DIM_TILE = 1024  # and columns, at most: operands, result and sum fit in 16 MB of VMEM
 GPU_TILE = 128  # rows and columns of a Mosaic GPU kernel's block
@@ -120,7 +121,7 @@ def _tiling(num_rows: int, num_in: int, num_out: int) -> tuple[int, int, int]:
 def _has_mosaic(rows: Array, other: Array) -> bool:
   """Returns whether the mesh's chips and the shapes are those of the Mosaic GPU kernels."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  hopper = device is not None and any(name in device.device_kind for name in HOPPER)
+  hopper = device is not None and is_hopper(device.device_kind)
   whole = all(dim % GPU_TILE == 0 for dim in (rows.shape[-1], *other.shape[-2:][other.ndim == 2 :]))
   enough = rows.shape[0] >= GPU_TILE  # a block's rows; a few decoded tokens are not
   return hopper and whole and enough and rows.dtype in (jnp.bfloat16, jnp.float16)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mm1_jax.models.cudnn import FORWARD_KERNEL
-from mm1_jax.models.quantized import dequantize
+from mm1_jax.models.dequantize import dequantize
 from mm1_jax.models.splash import tpu_kind
 from mm1_jax.sharding import LAYOUT, axes_of, gather, on_each_chip, spec_of
 

@@ -10,13 +10,14 @@
 
 Two paths do 2 to 4 and agree where both have room:
 
-  bounded   `capacity_factor` slots for each expert in each batch row. Tokens queue, all first
-            choices before any second; a token beyond the capacity is dropped (it passes by the
-            residual alone). The buffers cross the mesh to their experts by all-to-all. What a token
-            gets depends on all of its row: with k > 1 also on what comes after it.
-  dropless  as many rows for each expert as choose it, one after the other, and matrix products that
-            go by group. Over an `expert` axis the tokens of all its chips come to each, which does
-            its own experts' rows, and the sums go back.
+  `models.bounded`   `capacity_factor` slots for each expert in each batch row. Tokens queue, all
+                     first choices before any second; a token beyond the capacity is dropped (it
+                     passes by the residual alone). The buffers cross the mesh to their experts by
+                     all-to-all. What a token gets depends on all of its row: with k > 1 also on
+                     what comes after it.
+  `models.dropless`  as many rows for each expert as choose it, one after the other, and matrix
+                     products that go by group. Over an `expert` axis the tokens of all its chips
+                     come to each, which does its own experts' rows, and the sums go back.
 
 Padding is not routed: it takes no row and counts in no loss and no statistic.
 Letters: B rows, S positions, k choices, E experts, C capacity, D width, F mlp; and where all of a
@@ -25,17 +26,16 @@ chip's tokens are in one list, n tokens, m rows of a buffer.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mm1_jax.config import BATCH_AXES, DecoderConfig, MoEConfig
-from mm1_jax.models.dispatch import collect, invert, places, spread, spread_weights
-from mm1_jax.models.experts import swiglu
-from mm1_jax.models.grouped_matmul import padded_rows
+from mm1_jax.config import DecoderConfig, MoEConfig
+from mm1_jax.models.bounded import run_bounded
+from mm1_jax.models.dropless import run_dropless
 from mm1_jax.models.layers import normal
 from mm1_jax.sharding import LAYOUT, gather, spec_of
 
@@ -50,7 +50,7 @@ class MoEStats(NamedTuple):
 
 
 class Routing(NamedTuple):
-  """Who goes where: choices of each token."""
+  """The experts that each token is sent to, and their weights."""
 
   weights: Float[Array, "B S k"]  # 0 on padding
   experts: Int[Array, "B S k"]
@@ -148,10 +148,10 @@ def _run(
   stored = ((gate, LAYOUT.expert_edf), (up, LAYOUT.expert_edf), (down, LAYOUT.expert_efd))
   matrices = tuple(_gather_fsdp(w.astype(x.dtype), spec) for w, spec in stored)
   if capacity is not None:
-    y, kept = _run_bounded((x, weights, experts), matrices, capacity)
+    y, kept = run_bounded((x, weights, experts), matrices, capacity)
   else:
     tokens = tuple(a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
-    y = _run_dropless(tokens, matrices, exchange_factor)
+    y = run_dropless(tokens, matrices, exchange_factor)
     kept = jnp.ones(experts.shape, bool)
   return jax.lax.psum(y, "tensor").reshape(x.shape), kept
 
@@ -159,133 +159,3 @@ def _run(
 def _gather_fsdp(weight: Array, spec) -> Array:
   dim = next(i for i, axes in enumerate(spec) if axes is not None and "fsdp" in axes)
   return jax.lax.all_gather(weight, ("fsdp", "sequence"), axis=dim, tiled=True)
-
-
-def _run_bounded(
-  rows, matrices, capacity: int
-) -> tuple[Float[Array, "B S D"], Bool[Array, "B S k"]]:
-  """Runs a chip's rows (x, weights, experts) through buffers of equal size for all experts.
-
-  In each batch row an expert's slots go to all first choices before any second. Where positions are
-  split over `sequence`, they queue along their whole row all the same: its chips gather it, and
-  each of them does its share of every expert's slots.
-
-  Returns:
-    The output, and which choices got a slot.
-  """
-  num_positions, chip = rows[0].shape[1], jax.lax.axis_index("sequence")
-  share = -(-capacity // jax.lax.axis_size("sequence"))
-  num_experts = matrices[0].shape[0] * jax.lax.axis_size("expert")
-  x, weights, experts = (jax.lax.all_gather(a, "sequence", axis=1, tiled=True) for a in rows)
-  place = _places_in_row(experts, num_experts)
-  kept = (experts < num_experts) & (place < capacity)
-  num_slots = num_experts * x.shape[0] * share
-  row = jnp.arange(x.shape[0])[:, None, None]
-  slots = (experts * x.shape[0] + row) * share + place % share
-  slots = jnp.where(kept & (place // share == chip), slots, num_slots)
-  tokens = tuple(a.reshape(-1, a.shape[-1]) for a in (x, weights, slots))
-  y = _run_slots(tokens, matrices, num_slots).reshape(x.shape)
-  kept = jax.lax.dynamic_slice_in_dim(kept, chip * num_positions, num_positions, axis=1)
-  return jax.lax.psum_scatter(y, "sequence", scatter_dimension=1, tiled=True), kept
-
-
-def _places_in_row(experts: Int[Array, "B S k"], num_experts: int) -> Int[Array, "B S k"]:
-  """Returns how many of a row's choices are ahead of each one in its expert's queue."""
-  num_rows, num_positions, top_k = experts.shape
-  queue = experts.transpose(0, 2, 1).reshape(num_rows, top_k * num_positions)
-  place, _ = jax.vmap(functools.partial(places, num_experts=num_experts))(queue)
-  return place.reshape(num_rows, top_k, num_positions).transpose(0, 2, 1)
-
-
-def _run_slots(tokens, matrices, num_slots: int) -> Float[Array, "n D"]:
-  """Runs a chip's tokens (x, weights, slots) through the experts of all chips."""
-  x, weights, slots = tokens
-  owners = invert(slots, num_slots)
-
-  # Chips lead in both directions, so that what crosses is never taken apart: with experts in front
-  # of them, XLA for TPUs transposed the results through tiles of two rows, in a tenth of the step.
-  def exchange(rows):  # [chips, ...], a part for each chip -> a part from each
-    return jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=0, tiled=True)
-
-  num_chips, num_here = jax.lax.axis_size("expert"), matrices[0].shape[0]
-
-  def to_experts(rows):  # [E B C, .] of this chip's rows -> its experts, all chips' rows
-    parts = exchange(rows.reshape(num_chips, num_here, -1, rows.shape[-1]))
-    return jnp.swapaxes(parts, 0, 1).reshape(num_here, -1, rows.shape[-1])
-
-  rows = to_experts(spread(x, slots, owners))
-  out: Any = swiglu(rows, to_experts(spread_weights(weights, slots, owners)), matrices)
-  rows = out.reshape(num_here, num_chips, -1, x.shape[-1])
-  rows = exchange(jnp.swapaxes(rows, 0, 1))
-  return collect(rows.reshape(num_slots, -1), slots, owners)
-
-
-def _run_experts(tokens, matrices, num_rows: int, named: bool = True) -> Float[Array, "n D"]:
-  """Runs tokens (x, weights, experts) through the experts whose matrices these are.
-
-  Choices of experts past the last are left out; the others must fit into `num_rows`. For `named`
-  see `swiglu`.
-  """
-  x, weights, experts = tokens
-  num_rows, num_experts = padded_rows(num_rows), matrices[0].shape[0]
-  flat = experts.reshape(-1)
-  routed = flat < num_experts
-  place, sizes = places(flat, num_experts)
-  first = jnp.cumsum(sizes) - sizes  # row of each expert's first token
-  slots = jnp.where(routed, first.at[flat].get(mode="clip") + place, num_rows)
-  slots = slots.reshape(experts.shape)
-  owners = invert(slots, num_rows)
-  rows = spread(x, slots, owners)
-  rows = swiglu(rows, spread_weights(weights, slots, owners), matrices, sizes, named)
-  return collect(rows, slots, owners)
-
-
-def _run_dropless(tokens, matrices, exchange_factor: float) -> Float[Array, "n D"]:
-  """Runs one chip's tokens, and drops none.
-
-  Each chip of the `expert` axis holds a part of the experts, and has room for `exchange_factor`
-  times the rows of an even load. Where any chip of the mesh would get more, all of them take their
-  tokens in so many rounds that even all tokens of a round would fit on one chip.
-  """
-  num_chips, num_here = jax.lax.axis_size("expert"), matrices[0].shape[0]
-  num_tokens, top_k = tokens[2].shape
-  num_choices = num_tokens * top_k
-  if num_chips == 1:
-    return _run_experts(tokens, matrices, num_choices)
-  num_rows = math.ceil(exchange_factor * num_choices)
-  rounds = range(math.ceil(num_chips / exchange_factor), num_tokens + 1)
-  num_rounds = next((r for r in rounds if num_tokens % r == 0), None)
-  # Without rounds there are so few tokens, as in decoding, that room for all costs nothing.
-  if num_rows >= num_chips * num_choices or num_rounds is None:
-    return _exchange(tokens, matrices, num_chips * num_choices)
-
-  def at_once(tokens, matrices):
-    return _exchange(tokens, matrices, num_rows)
-
-  def in_rounds(tokens, matrices):
-    # Nothing of this way is kept: every layer has memory for both, whichever it goes.
-    @jax.checkpoint
-    def run(tokens):
-      return _exchange(tokens, matrices, num_chips * tokens[2].size, named=False)
-
-    parts = jax.tree.map(lambda a: a.reshape(num_rounds, -1, a.shape[1]), tokens)
-    return jax.lax.map(run, parts).reshape(num_tokens, -1)
-
-  wanted = jnp.arange(num_chips * num_here)[:, None] == tokens[2].reshape(1, -1)
-  load = jax.lax.psum(jnp.sum(wanted, axis=1), "expert").reshape(num_chips, num_here).sum(axis=1)
-  fits = jax.lax.pmax(jnp.max(load), (*BATCH_AXES, "sequence")) <= num_rows
-  return jax.lax.cond(fits, at_once, in_rounds, tokens, matrices)
-
-
-def _exchange(tokens, matrices, num_rows: int, named: bool = True) -> Float[Array, "n D"]:
-  """Gathers the tokens of the `expert` axis, runs this chip's experts, and scatters the sums.
-
-  With two choices a token, gathering moves no more than an all-to-all whose parts have room for
-  uneven loads, up to about 8 chips; and there is no room on the way that could run out.
-  """
-  x, weights, experts = (jax.lax.all_gather(a, "expert", tiled=True) for a in tokens)
-  num_here = matrices[0].shape[0]
-  experts -= jax.lax.axis_index("expert") * num_here
-  experts = jnp.where(experts < 0, num_here, experts)  # others' experts count as past the last
-  y = _run_experts((x, weights, experts), matrices, num_rows, named)
-  return jax.lax.psum_scatter(y, "expert", tiled=True)

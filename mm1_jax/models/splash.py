@@ -15,14 +15,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from mm1_jax.chips import attention_block
 from mm1_jax.sharding import spec_of
 
 LANES = 128  # positions are cut into blocks of a multiple of this
-
-# Positions in a block. Larger blocks feed the matrix units better; smaller ones skip more of what
-# lies above the diagonal and need less VMEM.
-BLOCKS = {"TPU v6 lite": 1024, "TPU7x": 2048}
-DEFAULT_BLOCK = 512
 PICTURE_BLOCK = 1024  # nothing is skipped where all see each other: the 768 of 378 pixels are one
 
 
@@ -36,8 +32,12 @@ def tpu_kind() -> str | None:
 
 
 def block_size(num_positions: int, device_kind: str, *, causal: bool = True) -> int:
-  """Returns the largest block that divides the row, up to what suits the chip."""
-  limit = BLOCKS.get(device_kind, DEFAULT_BLOCK) if causal else PICTURE_BLOCK
+  """Returns the largest block that divides the row, up to what suits the chip.
+
+  Larger blocks feed the matrix units better; smaller ones skip more of what lies above the diagonal
+  and need less VMEM.
+  """
+  limit = attention_block(device_kind) if causal else PICTURE_BLOCK
   limit = min(limit, num_positions)
   fits = [size for size in range(LANES, limit + 1, LANES) if num_positions % size == 0]
   return fits[-1]

@@ -50,7 +50,7 @@ class PlanError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class CompileRequest:
   """What the worker process is asked for."""
 
   run: dict  # RunConfig.to_dict()
@@ -132,7 +132,7 @@ def compile_program(
   libtpu = find_libtpu()
   cache = cache or default_cache()
   cache.mkdir(parents=True, exist_ok=True)
-  request = Request(
+  request = CompileRequest(
     run=run.to_dict(),
     topology=topology.name,
     num_slices=topology.num_slices,

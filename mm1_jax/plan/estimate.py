@@ -9,7 +9,7 @@ import math
 import pathlib
 
 from mm1_jax.config import MESH_AXES, RunConfig
-from mm1_jax.metrics import image_slots, model_flops
+from mm1_jax.models.flops import image_slots, model_flops
 from mm1_jax.plan.compile import Compiled, What, compile_program
 from mm1_jax.plan.hlo import Module
 from mm1_jax.plan.memory import GIB, Shortage, advice, read_shortage
@@ -173,7 +173,7 @@ def usual_step(plan: Plan, *, even_load: bool = False) -> tuple[float, float]:
 
 
 def step_flops(run: RunConfig, what: What) -> dict[str, float]:
-  """Returns the model FLOPs of one call on the global batch, see `metrics.model_flops`.
+  """Returns the model FLOPs of one call on the global batch, see `models.flops`.
 
   Every image slot holds a picture: a plan is of full batches. A prefill makes logits of each row's
   last position only; a decode reads one token a row, with as many positions in the cache as a row

@@ -10,43 +10,8 @@ import dataclasses
 import difflib
 import math
 
+from mm1_jax.chips import CHIPS, CHIPS_PER_HOST, SLICE_SHAPES, Chip
 from mm1_jax.config import ConfigError
-from mm1_jax.plan.chips import CHIPS, Chip
-
-# Shapes by number of chips. 3-D slices are made of cubes of 4 x 4 x 4 from 64 chips on.
-_SHAPES = {
-  2: {
-    1: (1, 1),
-    4: (2, 2),
-    8: (2, 4),
-    16: (4, 4),
-    32: (4, 8),
-    64: (8, 8),
-    128: (8, 16),
-    256: (16, 16),
-  },
-  3: {
-    1: (1, 1, 1),
-    4: (2, 2, 1),
-    8: (2, 2, 2),
-    16: (2, 2, 4),
-    32: (2, 4, 4),
-    64: (4, 4, 4),
-    128: (4, 4, 8),
-    192: (4, 4, 12),
-    256: (4, 8, 8),
-    384: (4, 8, 12),
-    512: (8, 8, 8),
-    768: (8, 8, 12),
-    1024: (8, 8, 16),
-    2048: (8, 16, 16),
-    4096: (16, 16, 16),
-    6144: (16, 16, 24),
-  },
-}
-_UNITS_PER_CHIP = {"v4": 2, "v5p": 2, "tpu7x": 2}  # what a name counts
-_LIBTPU_NAMES = {"v5p": "v5"}
-_CHIPS_PER_HOST = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +35,7 @@ class Topology:
 
   @property
   def num_hosts(self) -> int:
-    return max(1, math.prod(self.shape) // _CHIPS_PER_HOST) * self.num_slices
+    return max(1, math.prod(self.shape) // CHIPS_PER_HOST) * self.num_slices
 
   @property
   def wrap(self) -> tuple[bool, bool, bool]:
@@ -82,12 +47,12 @@ class Topology:
 
   def describe(self) -> dict:
     """Returns the arguments of `jax.experimental.topologies.get_topology_desc`."""
-    chip = self.chip.name
+    libtpu_name = self.chip.libtpu_name or self.chip.name
     single = math.prod(self.shape) == 1
     return {
       "platform": "tpu",
-      "topology_name": f"{_LIBTPU_NAMES.get(chip, chip)}:{'x'.join(map(str, self.shape))}",
-      "chip_config_name": "megacore" if chip in ("v4", "v5p") else "default",
+      "topology_name": f"{libtpu_name}:{'x'.join(map(str, self.shape))}",
+      "chip_config_name": "megacore" if self.chip.has_megacore else "default",
       "chips_per_host_bounds": (1, 1, 1) if single else (2, 2, 1),
       "num_slices": self.num_slices,
       "wrap": self.wrap,
@@ -102,10 +67,10 @@ class Topology:
 def slice_names() -> list[str]:
   """Returns the name of every slice there is."""
   return [
-    f"{chip.name}-{num * _UNITS_PER_CHIP.get(chip.name, 1)}"
+    f"{chip.name}-{num * chip.units_per_chip}"
     for chip in CHIPS.values()
-    for num in _SHAPES[chip.torus_dims]
-    if num > 1 or chip.name not in ("v4", "v5p")  # these come by the host
+    for num in SLICE_SHAPES[chip.torus_dims]
+    if num > 1 or not chip.has_megacore  # these come by the host
   ]
 
 
@@ -121,15 +86,14 @@ def find_topology(name: str, num_slices: int = 1) -> Topology:
   if name not in slice_names():
     raise ConfigError(f"there is no TPU slice '{name}'; {_suggest(name, kind)}")
   chip = CHIPS[kind]
-  num_chips = int(count) // _UNITS_PER_CHIP.get(kind, 1)
-  return Topology(name, chip, _SHAPES[chip.torus_dims][num_chips], num_slices)
+  num_chips = int(count) // chip.units_per_chip
+  return Topology(name, chip, SLICE_SHAPES[chip.torus_dims][num_chips], num_slices)
 
 
 def _suggest(name: str, kind: str) -> str:
   if kind in CHIPS:
     names = [n for n in slice_names() if n.startswith(f"{kind}-")]
-    unit = {"v4": "cores", "v5p": "cores", "tpu7x": "devices"}.get(kind, "chips")
-    return f"{kind} counts {unit}, and its slices are {', '.join(names)}."
+    return f"{kind} counts {CHIPS[kind].slices_count}, and its slices are {', '.join(names)}."
   near = difflib.get_close_matches(name, slice_names(), n=2)
   hint = f"did you mean {' or '.join(near)}?" if near else "names look like v5p-128 or v5e-256."
   return f"{hint} The kinds are {', '.join(CHIPS)}."

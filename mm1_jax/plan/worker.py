@@ -17,12 +17,12 @@ import time
 
 import jax
 
+from mm1_jax.chips import compiler_options
 from mm1_jax.config import RunConfig
-from mm1_jax.plan.compile import DUMP, Request, Result
+from mm1_jax.plan.compile import DUMP, CompileRequest, Result
 from mm1_jax.plan.memory import kept_arrays
 from mm1_jax.plan.program import trace
 from mm1_jax.plan.topology import find_topology
-from mm1_jax.train.xla_flags import compiler_options
 
 _MEMORY = {
   "arguments": "argument_size_in_bytes",
@@ -39,11 +39,11 @@ _FORMAT = 1  # of what is kept; another number makes the cache forget
 
 
 def main(folder: pathlib.Path) -> None:
-  request = Request(**json.loads((folder / "request.json").read_text()))
+  request = CompileRequest(**json.loads((folder / "request.json").read_text()))
   _compile(request, folder).write(folder)
 
 
-def _compile(request: Request, folder: pathlib.Path) -> Result:
+def _compile(request: CompileRequest, folder: pathlib.Path) -> Result:
   topology = find_topology(request.topology, request.num_slices)
   program = trace(RunConfig.from_dict(request.run), topology, request.what)
   lowered = program.traced.lower()

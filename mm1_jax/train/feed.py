@@ -14,20 +14,15 @@ from mm1_jax.distributed import process_rows
 
 def training_batches(run: RunConfig, state: dict[str, Any] | None, mesh: Mesh) -> Pipeline:
   """Returns the training batches, from the first or from where `state` was taken."""
-  return make_pipeline(run.data, state=state, **_expected(run, mesh))
+  return make_pipeline(run.data, run.input_spec, state=state, **_share(mesh))
 
 
 def held_out_batches(run: RunConfig, source: SourceConfig, mesh: Mesh) -> Iterator[Batch]:
   """Yields a held-out source once, up to `run.train.eval_batches` batches."""
-  return make_eval_batches(source, run.data, limit=run.train.eval_batches, **_expected(run, mesh))
+  limit = run.train.eval_batches
+  return make_eval_batches(source, run.data, run.input_spec, limit=limit, **_share(mesh))
 
 
-def _expected(run: RunConfig, mesh: Mesh) -> dict[str, Any]:
-  share, num_shares = process_rows(mesh)
-  return {
-    "image_size": run.model.vision.image_size,
-    "tokens_per_image": run.model.connector.num_tokens,
-    "image_token_id": run.model.image_token_id,
-    "process_index": share,
-    "process_count": num_shares,
-  }
+def _share(mesh: Mesh) -> dict[str, int]:
+  index, count = process_rows(mesh)
+  return {"process_index": index, "process_count": count}

@@ -1,50 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The story of a run, for every stage: restore or initialise, then step, log, evaluate, save."""
 
-import collections
 import concurrent.futures
 import contextlib
 import functools
-import signal
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
-import numpy as np
 import PIL.Image
 from absl import logging
-from clu import metrics as clu_metrics
 from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 
 from mm1_jax import checkpoint, distributed
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer
 from mm1_jax.config import RunConfig
+from mm1_jax.data.drops import Drops
 from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.inspect.picture import draw_batch
-from mm1_jax.data.pipeline import BatchStats, Pipeline, check_drops
-from mm1_jax.metrics import (
-  MetricWriter,
-  StepTimer,
-  load_scalars,
-  model_flops,
-  peak_memory_gib,
-  progress_line,
-)
+from mm1_jax.data.pipeline import Pipeline
+from mm1_jax.metrics import MetricWriter
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_batch, abstract_state, device_batch, make_mesh
 from mm1_jax.train import start
 from mm1_jax.train.feed import training_batches
 from mm1_jax.train.guard import TrainingDiverged, Verdicts
 from mm1_jax.train.heldout import held_out_loss
+from mm1_jax.train.log import StepLog
 from mm1_jax.train.step import Metrics, TrainState, init_state, train_step_on
+from mm1_jax.train.stop import Stop
+from mm1_jax.train.tally import Tally
 
 PROGRAMS = "programs"  # folder of compiled ones, in the workdir
-MIN_IMAGE_SPREAD = 0.02  # below it a run is warned; 0.2 and more in runs that learn from pictures
 
 
 def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = None) -> TrainState:
@@ -89,19 +78,17 @@ def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = N
         distributed.before_exit(writer.flush),
       ):
         compile_seconds = compiling.result() if compiling else 0.0
-        verdicts = Verdicts(run, checkpointer)
-        log = StepLog(run, writer, verdicts, launched=launched, compile_seconds=compile_seconds)
-        return _run_steps(run, workdir, mesh, state, pipeline, checkpointer, log)
+        log = StepLog(run, writer, launched=launched, compile_seconds=compile_seconds)
+        return _run_steps(run, mesh, state, pipeline, checkpointer, log)
 
 
 def _run_steps(
   run: RunConfig,
-  workdir: epath.PathLike,
   mesh: Mesh,
   state: TrainState,
   pipeline: Pipeline,
   checkpointer: Checkpointer,
-  log: "StepLog",
+  log: StepLog,
 ) -> TrainState:
   """Takes the steps that are left. The order inside is a contract.
 
@@ -110,18 +97,19 @@ def _run_steps(
   a save that is due waits for the next accepted one, and a run that would end with a refused step
   takes a few more, until one is accepted.
   """
-  step, save_due = int(state.step), False
-  take_step, verdicts = train_step_on(mesh), log.verdicts
+  step, save_due, take_step = int(state.step), False, train_step_on(mesh)
+  verdicts, drops = Verdicts(run, checkpointer), Drops(run.data.max_drop_fraction)
+  results = Results(log, verdicts, drops)
 
   def evaluate() -> None:
-    log.flush()  # what is left of the step is not part of evaluating
+    results.flush()  # what is left of the step is not part of evaluating
     with log.timer.excluded():
       log.write(step, held_out_loss(state.model, run, mesh))
       log.write_tables(step)
       log.writer.flush()
 
   def accepted() -> bool:
-    log.flush()
+    results.flush()
     return verdicts.in_a_row == 0
 
   def save() -> None:
@@ -134,20 +122,23 @@ def _run_steps(
     while (step < run.train.num_steps or not accepted()) and not stop.agreed:
       batch, stats = log.fetch(pipeline)
       if step == 0:
-        _draw(batch, pipeline, run, log.writer, workdir)
+        _draw(batch, pipeline, run, log.writer)
       on_device = device_batch(batch, mesh)
-      tally = Tally.of(stats, stop.requested is not None)
-      sums = distributed.sum_over_processes(np.array(tally, np.float32), mesh)
+      drops.note(stats.drops)
+      sums = Tally.of(stats, stop.requested is not None).over_processes(mesh)
       state, metrics = take_step(state, on_device, run=run)
       step += 1
-      stop.votes = log.step(step, metrics, sums).stopping
+      log.dispatched(metrics)
+      tally = Tally.read(sums)
+      results.put(step, metrics, tally)
+      stop.votes = tally.stopping
       if step % run.train.eval_every == 0:
         evaluate()
       save_due |= step % run.checkpoint.every == 0
       if save_due and accepted():
         save()
         save_due = False
-    log.flush()
+    results.flush()
     if step % run.train.eval_every and not stop.agreed:
       evaluate()
     log.write_tables(step)  # of a run that is stopped, what no evaluation has written
@@ -239,226 +230,47 @@ def restore_or_init(run: RunConfig, abstract: TrainState, checkpointer: Checkpoi
   return state
 
 
-class Tally(NamedTuple):
-  """What each process knows of a step by itself; summed over those that have rows of their own."""
+class Results:
+  """Reads what steps came to, each while the next one runs: logs it, and ends what has to end."""
 
-  processes: float  # 1 of each
-  stopping: float  # processes that were asked to stop
-  padded_fraction: float
-  empty_slot_fraction: float
-  num_positions: float
-  num_images: float
-  num_examples: float
-  num_dropped: float
-
-  @classmethod
-  def of(cls, stats: BatchStats, stopping: bool) -> "Tally":
-    counts = stats.num_positions, stats.num_images, stats.num_examples, sum(stats.drops.values())
-    return cls(1, stopping, stats.padded_fraction, stats.empty_slot_fraction, *counts)
-
-
-class StepLog:
-  """Accumulates metrics over `log_every` steps; writes them, and prints the progress line."""
-
-  def __init__(
-    self,
-    run: RunConfig,
-    writer: MetricWriter,
-    verdicts: Verdicts,
-    *,
-    launched: float,
-    compile_seconds: float = 0.0,
-  ):
-    """Begins. The first progress line has the time since `launched`, of it `compile_seconds`."""
-    self._launched, self.verdicts = launched, verdicts
-    self.writer, self.save_seconds = writer, 0.0  # of the newest save, while nothing is trained
-    self._start: dict[str, float] | None = {"speed/compile_seconds": compile_seconds}
-    self._saves: list[float] = []
-    self.timer = StepTimer(flops=lambda num_images: model_flops(run, num_images)["total"])
-    self._run = run
+  def __init__(self, log: StepLog, verdicts: Verdicts, drops: Drops):
+    self._log, self._verdicts, self._drops = log, verdicts, drops
     self._pending: tuple[int, Metrics, Tally] | None = None
-    self._sums: Metrics | None = None
-    self._load: clu_metrics.Average | None = None  # of experts, since it was last written whole
-    self._tallies: list[Tally] = []
-    self._num_examples = self._num_dropped = 0.0  # of all processes
-    self._drops: collections.Counter = collections.Counter()  # of this one, by reason
-    self._data_wait = 0.0
-    self._warned = False  # of collapsed image tokens
-    self._watcher = concurrent.futures.ThreadPoolExecutor(1, "step_watcher")
-    self._finished: concurrent.futures.Future[float] | None = None  # when the newest step was
 
-  @contextlib.contextmanager
-  def saving(self) -> Iterator[None]:
-    """Times a save, in the block; the next progress line has the mean of those before it."""
-    begin = time.perf_counter()
-    yield
-    self.save_seconds = time.perf_counter() - begin
-    self._saves.append(self.save_seconds)
-
-  def fetch(self, pipeline: Iterator[tuple[Batch, BatchStats]]) -> tuple[Batch, BatchStats]:
-    """Returns the next batch, timing how long the devices wait for it."""
-    idle_since = time.perf_counter()
-    batch, stats = next(pipeline)
-    now = time.perf_counter()
-    if self._finished is not None:  # while they still run the step before, they do not wait
-      idle_since = max(idle_since, self._finished.result()) if self._finished.done() else now
-    self._data_wait += now - idle_since
-    self._drops.update(stats.drops)
-    return batch, stats
-
-  def step(self, step: int, metrics: Metrics, sums: ArrayLike) -> Tally:
-    """Takes a dispatched step's metrics and tally, and reads the metrics of the step before.
-
-    The tally was dispatched in front of the step, so it can be read, and is returned, already.
-    """
-    self._finished = self._watcher.submit(_when_ready, metrics)
-    if self._pending is not None:
-      self._read(*self._pending)
-    tally = Tally(*np.asarray(sums).tolist())
+  def put(self, step: int, metrics: Metrics, tally: Tally) -> None:
+    """Takes a dispatched step's metrics and tally, and reads those of the step before."""
+    self.flush()
     self._pending = step, metrics, tally
-    return tally
 
   def flush(self) -> None:
-    """Reads the last step's metrics too."""
-    if self._pending is not None:
-      self._read(*self._pending)
-      self._pending = None
+    """Reads the newest step's results too.
 
-  def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Writes scalars and shows them on a line."""
-    self.writer.write_scalars(step, scalars)
-    if scalars:
-      logging.info("step %d | %s", step, " | ".join(f"{k} {v:.4f}" for k, v in scalars.items()))
-
-  def write_tables(self, step: int) -> None:
-    """Writes the load of each expert, as a mean over the steps since the last time."""
-    if self._load is not None:
-      self.writer.write_tables(step, {"moe/load": _relative(self._load)})
-    self._load = None
-
-  def _read(self, step: int, metrics: Metrics, tally: Tally) -> None:
+    Raises:
+      DataError: too many examples were dropped.
+      TrainingDiverged: too many steps in a row were refused.
+    """
+    if self._pending is None:
+      return
+    (step, metrics, tally), self._pending = self._pending, None
     metrics = jax.device_get(metrics)  # waits for the step
-    if self._start is not None:
-      self._start.setdefault("speed/start_seconds", time.time() - self._launched)
-    self.timer.tick(
-      tokens=int(tally.num_positions), images=int(tally.num_images), data_wait=self._data_wait
-    )
-    self._data_wait = 0.0
-    self._sums = metrics if self._sums is None else _merge(self._sums, metrics)
-    if (load := metrics.get("moe/load")) is not None:
-      self._load = load if self._load is None else self._load.merge(load)
-    self._tallies.append(tally)
-    self._num_examples += tally.num_examples + tally.num_dropped
-    self._num_dropped += tally.num_dropped
-    limit = self._run.data.max_drop_fraction
-    check_drops(int(self._num_dropped), int(self._num_examples), limit, self._drops)
-    if step % self._run.train.log_every == 0 or step == self._run.train.num_steps:
-      self._report(step)
+    self._drops.count(int(tally.num_examples), int(tally.num_dropped))
+    self._log.add(step, metrics, tally)
     try:
-      self.verdicts.read(step, int(metrics["skipped_in_a_row"].compute()))
+      self._verdicts.read(step, int(metrics["skipped_in_a_row"].compute()))
     except TrainingDiverged:
-      self.writer.flush()
+      self._log.writer.flush()
       raise
 
-  def _report(self, step: int) -> None:
-    assert self._sums is not None
-    load = self._sums.pop("moe/load", None)
-    scalars = {k: float(m.compute()) for k, m in self._sums.items() if np.sum(m.count) > 0}
-    scalars |= load_scalars(_relative(load)) if load is not None else {}
-    total = Tally(*np.sum(np.array(self._tallies), axis=0).tolist())
-    scalars |= {
-      "data/padded_fraction": total.padded_fraction / total.processes,
-      "data/empty_slot_fraction": total.empty_slot_fraction / total.processes,
-      "data/dropped": total.num_dropped,
-      "memory/peak_gib": peak_memory_gib(),
-    }
-    scalars |= self._start or {}
-    if self._saves:
-      scalars["speed/save_seconds"] = float(np.mean(self._saves))
-    self._start, self._saves = None, []
-    self._warn_of_collapse(step, scalars.get("image_spread"))
-    rates = self.timer.rates
-    self.writer.write_scalars(step, scalars | (rates.scalars() if rates else {}))
-    if jax.process_index() == 0:
-      print(progress_line(step, self._run.train.num_steps, scalars, rates), flush=True)
-    self._sums, self._tallies = None, []
 
-  def _warn_of_collapse(self, step: int, spread: float | None) -> None:
-    """Says once that pictures have become the same to the decoder: the loss does not show it."""
-    if spread is None or spread >= MIN_IMAGE_SPREAD or self._warned:
-      return
-    self._warned = True
-    logging.warning(
-      "step %d: image tokens of different pictures differ by %.2g%% of their size (image_spread; "
-      "below %.0f%% is too little to learn from). The image encoder or the connector gives the "
-      "decoder the same for every picture, and will not recover. Start again with lower "
-      "optimizer.vit_learning_rate and optimizer.connector_learning_rate (4e-4 for a small encoder "
-      "from random weights), or from a trained encoder: docs/training.md, 'Rates of an encoder'.",
-      step,
-      100 * spread,
-      100 * MIN_IMAGE_SPREAD,
-    )
-
-
-def _relative(load: clu_metrics.Average) -> np.ndarray:
-  """Returns the experts' load, [U, E], 1 where it is even."""
-  shares = np.asarray(load.compute(), np.float64)
-  return shares * shares.shape[1]
-
-
-def _when_ready(metrics: Metrics) -> float:
-  jax.block_until_ready(metrics)
-  return time.perf_counter()
-
-
-def _merge(sums: Metrics, metrics: Metrics) -> Metrics:
-  with np.errstate(invalid="ignore"):  # clu divides 0 by 0 where a source has no position yet
-    return {name: sums[name].merge(metric) for name, metric in metrics.items()}
-
-
-class Stop:
-  """Turns SIGTERM and Ctrl-C into a request to stop; a second one is not caught any more.
-
-  Attributes:
-    requested: the signal that this process was sent.
-    votes: processes that had been sent one when they last told each other.
-  """
-
-  def __init__(self):
-    self.requested: str | None = None
-    self.votes = 0.0
-
-  @property
-  def agreed(self) -> bool:
-    """Whether to stop: the same on all processes, as each of them must take the same steps."""
-    return self.votes > 0 if jax.process_count() > 1 else self.requested is not None
-
-  def __enter__(self) -> "Stop":
-    self._handlers = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
-    return self
-
-  def __exit__(self, *_) -> None:
-    for number, handler in self._handlers.items():
-      signal.signal(number, handler)
-
-  def _request(self, number: int, _) -> None:
-    self.requested = signal.Signals(number).name
-    for s, handler in self._handlers.items():
-      signal.signal(s, handler)
-
-
-def _draw(
-  batch: Batch, pipeline: Pipeline, run: RunConfig, writer: MetricWriter, workdir: epath.PathLike
-) -> None:
+def _draw(batch: Batch, pipeline: Pipeline, run: RunConfig, writer: MetricWriter) -> None:
   """Draws the first batch: the cheapest way to see a mistake in the data."""
   if jax.process_index() == 0:
     encoder = make_encoder(
       run.data,
       pipeline.tokenizer,
-      image_size=run.model.vision.image_size,
-      tokens_per_image=run.model.connector.num_tokens,
+      run.input_spec,
     )
     picture = draw_batch(batch, encoder, [source.name for source in run.data.leaves])
     writer.write_images(0, {"first_batch": picture})
-    with (epath.Path(workdir) / "first_batch.png").open("wb") as file:
+    with (writer.workdir / "first_batch.png").open("wb") as file:
       PIL.Image.fromarray(picture).save(file, "PNG")

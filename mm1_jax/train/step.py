@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from mm1_jax.batch import Batch
+from mm1_jax.chips import compiler_options
 from mm1_jax.config import PARTS, RunConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import spec_of
@@ -28,7 +29,6 @@ from mm1_jax.train.optimizer import (
   part_norms,
   split_frozen,
 )
-from mm1_jax.train.xla_flags import compiler_options
 
 Metrics = dict[str, Any]  # clu's Average or LastValue by name
 
@@ -47,10 +47,6 @@ def init_state(model: MM1, run: RunConfig) -> TrainState:
   return TrainState(step, model, make_optimizer(run).init(trainable), new_guard(run))
 
 
-_jit = functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
-
-
-@_jit
 def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[TrainState, Metrics]:
   """Takes one step; one that the guard refuses changes no param."""
   trainable, frozen = split_frozen(state.model, run.optimizer.frozen)
@@ -80,7 +76,6 @@ def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[Trai
   return state, metrics
 
 
-@functools.partial(jax.jit, static_argnames="run")
 def eval_step(model: MM1, batch: Batch, *, run: RunConfig) -> clu_metrics.Average:
   """Returns the mean loss of a held-out batch, in nats per target; experts drop no token."""
   losses = loss_fn(model, batch, run, num_targets=jnp.ones(()), dropless=True)
@@ -89,18 +84,16 @@ def eval_step(model: MM1, batch: Batch, *, run: RunConfig) -> clu_metrics.Averag
 
 @functools.cache
 def train_step_on(mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Returns `train_step`, to be compiled with the options of the mesh's chips."""
-  return _jit(_plain(train_step), compiler_options=_options(mesh))
+  """Returns `train_step`, compiled with the options of the mesh's chips; it donates the state."""
+  return jax.jit(
+    train_step, static_argnames="run", donate_argnames="state", compiler_options=_options(mesh)
+  )
 
 
 @functools.cache
 def eval_step_on(mesh: Mesh) -> Callable[..., clu_metrics.Average]:
-  """Returns `eval_step`, to be compiled with the options of the mesh's chips."""
-  return jax.jit(_plain(eval_step), static_argnames="run", compiler_options=_options(mesh))
-
-
-def _plain(step: Callable) -> Callable:
-  return step.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+  """Returns `eval_step`, compiled with the options of the mesh's chips."""
+  return jax.jit(eval_step, static_argnames="run", compiler_options=_options(mesh))
 
 
 def _options(mesh: Mesh) -> dict[str, bool | int | float | str] | None:

@@ -37,9 +37,9 @@ def workdir(params, tmp_path_factory):
 
 def export(path, out, name="safetensors", **options):
   from mm1_jax.convert.export import exporter
-  from mm1_jax.convert.export.format import Options
+  from mm1_jax.convert.export.format import ExportOptions
 
-  return exporter.export(path, out, name, Options(**options))
+  return exporter.export(path, out, name, ExportOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +77,18 @@ def test_tensors_are_the_runs_blocks(folders, params):
 
 
 def test_stacks_are_read_by_so_many_bytes(workdir, params, monkeypatch):
-  from mm1_jax.convert.export import source
+  from mm1_jax.convert.export import run_reader
 
-  run, sizes = source.Source(workdir), []
-  read = source.Source._read
+  run, sizes = run_reader.RunReader(workdir), []
+  read = run_reader.RunReader._read
 
   def counted(self, array, name, group):
     sizes.append(len(group))
     return read(self, array, name, group)
 
-  monkeypatch.setattr(source.Source, "_read", counted)
+  monkeypatch.setattr(run_reader.RunReader, "_read", counted)
   for limit, largest in ((1, 1), (1 << 30, 2)):
-    monkeypatch.setattr(source, "READ_BYTES", limit)
+    monkeypatch.setattr(run_reader, "READ_BYTES", limit)
     sizes.clear()
     for part, value in run.read():
       ours = params[part.name] if part.block is None else params[part.name][part.block]
@@ -137,11 +137,11 @@ def test_shards_are_bounded_and_indexed(folders):
 def test_an_export_comes_back_as_a_run(folders, params, tmp_path):
   from mm1_jax import checkpoint
   from mm1_jax.convert.__main__ import main
-  from mm1_jax.convert.export.source import Source
+  from mm1_jax.convert.export.run_reader import RunReader
 
   out = tmp_path / "run"
   main(["import", f"--export={folders / 'int8'}", f"--out={out}", "--fsdp=1"])
-  for part, value in Source(out).read():  # a run like any other
+  for part, value in RunReader(out).read():  # a run like any other
     ours = params[part.name] if part.block is None else params[part.name][part.block]
     np.testing.assert_allclose(value, ours, rtol=0, atol=np.abs(ours).max() / 127 * 0.51)
   report = json.loads((out / "import.json").read_text())["model"]

@@ -18,9 +18,9 @@ from mm1_jax import checkpoint
 from mm1_jax.config import TilingConfig
 from mm1_jax.convert import ConvertError
 from mm1_jax.convert.export import exporter, manifest, stablehlo, stablehlo_run
-from mm1_jax.convert.export.format import Options
+from mm1_jax.convert.export.format import ExportOptions
 from mm1_jax.convert.export.huggingface import pictures_mm1
-from mm1_jax.convert.export.source import Source
+from mm1_jax.convert.export.run_reader import RunReader
 from mm1_jax.data.image import decode_image
 from mm1_jax.inference.model import Model
 
@@ -74,7 +74,7 @@ def test_standalone_pixels_are_those_of_training(kind, size, most, fit, tmp_path
 def test_programs_say_what_the_model_says(settings, tmp_path):
   run_folder = make_run(tmp_path / "run", **settings)
   out = tmp_path / "programs"
-  compared = exporter.export(run_folder, out, "stablehlo", Options(dtype="float32"))
+  compared = exporter.export(run_folder, out, "stablehlo", ExportOptions(dtype="float32"))
   assert "params equal" in compared
   assert {path.suffix for path in (out / "programs").iterdir()} == {".cpu", ".cuda", ".tpu"}
   manifest.check(out)
@@ -97,7 +97,7 @@ def test_programs_say_what_the_model_says(settings, tmp_path):
 @pytest.mark.parametrize("num_images", [0, 1, 2])
 def test_a_question_is_read_as_in_training(template, num_images, run_folder, tmp_path):
   """With nothing but what is described in the export: no program, no param."""
-  source = Source(run_folder)
+  source = RunReader(run_folder)
   object.__setattr__(source.run.data, "chat", template is not None)
   object.__setattr__(source.run.data, "chat_template", template or "default")
   about = {**stablehlo._asked(source), "tokenizer": "tokenizer.model"}
@@ -111,15 +111,15 @@ def test_a_question_is_read_as_in_training(template, num_images, run_folder, tmp
 
 
 def test_pictures_in_parts_are_refused(run_folder):
-  source = Source(run_folder)
+  source = RunReader(run_folder)
   object.__setattr__(source.run.data, "tiling", TilingConfig())
   with pytest.raises(ConvertError, match=r"data\.tiling.*stablehlo"):
-    stablehlo.check(source, Options())
+    stablehlo.check(source, ExportOptions())
 
 
 def test_prefills_fit_their_pictures(run_folder):
   """The longest first; no shape whose pictures leave no room for a word."""
-  source = Source(run_folder)
+  source = RunReader(run_folder)
   around = 3
   shapes = stablehlo._shapes(source, around)
   assert max(shapes) == (source.run.data.seq_len, 2)
@@ -130,13 +130,13 @@ def test_prefills_fit_their_pictures(run_folder):
 @pytest.mark.slow
 def test_params_alone_in_bfloat16(run_folder, tmp_path):
   out = tmp_path / "params"
-  exporter.export(run_folder, out, "orbax", Options(dtype="bfloat16"))
+  exporter.export(run_folder, out, "orbax", ExportOptions(dtype="bfloat16"))
   assert [path.name for path in (out / "checkpoints" / "1").iterdir()] == ["params"]
   manifest.check(out)
   run = checkpoint.read_run(out)
   assert run.train.init_from is None
-  source = Source(run_folder)
-  for (part, whole), (_, half) in zip(source.read(), Source(out).read(), strict=True):
+  source = RunReader(run_folder)
+  for (part, whole), (_, half) in zip(source.read(), RunReader(out).read(), strict=True):
     assert half.dtype.name == ("float32" if part.in_float32 else "bfloat16")
     np.testing.assert_array_equal(whole.astype(half.dtype), half, err_msg=part.path)
   # Both ways to use it.
@@ -154,5 +154,5 @@ def test_what_changed_on_its_way_to_the_disk_is_found(run_folder, tmp_path, monk
     exporter.orbax.checkpoint, "restore_params", lambda *a: jax.tree.map(lambda x: x * 2, read(*a))
   )
   with pytest.raises(ConvertError, match="is not what was written"):
-    exporter.export(run_folder, tmp_path / "wrong", "orbax", Options(dtype="float32"))
+    exporter.export(run_folder, tmp_path / "wrong", "orbax", ExportOptions(dtype="float32"))
   assert not pathlib.Path(tmp_path / "wrong").exists()

@@ -26,9 +26,9 @@ def workdir(tmp_path_factory):
 
 def load(workdir, out, dtype="float32"):
   from mm1_jax.convert.export import exporter
-  from mm1_jax.convert.export.format import Options
+  from mm1_jax.convert.export.format import ExportOptions
 
-  exporter.export(workdir, out, "huggingface", Options(dtype))
+  exporter.export(workdir, out, "huggingface", ExportOptions(dtype))
   model = transformers.AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
   return model, transformers.AutoProcessor.from_pretrained(out, trust_remote_code=True)
 

@@ -13,12 +13,12 @@ import pytest
 from small_data import SAMPLE, document
 
 from mm1_jax.batch import Batch
-from mm1_jax.config import DataConfig
+from mm1_jax.config import DataConfig, InputSpec
 from mm1_jax.data.image import EMPTY, TOO_LARGE, TRUNCATED, UNREADABLE
 from mm1_jax.data.pipeline import BatchStats, make_pipeline
 from mm1_jax.data.sources import DataError
 
-IMAGES = {"image_size": (16, 16), "tokens_per_image": 16, "image_token_id": 4}
+INPUTS = InputSpec(image_size=(16, 16), tokens_per_image=16, image_token_id=4)
 NUM_GOOD = 300
 
 
@@ -107,7 +107,7 @@ def check(batch: Batch, stats: BatchStats) -> int:
 def test_all_are_counted_by_reason(write, records, num_workers: int):
   source = dataclasses.replace(write("s", records), epochs=1)
   data = config(source, max_drop_fraction=1.0, num_workers=num_workers)
-  pipeline = make_pipeline(data, **IMAGES)
+  pipeline = make_pipeline(data, INPUTS)
   num_images = []
   with pytest.raises(DataError, match="the data ends"):
     num_images.extend(check(batch, stats) for batch, stats in pipeline)
@@ -117,7 +117,7 @@ def test_all_are_counted_by_reason(write, records, num_workers: int):
 
 
 def test_the_run_stops_with_the_reasons(write, records):
-  pipeline = make_pipeline(config(write("s", records)), **IMAGES)
+  pipeline = make_pipeline(config(write("s", records)), INPUTS)
   with pytest.raises(DataError, match=r"examples were dropped \(.*truncated image.*more than"):
     list(pipeline)
   pipeline.close()

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 from small_data import SAMPLE
 
-from mm1_jax.config import DataConfig, SourceConfig
+from mm1_jax.config import DataConfig, InputSpec, SourceConfig
 from mm1_jax.data import image
 from mm1_jax.data.pipeline import make_pipeline
 from mm1_jax.data.sources import Source
@@ -347,7 +347,7 @@ def test_the_config_says_how_pictures_fit_and_how_large_they_may_be(write):
     image_fit="pad",
     max_image_pixels=32,
   )
-  pipeline = make_pipeline(data, image_size=(8, 8), tokens_per_image=2, image_token_id=4)
+  pipeline = make_pipeline(data, InputSpec((8, 8), 2, 4))
   batches = [batch for batch, _ in itertools.islice(pipeline, 4)]
   pipeline.close()
   pictures = [b.images[0, 0] for b in batches if b.image_mask.any()]

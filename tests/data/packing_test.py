@@ -7,8 +7,8 @@ import pytest
 from mm1_jax.data.examples import Example, Span
 from mm1_jax.data.packing import (
   Item,
+  ItemSpan,
   Packing,
-  Part,
   RowShape,
   Segment,
   assemble,
@@ -117,7 +117,7 @@ def test_conversations_go_where_they_leave_least_room():
   packing = pack(items, 2, shape)
   check(packing, items, shape)
   assert packing == Packing(
-    [[Part(1, 0, 6), Part(3, 0, 4)], [Part(2, 0, 5), Part(0, 0, 3)]], [(4, 0)]
+    [[ItemSpan(1, 0, 6), ItemSpan(3, 0, 4)], [ItemSpan(2, 0, 5), ItemSpan(0, 0, 3)]], [(4, 0)]
   )
 
 
@@ -164,7 +164,7 @@ def test_a_document_goes_on_in_another_row():
   items, shape = [document(100, 50, 54)], RowShape(60, 2, IMAGE)
   packing = pack(items, 2, shape)
   check(packing, items, shape)
-  assert packing.rows == [[Part(0, 0, 50)], [Part(0, 50, 100)]]
+  assert packing.rows == [[ItemSpan(0, 0, 50)], [ItemSpan(0, 50, 100)]]
 
 
 @pytest.mark.parametrize("seed", range(40))

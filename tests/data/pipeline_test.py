@@ -14,11 +14,11 @@ from small_data import SAMPLE, conversation, sample_source
 
 from bench import batch_order
 from mm1_jax.batch import Batch
-from mm1_jax.config import ConfigError, DataConfig, TilingConfig
+from mm1_jax.config import ConfigError, DataConfig, InputSpec, TilingConfig
 from mm1_jax.data.pipeline import PipelineError, make_eval_batches, make_pipeline
 from mm1_jax.data.sources import DataError
 
-IMAGES = {"image_size": (16, 16), "tokens_per_image": 16, "image_token_id": 4}
+INPUTS = InputSpec(image_size=(16, 16), tokens_per_image=16, image_token_id=4)
 
 
 def take(pipeline, num: int) -> list[Batch]:
@@ -59,7 +59,7 @@ def test_sub_images_fill_slots_in_order(small):
   record = conversation("x", [data.getvalue(), "What?"], ["That."])
   tiling = TilingConfig(grid=(2, 2), overview="first")
   data = small([record], seq_len=128, images_per_row=5, tiling=tiling)
-  pipeline = make_pipeline(data, image_size=(16, 16), tokens_per_image=2, image_token_id=4)
+  pipeline = make_pipeline(data, InputSpec((16, 16), 2, 4))
   ((batch, stats),) = itertools.islice(pipeline, 1)
   assert stats.num_images == 5 * stats.num_examples
   shown = [int(image[8, 8, 0]) for image in batch.images[0]]
@@ -72,7 +72,7 @@ def test_sub_images_fill_slots_in_order(small):
 
 def test_a_batch_by_hand(small, tokenizer, jpeg):
   data = small([[jpeg(50), "a", jpeg(200)]], batch_size=1, window_rows=1, seq_len=11)
-  pipeline = make_pipeline(data, image_size=(2, 2), tokens_per_image=2, image_token_id=4)
+  pipeline = make_pipeline(data, InputSpec((2, 2), 2, 4))
   batch, stats = next(pipeline)
   (a,) = tokenizer.encode("a")
   assert batch.tokens.tolist() == [[1, 5, 4, 4, 6, a, 5, 4, 4, 6, 0]]
@@ -89,7 +89,7 @@ def test_a_batch_by_hand(small, tokenizer, jpeg):
 
 
 def test_invariants_on_the_sample(sample_data):
-  for batch in take(make_pipeline(sample_data(), **IMAGES), 6):
+  for batch in take(make_pipeline(sample_data(), INPUTS), 6):
     assert batch.images.shape == (8, 5, 16, 16, 3)
     padding = batch.segment_ids == 0
     assert not batch.loss_mask[padding].any()
@@ -111,7 +111,8 @@ def test_invariants_on_the_sample(sample_data):
 def test_rows_are_full_and_shares_hold(sample_data):
   """At the sample with rows of 512 positions; the numbers are printed with `pytest -s`."""
   positions, stats = np.zeros(3), []
-  pipeline = make_pipeline(sample_data(batch_size=32), **{**IMAGES, "image_size": (8, 8)})
+  inputs = dataclasses.replace(INPUTS, image_size=(8, 8))
+  pipeline = make_pipeline(sample_data(batch_size=32), inputs)
   for batch, batch_stats in itertools.islice(pipeline, 20):
     positions += np.bincount(batch.source_ids[batch.segment_ids > 0], minlength=3)
     stats.append(batch_stats)
@@ -125,7 +126,7 @@ def test_rows_are_full_and_shares_hold(sample_data):
 
 
 def test_text_only(small):
-  batch, stats = next(make_pipeline(small([["a b c"]] * 9, images_per_row=0), **IMAGES))
+  batch, stats = next(make_pipeline(small([["a b c"]] * 9, images_per_row=0), INPUTS))
   assert batch.images.shape == (2, 0, 16, 16, 3)
   assert batch.image_mask.shape == (2, 0)
   assert stats.empty_slot_fraction == 0
@@ -134,7 +135,7 @@ def test_text_only(small):
 
 def test_conversations(small, tokenizer, jpeg):
   records = [conversation(f"c{i}", [jpeg(9), "Is it?"], ["No", " never"]) for i in range(9)]
-  batch, _ = next(make_pipeline(small(records, seq_len=128), **IMAGES))
+  batch, _ = next(make_pipeline(small(records, seq_len=128), INPUTS))
   first = batch.segment_ids[0] == 1
   targets, mask = batch.targets[0][first], batch.loss_mask[0][first] == 1
   assert tokenizer.decode(targets[mask]) == " No never"
@@ -147,11 +148,9 @@ def test_conversations(small, tokenizer, jpeg):
 
 def test_processes_have_slices_of_the_global_batch(sample_data):
   data = sample_data()
-  whole = take(make_pipeline(data, **IMAGES), 5)
+  whole = take(make_pipeline(data, INPUTS), 5)
   assert len({batch.tokens.tobytes() for batch in whole}) == 5  # of a window's four, each its own
-  halves = [
-    take(make_pipeline(data, **IMAGES, process_index=i, process_count=2), 5) for i in (0, 1)
-  ]
+  halves = [take(make_pipeline(data, INPUTS, process_index=i, process_count=2), 5) for i in (0, 1)]
   joined = [
     Batch(*(np.concatenate(fields) for fields in zip(*pair, strict=True)))
     for pair in zip(*halves, strict=True)
@@ -161,8 +160,8 @@ def test_processes_have_slices_of_the_global_batch(sample_data):
 
 def test_workers_change_nothing(sample_data):
   data = sample_data()
-  inside = make_pipeline(data, **IMAGES)
-  outside = make_pipeline(dataclasses.replace(data, num_workers=2), **IMAGES)
+  inside = make_pipeline(data, INPUTS)
+  outside = make_pipeline(dataclasses.replace(data, num_workers=2), INPUTS)
   assert_equal(take(outside, 6), take(inside, 6))
   assert outside.state() == inside.state()
   outside.close()
@@ -172,18 +171,18 @@ def test_workers_change_nothing(sample_data):
 @pytest.mark.parametrize("batch_size", [8, 48])  # four batches a window, and one
 def test_resume_anywhere(sample_data, stop, batch_size):
   data = sample_data(batch_size=batch_size)
-  whole = take(make_pipeline(data, **IMAGES), 10)
-  first = make_pipeline(data, **IMAGES, process_index=1, process_count=2)
+  whole = take(make_pipeline(data, INPUTS), 10)
+  first = make_pipeline(data, INPUTS, process_index=1, process_count=2)
   take(first, stop)
   state = json.loads(json.dumps(first.state()))
-  again = make_pipeline(data, **IMAGES, state=state)
+  again = make_pipeline(data, INPUTS, state=state)
   assert_equal(take(again, 3), whole[stop : stop + 3])
 
 
 def test_state_does_not_know_processes(sample_data):
   data = sample_data()
   pipelines = [
-    make_pipeline(data, **IMAGES, process_index=i, process_count=n)
+    make_pipeline(data, INPUTS, process_index=i, process_count=n)
     for i, n in [(0, 1), (1, 2), (3, 4)]
   ]
   for pipeline in pipelines:
@@ -210,7 +209,7 @@ def test_batches_of_one_kind(small, jpeg, texts, pictures, some, all_rows):
   """Only text, only pictures, and rows without pictures beside rows with some."""
   sources = [["a b c " * 30]] * texts, [[jpeg(9)]] * pictures
   data = small(*filter(None, sources), seq_len=40, batch_size=4, images_per_row=1)
-  batches = take(make_pipeline(data, **IMAGES), 6)
+  batches = take(make_pipeline(data, INPUTS), 6)
   with_pictures = np.concatenate([batch.image_mask.any(axis=1) for batch in batches])
   assert (with_pictures.any(), with_pictures.all()) == (some, all_rows)
 
@@ -222,7 +221,7 @@ def test_the_end_of_the_data_is_an_error_with_its_step(small):
     data, sources=tuple(dataclasses.replace(s, epochs=1.0) for s in data.sources)
   )
   for num_workers in (0, 1):
-    pipeline = make_pipeline(dataclasses.replace(data, num_workers=num_workers), **IMAGES)
+    pipeline = make_pipeline(dataclasses.replace(data, num_workers=num_workers), INPUTS)
     with pytest.raises(DataError, match=r"the data ends at step \d+: all epochs"):
       take(pipeline, 100)
     pipeline.close()
@@ -232,7 +231,7 @@ def test_the_log_says_how_many_slots_suit(small, jpeg, caplog):
   """A row of 64 positions holds 3 captions of 20."""
   data = small([[jpeg(9), "a"]] * 9, images_per_row=2)
   with caplog.at_level("INFO"):
-    make_pipeline(data, **IMAGES).close()
+    make_pipeline(data, INPUTS).close()
   assert "3.2 images come with a full row; data.images_per_row 2: too few" in caplog.text
 
 
@@ -248,7 +247,7 @@ def test_eval_has_each_held_out_example_once(sample_data, part):
   from mm1_jax.data.tokenizer import Tokenizer
 
   data, config = sample_data(), sample_source(part, "heldout")
-  batches = list(make_eval_batches(config, data, **IMAGES))
+  batches = list(make_eval_batches(config, data, INPUTS))
   source, encoder = Source(config), Encoder(Tokenizer(data.tokenizer), 16)
   index = load_index(source, encoder, seq_len=512, max_images=5, max_drop_fraction=0)
   examples = [encoder.encode_record(source[int(r)]) for r in index.records]
@@ -262,17 +261,16 @@ def test_eval_has_each_held_out_example_once(sample_data, part):
 
 def test_eval_is_the_same_on_two_processes(sample_data):
   config, data = sample_source("captions", "heldout"), sample_data()
-  whole = list(make_eval_batches(config, data, **IMAGES))
+  whole = list(make_eval_batches(config, data, INPUTS))
   halves = [
-    list(make_eval_batches(config, data, **IMAGES, process_index=i, process_count=2))
-    for i in (0, 1)
+    list(make_eval_batches(config, data, INPUTS, process_index=i, process_count=2)) for i in (0, 1)
   ]
   joined = [
     Batch(*(np.concatenate(fields) for fields in zip(*pair, strict=True)))
     for pair in zip(*halves, strict=True)
   ]
   assert_equal(joined, whole)
-  assert_equal(list(make_eval_batches(config, data, **IMAGES, limit=2)), whole[:2])
+  assert_equal(list(make_eval_batches(config, data, INPUTS, limit=2)), whole[:2])
 
 
 # --- what goes wrong
@@ -281,7 +279,7 @@ def test_eval_is_the_same_on_two_processes(sample_data):
 def test_unreadable_image_is_dropped_and_counted(small, jpeg):
   good = [[jpeg(9), f"picture {i}"] for i in range(19)]
   data = small([*good, [b"no jpeg", "lost"]], seq_len=128, batch_size=4)
-  pipeline = make_pipeline(data, **IMAGES)
+  pipeline = make_pipeline(data, INPUTS)
   found = list(itertools.islice(pipeline, 12))
   assert sum(stats.drops.get("s0: unreadable image", 0) for _, stats in found) > 0
   assert pipeline.drops["s0: unreadable image"] > 0
@@ -292,7 +290,7 @@ def test_unreadable_image_is_dropped_and_counted(small, jpeg):
 
 def test_too_many_unreadable_images_stop_the_run(small, jpeg):
   data = small([[jpeg(9), "good"]] * 9 + [[b"bad", "bad"]], seq_len=64, batch_size=8)
-  pipeline = make_pipeline(data, **IMAGES)
+  pipeline = make_pipeline(data, INPUTS)
   message = r"of \d+ examples were dropped \({'s0: unreadable image': \d+}\), more than"
   with pytest.raises(DataError, match=message):
     take(pipeline, 50)
@@ -302,32 +300,32 @@ def test_too_many_unreadable_images_stop_the_run(small, jpeg):
 
 def test_image_slots_are_needed_for_images(small, jpeg):
   with pytest.raises(ConfigError, match=r"data\.images_per_row is 0"):
-    make_pipeline(small([[jpeg(9)]], images_per_row=0), **IMAGES)
+    make_pipeline(small([[jpeg(9)]], images_per_row=0), INPUTS)
 
 
 def test_settings_that_do_not_fit(small):
   data = small([["a"]])
   with pytest.raises(ConfigError, match=r"model\.image_token_id is 9.*<image> at 4"):
-    make_pipeline(data, **{**IMAGES, "image_token_id": 9})
+    make_pipeline(data, dataclasses.replace(INPUTS, image_token_id=9))
   with pytest.raises(ConfigError, match="batch_size 2 does not divide over 3 processes"):
-    make_pipeline(data, **IMAGES, process_count=3)
+    make_pipeline(data, INPUTS, process_count=3)
   with pytest.raises(ConfigError, match=r"data\.sources is empty"):
-    make_pipeline(dataclasses.replace(data, sources=()), **IMAGES)
+    make_pipeline(dataclasses.replace(data, sources=()), INPUTS)
   with pytest.raises(ConfigError, match="64 cannot hold one image of 102"):
-    make_pipeline(data, **{**IMAGES, "tokens_per_image": 100})
+    make_pipeline(data, dataclasses.replace(INPUTS, tokens_per_image=100))
   with pytest.raises(DataError, match=r"data\.tokenizer 'none' cannot be read"):
-    make_pipeline(dataclasses.replace(data, tokenizer="none"), **IMAGES)
+    make_pipeline(dataclasses.replace(data, tokenizer="none"), INPUTS)
 
 
 def test_state_of_other_data(small):
   data = small([["a"]])
-  state = make_pipeline(data, **IMAGES).state()
+  state = make_pipeline(data, INPUTS).state()
   with pytest.raises(ConfigError, match="seed: 0 then, 1 now"):
-    make_pipeline(dataclasses.replace(data, seed=1), **IMAGES, state=state)
+    make_pipeline(dataclasses.replace(data, seed=1), INPUTS, state=state)
 
 
 def test_closed(small):
-  pipeline = make_pipeline(small([["a"]]), **IMAGES)
+  pipeline = make_pipeline(small([["a"]]), INPUTS)
   next(pipeline)
   pipeline.close()
   with pytest.raises(PipelineError, match="closed"):
@@ -335,7 +333,7 @@ def test_closed(small):
 
 
 def test_killed_worker_is_told(small):
-  pipeline = make_pipeline(small([["a"]] * 9, num_workers=1), **IMAGES)
+  pipeline = make_pipeline(small([["a"]] * 9, num_workers=1), INPUTS)
   next(pipeline)
   for child in multiprocessing.active_children():
     child.kill()

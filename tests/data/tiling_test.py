@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from small_data import conversation, document, items
 
-from mm1_jax.config import ConfigError, DataConfig, RunConfig, TilingConfig
+from mm1_jax.config import ConfigError, DataConfig, InputSpec, RunConfig, TilingConfig
 from mm1_jax.data.examples import Encoder, make_encoder
 from mm1_jax.data.image import PAD_COLOR
 from mm1_jax.data.tiling import Tile, Tiler, candidate_grids, choose_grid, decode_pictures
@@ -222,6 +222,6 @@ def test_config_rules():
     RunConfig(data=dataclasses.replace(data, images_per_row=9))
   run = RunConfig(data=data)
   tokenizer = None
-  encoder = make_encoder(run.data, tokenizer, image_size=(R, R), tokens_per_image=T)
+  encoder = make_encoder(run.data, tokenizer, InputSpec((R, R), T, 4))
   assert encoder.tiler == Tiler(MM1_5, (R, R), "squash")
   assert RunConfig.from_dict(run.to_dict()) == run

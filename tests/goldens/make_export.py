@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE.parent / "convert"), str(HERE.parent.parent)]
 import small_run  # noqa: E402
 
 from mm1_jax.convert.export import exporter  # noqa: E402
-from mm1_jax.convert.export.format import Options  # noqa: E402
+from mm1_jax.convert.export.format import ExportOptions  # noqa: E402
 
 EVERY = 24
 TURN = {"type": "text", "text": "What is this? It stands in front of a house, as dogs do."}
@@ -40,7 +40,7 @@ def main() -> None:
       workdir, out = pathlib.Path(folder) / "run", pathlib.Path(folder) / "out"
       small_run.save_run(workdir, run, small_run.make_params(run))
       form = "llava" if name.startswith("llava") else "huggingface"
-      exporter.export(workdir, out, form, Options("float32"))
+      exporter.export(workdir, out, form, ExportOptions("float32"))
       model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
       processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
     turns = [{"role": "user", "content": [{"type": "image", "image": image}, TURN]}]

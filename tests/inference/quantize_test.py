@@ -11,7 +11,7 @@ from mm1_jax import checkpoint
 from mm1_jax.config import ConfigError
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.quantize import TILE, quantize
-from mm1_jax.models.quantized import SUMMED, Quantized, dequantize
+from mm1_jax.models.dequantize import SUMMED, Quantized, dequantize
 
 pytest.importorskip("qwix")
 

@@ -14,7 +14,7 @@ from mm1_jax.config import RunConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.collectives import KINDS
 from mm1_jax.sharding import abstract_batch, abstract_state, make_mesh
-from mm1_jax.train.step import init_state, train_step
+from mm1_jax.train.step import init_state, train_step_on
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "goldens" / "collectives"
 MESHES = {
@@ -28,7 +28,7 @@ def count(run: RunConfig) -> str:
   mesh = make_mesh(run)
   state = abstract_state(lambda: init_state(MM1(jax.random.key(0), run.model), run), mesh)
   with jax.set_mesh(mesh):
-    lowered = train_step.trace(state, abstract_batch(run, mesh), run=run).lower()
+    lowered = train_step_on(mesh).trace(state, abstract_batch(run, mesh), run=run).lower()
   program = lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
   found = re.findall(rf" ({'|'.join(KINDS)})(?:-start)?\(", program)
   return ", ".join(f"{kind} {num}" for kind, num in sorted(collections.Counter(found).items()))

@@ -184,7 +184,7 @@ def equations(jaxpr):
 
 def logits_of_whole_rows() -> set:
   """Returns the arrays of a train step that are as large as [B, S, V] and have V as a dim."""
-  jaxpr = jax.make_jaxpr(functools.partial(train_step.__wrapped__, run=RUN))(
+  jaxpr = jax.make_jaxpr(functools.partial(train_step, run=RUN))(
     tiny_step.make_state(RUN), tiny.put(tiny.BATCH, tiny.mesh(*tiny_step.ONE))
   )
   vocab = RUN.model.decoder.vocab_size

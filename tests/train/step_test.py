@@ -11,15 +11,18 @@ import tiny
 import tiny_step
 from jax.extend.core import jaxprs_in_params
 
+from mm1_jax import chips
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer, to_names
 from mm1_jax.config import CheckpointConfig, OptimizerConfig, RunConfig, TrainConfig
+from mm1_jax.data.drops import Drops
 from mm1_jax.data.pipeline import BatchStats
 from mm1_jax.metrics import MetricWriter, read_metrics
-from mm1_jax.train import xla_flags
 from mm1_jax.train.guard import NORM_DECAY, NORM_STEPS, RISE, TrainingDiverged, Verdicts
-from mm1_jax.train.loop import StepLog, Tally
+from mm1_jax.train.log import StepLog
+from mm1_jax.train.loop import Results
 from mm1_jax.train.step import eval_step, train_step, train_step_on
+from mm1_jax.train.tally import Tally
 
 DENSE = tiny_step.run_config()
 MOE = tiny_step.run_config(tiny.BOUNDED)
@@ -132,7 +135,7 @@ def test_moe_metrics():
 def test_eval_step_is_the_loss():
   mesh = tiny.mesh()
   with jax.set_mesh(mesh):
-    evaluate = tiny.jit(eval_step.__wrapped__, static_argnames="run")
+    evaluate = tiny.jit(eval_step, static_argnames="run")
     average = evaluate(tiny_step.make_state(DENSE).model, tiny.put(tiny.BATCH, mesh), run=DENSE)
   _, metrics = one_step(DENSE)
   assert float(average.compute()) == pytest.approx(metrics["loss"], rel=1e-5)
@@ -243,7 +246,8 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
     MetricWriter(tmp_path) as writer,
     Checkpointer(tmp_path, CheckpointConfig()) as checkpointer,
   ):
-    log = StepLog(run, writer, Verdicts(run, checkpointer), launched=0.0)
+    log, drops = StepLog(run, writer, launched=0.0), Drops(run.data.max_drop_fraction)
+    results = Results(log, Verdicts(run, checkpointer), drops)
 
     def advance(model):
       nonlocal state, step
@@ -251,12 +255,12 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
         state._replace(model=model), tiny.put(tiny.BATCH, mesh), run=DENSE
       )
       step += 1
-      log.step(step, metrics, np.array(Tally.of(STATS, False)))
+      results.put(step, metrics, Tally.of(STATS, False))
 
     for model in (good, bad, bad, good, bad, bad, bad):
       advance(model.model)
     with pytest.raises(TrainingDiverged) as error:
-      log.flush()
+      results.flush()
   message = str(error.value)
   assert "3 steps in a row, up to step 7, were skipped" in message
   assert "optimizer.learning_rate" in message
@@ -422,7 +426,7 @@ def test_step_is_compiled_with_the_options_of_the_meshs_chips(monkeypatch):
   """A wrong one shows that they reach the compiler."""
   mesh = tiny.mesh(*tiny_step.ONE)
   kind = mesh.devices.flat[0].device_kind
-  monkeypatch.setattr(xla_flags, "OPTIONS", {kind: {"xla_no_such_option": True}})
+  monkeypatch.setattr(chips, "COMPILER_OPTIONS", {kind: {"xla_no_such_option": True}})
   run = tiny_step.run_config()
   with jax.set_mesh(mesh):
     batch = tiny.put(tiny.BATCH, mesh)

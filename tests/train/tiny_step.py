@@ -42,7 +42,7 @@ def make_state(run: RunConfig) -> TrainState:
 
 
 # Like `train_step`, but quick to compile, and it leaves its argument alone.
-_step = tiny.jit(train_step.__wrapped__, static_argnames="run")
+_step = tiny.jit(train_step, static_argnames="run")
 
 
 def step(state: TrainState, batch: Batch, run: RunConfig) -> tuple[TrainState, dict[str, Any]]:

@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Iterator
 
 from mm1_jax.config import RunConfig, SourceConfig
-from mm1_jax.convert.export.format import Options
-from mm1_jax.convert.export.source import Source
+from mm1_jax.convert.export.format import ExportOptions
+from mm1_jax.convert.export.run_reader import RunReader
 from mm1_jax.data.sources import DataError, RecordError
 from mm1_jax.data.sources import Source as Records
 from mm1_jax.metrics import read_metrics
@@ -19,33 +19,33 @@ NAME = "README.md"
 LOOKED_AT = 2000  # records of each source that are asked for their licence
 
 
-def text(source: Source, options: Options, use: str) -> str:
+def text(reader: RunReader, options: ExportOptions, use: str) -> str:
   """Returns the card, in Markdown; `use` says how the files are used."""
-  run = source.run
+  run = reader.run
   sections = {
     "Use": use,
-    "Model": _model(source),
-    "Training": _training(source),
+    "Model": _model(reader),
+    "Training": _training(reader),
     "Data": _data(run),
-    "Evaluation": _evaluation(source),
+    "Evaluation": _evaluation(reader),
     "Licences": _licences(run),
   }
   head = (
     "---\npipeline_tag: image-text-to-text\ntags:\n- mm1\n- vision-language\n---\n\n"
-    f"# {run.name}\n\nStep {source.step}, {source.num_params:,} parameters, {options.dtype}. "
+    f"# {run.name}\n\nStep {reader.step}, {reader.num_params:,} parameters, {options.dtype}. "
     "Trained with mm1_jax, after the recipe of MM1 (arXiv 2403.09611). `manifest.json` has the "
     "hash of every file.\n"
   )
   return head + "".join(f"\n## {title}\n\n{body.rstrip()}\n" for title, body in sections.items())
 
 
-def _model(source: Source) -> str:
-  vision, decoder = source.run.model.vision, source.run.model.decoder
-  connector, moe = source.run.model.connector, source.run.model.decoder.moe
+def _model(reader: RunReader) -> str:
+  vision, decoder = reader.run.model.vision, reader.run.model.decoder
+  connector, moe = reader.run.model.connector, reader.run.model.decoder.moe
   experts = (
     f"; {moe.num_experts} experts in every {moe.every}. layer, {moe.top_k} active" if moe else ""
   )
-  tiling = source.run.data.tiling
+  tiling = reader.run.data.tiling
   pictures = "whole" if tiling is None else f"cut into up to {tiling.max_slots} sub-images"
   return (
     f"- Encoder: ViT, {vision.num_blocks} blocks of width {vision.width}, patches of "
@@ -54,16 +54,16 @@ def _model(source: Source) -> str:
     f"{pictures}.\n"
     f"- Decoder: {decoder.depth} layers of width {decoder.width}, {decoder.num_heads} heads, "
     f"{decoder.num_kv_heads} of keys and values{experts}; {decoder.vocab_size} ids, "
-    f"{source.run.data.seq_len} positions.\n"
+    f"{reader.run.data.seq_len} positions.\n"
   )
 
 
-def _training(source: Source) -> str:
-  run = source.run
+def _training(reader: RunReader) -> str:
+  run = reader.run
   started = "from another run's or other models' params" if run.train.init_from else "from scratch"
   frozen = ", ".join(run.optimizer.frozen) or "nothing"
   return (
-    f"{source.step} of {run.train.num_steps} steps of {run.data.batch_size} rows of "
+    f"{reader.step} of {run.train.num_steps} steps of {run.data.batch_size} rows of "
     f"{run.data.seq_len} positions, {run.optimizer.name}, {started}; frozen: {frozen}.\n"
   )
 
@@ -75,17 +75,17 @@ def _data(run: RunConfig) -> str:
   return "Shares of positions, at the start.\n\n| source | share |\n|---|---|\n" + rows
 
 
-def _evaluation(source: Source) -> str:
+def _evaluation(reader: RunReader) -> str:
   series = {
     name: values
-    for name, values in read_metrics(source.workdir).items()
-    if name.startswith("eval/") and any(step <= source.step for step in values)
+    for name, values in read_metrics(reader.workdir).items()
+    if name.startswith("eval/") and any(step <= reader.step for step in values)
   }
   if not series:
     return "The run has no held-out figures.\n"
   rows = ""
   for name, values in sorted(series.items()):
-    step = max(step for step in values if step <= source.step)
+    step = max(step for step in values if step <= reader.step)
     rows += f"| {name.removeprefix('eval/')} | {values[step]:.4g} | {step} |\n"
   return "Held out from training.\n\n| figure | value | step |\n|---|---|---|\n" + rows
 

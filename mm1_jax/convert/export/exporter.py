@@ -13,12 +13,12 @@ from etils import epath
 
 from mm1_jax.convert import ConvertError
 from mm1_jax.convert.export import folder, huggingface, llava, manifest, orbax, stablehlo
-from mm1_jax.convert.export.format import Format, Options
-from mm1_jax.convert.export.source import Source
+from mm1_jax.convert.export.format import ExportFormat, ExportOptions
+from mm1_jax.convert.export.run_reader import RunReader
 
 UNFINISHED = ".unfinished"  # behind the name of a folder until it is compared
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, ExportFormat] = {
   "safetensors": folder,
   "huggingface": huggingface,
   "llava": llava,
@@ -27,7 +27,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def export(path: epath.PathLike, out: pathlib.Path, name: str, options: Options) -> str:
+def export(path: epath.PathLike, out: pathlib.Path, name: str, options: ExportOptions) -> str:
   """Exports a run, or one of its steps, and returns what was compared.
 
   `out` has its name only when it is whole, compared and signed.
@@ -49,12 +49,12 @@ def export(path: epath.PathLike, out: pathlib.Path, name: str, options: Options)
   working = out.with_name(out.name + UNFINISHED)
   if working.exists():
     raise ConvertError(f"'{working}' is left of an export that was cut off; delete it.")
-  source = Source(path)
-  form.check(source, options)
-  logging.info("exporting step %d, %.3g params, as %s", source.step, source.num_params, name)
+  reader = RunReader(path)
+  form.check(reader, options)
+  logging.info("exporting step %d, %.3g params, as %s", reader.step, reader.num_params, name)
   working.mkdir(parents=True)
   try:
-    compared = _write(source, working, name, options)
+    compared = _write(reader, working, name, options)
   except BaseException:
     shutil.rmtree(working)
     raise
@@ -64,12 +64,12 @@ def export(path: epath.PathLike, out: pathlib.Path, name: str, options: Options)
   return compared
 
 
-def _write(source: Source, out: pathlib.Path, name: str, options: Options) -> str:
+def _write(reader: RunReader, out: pathlib.Path, name: str, options: ExportOptions) -> str:
   """Writes, compares and signs; returns what was compared."""
   form, start = FORMATS[name], time.perf_counter()
-  form.write(source, out, options)
+  form.write(reader, out, options)
   logging.info("written in %.0f s; reading it back", time.perf_counter() - start)
-  compared = form.compare(source, out, options)
-  facts = {"format": name, "dtype": options.dtype, "run": source.run.name, "step": source.step}
+  compared = form.compare(reader, out, options)
+  facts = {"format": name, "dtype": options.dtype, "run": reader.run.name, "step": reader.step}
   manifest.write(out, {**facts, "compared": compared})
   return compared

@@ -17,9 +17,9 @@ from mm1_jax import checkpoint
 from mm1_jax.config import RunConfig
 from mm1_jax.convert import ConvertError
 from mm1_jax.convert.export import card, int8, shards
-from mm1_jax.convert.export.format import Options
-from mm1_jax.convert.export.source import Part, Source
-from mm1_jax.convert.families import Piece
+from mm1_jax.convert.export.format import ExportOptions
+from mm1_jax.convert.export.run_reader import ParamPart, RunReader
+from mm1_jax.convert.families import WeightPiece
 from mm1_jax.convert.layouts import SAME
 from mm1_jax.convert.tensors import INT8_SCALE, Tensors
 
@@ -38,20 +38,20 @@ times NAME.int8_scale, float32, which has one number for each output channel.
 """
 
 
-def check(source: Source, options: Options) -> None:
+def check(reader: RunReader, options: ExportOptions) -> None:
   """Raises nothing: every model of ours can be written."""
 
 
-def write(source: Source, out: pathlib.Path, options: Options) -> None:
-  checkpoint.write_run_files(out, published(source.run))
-  (out / checkpoint.TEMPLATE).write_text(source.encoder().template.to_json())
-  (out / card.NAME).write_text(card.text(source, options, USE))
-  shards.write(_tensors(source, options.dtype), out, options.max_shard_gb, {"format": "mm1_jax"})
+def write(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> None:
+  checkpoint.write_run_files(out, published(reader.run))
+  (out / checkpoint.TEMPLATE).write_text(reader.encoder().template.to_json())
+  (out / card.NAME).write_text(card.text(reader, options, USE))
+  shards.write(_tensors(reader, options.dtype), out, options.max_shard_gb, {"format": "mm1_jax"})
 
 
-def compare(source: Source, out: pathlib.Path, options: Options) -> str:
+def compare(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> str:
   tensors = Tensors(out)
-  for part, value in source.read():
+  for part, value in reader.read():
     made_of = piece(tensors, part)
     read = made_of.layout.load([tensors.read(name) for name in made_of.theirs], part.shape)
     read, value = read.astype(np.float32), value.astype(np.float32)
@@ -65,7 +65,7 @@ def compare(source: Source, out: pathlib.Path, options: Options) -> str:
     if wrong:
       raise ConvertError(f"'{out}': {part.path} is not what was written; is the disk full?")
   how = "equal to the run's" if options.dtype != "int8" else "within half a step of the run's"
-  return f"{len(source.parts)} tensors read back, {how}"
+  return f"{len(reader.parts)} tensors read back, {how}"
 
 
 def published(run: RunConfig) -> RunConfig:
@@ -74,17 +74,17 @@ def published(run: RunConfig) -> RunConfig:
   return dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, init_from=None))
 
 
-def piece(tensors: Tensors, part: Part) -> Piece:
+def piece(tensors: Tensors, part: ParamPart) -> WeightPiece:
   """Returns what a part of ours is made of in such a folder."""
   at = () if part.block is None else (part.block,)
   dims = int8.summed_dims(part)
   if dims is None or part.path + INT8_SCALE not in tensors:
-    return Piece(part.name, at, (part.path,), SAME)
-  return Piece(part.name, at, (part.path, part.path + INT8_SCALE), int8.Quantized(dims))
+    return WeightPiece(part.name, at, (part.path,), SAME)
+  return WeightPiece(part.name, at, (part.path, part.path + INT8_SCALE), int8.Int8Layout(dims))
 
 
-def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-  for part, value in source.read():
+def _tensors(reader: RunReader, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+  for part, value in reader.read():
     dims = int8.summed_dims(part) if dtype == "int8" else None
     if dims is None:
       yield part.path, part.cast(value, dtype)

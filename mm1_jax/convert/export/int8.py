@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mm1_jax.convert.export.source import Part
-from mm1_jax.models.quantized import SUMMED
+from mm1_jax.convert.export.run_reader import ParamPart
+from mm1_jax.models.dequantize import SUMMED
 
 
-def summed_dims(part: Part) -> tuple[int, ...] | None:
+def summed_dims(part: ParamPart) -> tuple[int, ...] | None:
   """Returns the dims of a part that share a scale; None for what stays as it is."""
   dims = SUMMED.get(part.name.split(".")[-1])
   if dims is None or len(part.shape) < 2 or part.in_float32:
@@ -34,7 +34,7 @@ def quantize(x: np.ndarray, dims: tuple[int, ...]) -> tuple[np.ndarray, np.ndarr
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantized:
+class Int8Layout:
   """int8 and its scales to our array: a layout, as `mm1_jax.convert.layouts` has them."""
 
   dims: tuple[int, ...]

@@ -16,10 +16,10 @@ import numpy as np
 from mm1_jax.config import RunConfig
 from mm1_jax.convert import ConvertError
 from mm1_jax.convert.export import card, huggingface, shards
-from mm1_jax.convert.export.format import Options
+from mm1_jax.convert.export.format import ExportOptions
 from mm1_jax.convert.export.huggingface import names
 from mm1_jax.convert.export.huggingface.jinja import to_jinja
-from mm1_jax.convert.export.source import Part, Source
+from mm1_jax.convert.export.run_reader import ParamPart, RunReader
 from mm1_jax.convert.tensors import Tensors
 from mm1_jax.data.tokenizer import IMAGE, IMAGE_END, IMAGE_START
 from mm1_jax.models.vit import PIXEL_MEAN, PIXEL_STD
@@ -44,10 +44,10 @@ processor = AutoProcessor.from_pretrained(".")
 """
 
 
-def check(source: Source, options: Options) -> None:
+def check(reader: RunReader, options: ExportOptions) -> None:
   """Raises ConvertError naming all that LLaVA does not have."""
   del options
-  run, model = source.run, source.run.model
+  run, model = reader.run, reader.run.model
   vision, connector, decoder = model.vision, model.connector, model.decoder
   two_layers = connector.kind == "mlp" and connector.mlp_depth == 2
   has = {
@@ -67,12 +67,12 @@ def check(source: Source, options: Options) -> None:
     raise ConvertError(
       f"LLaVA in transformers has no {'; no '.join(lacks)}. --format=huggingface has all."
     )
-  huggingface.check(source, Options())
+  huggingface.check(reader, ExportOptions())
 
 
-def write(source: Source, out: pathlib.Path, options: Options) -> None:
-  run, template = source.run, source.encoder().template
-  for name, data in huggingface.tokenizer_files(source).items():
+def write(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> None:
+  run, template = reader.run, reader.encoder().template
+  for name, data in huggingface.tokenizer_files(reader).items():
     (out / name).write_bytes(data)
   picture = f"{IMAGE_START}{IMAGE}{IMAGE_END}" if run.data.image_delimiters else IMAGE
   (out / "chat_template.jinja").write_text(to_jinja(template, picture))
@@ -99,29 +99,29 @@ def write(source: Source, out: pathlib.Path, options: Options) -> None:
   }
   written = {
     "config.json": config(run, options.dtype),
-    "generation_config.json": huggingface.generation_config(source),
+    "generation_config.json": huggingface.generation_config(reader),
     "preprocessor_config.json": pictures,
     "processor_config.json": processor,
   }
   for name, values in written.items():
     (out / name).write_text(json.dumps(values, indent=2) + "\n")
-  (out / card.NAME).write_text(card.text(source, options, USE))
-  shards.write(_tensors(source, options.dtype), out, options.max_shard_gb, {"format": "pt"})
+  (out / card.NAME).write_text(card.text(reader, options, USE))
+  shards.write(_tensors(reader, options.dtype), out, options.max_shard_gb, {"format": "pt"})
 
 
-def compare(source: Source, out: pathlib.Path, options: Options) -> str:
+def compare(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> str:
   tensors = Tensors(out)
-  for part, value in source.read():
+  for part, value in reader.read():
     if part.name in IN_TABLE:
       rows = tensors.read(POSITIONS)
       read = rows[0] if part.name == IN_TABLE[0] else rows[1:].reshape(part.shape)
     else:
-      theirs, layout = _names(part, source)
+      theirs, layout = _names(part, reader)
       read = layout.load([tensors.read(name) for name in theirs], part.shape)
     wanted = value.astype(_numpy_type(options.dtype)).astype(np.float32)
     if not np.array_equal(read.astype(np.float32), wanted):
       raise ConvertError(f"'{out}': {part.path} is not what was written; is the disk full?")
-  return f"{len(source.parts)} params read back, equal to the run's"
+  return f"{len(reader.parts)} params read back, equal to the run's"
 
 
 def config(run: RunConfig, dtype: str) -> dict[str, Any]:
@@ -171,25 +171,25 @@ def config(run: RunConfig, dtype: str) -> dict[str, Any]:
   }
 
 
-def _names(part: Part, source: Source) -> names.Tensors:
-  theirs, layout = names.tensors(part, source.run.model)
+def _names(part: ParamPart, reader: RunReader) -> names.TorchTensors:
+  theirs, layout = names.tensors(part, reader.run.model)
   for i in (0, 1):
     theirs = [
       name.replace(f"{names.CONNECTOR}.readout.{i}.", f"{PROJECTOR}_{i + 1}.") for name in theirs
     ]
-  return names.Tensors(theirs, layout)
+  return names.TorchTensors(theirs, layout)
 
 
-def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(reader: RunReader, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
   kind, table = _numpy_type(dtype), {}
-  for part, value in source.read():
+  for part, value in reader.read():
     if part.name in IN_TABLE:
       table[part.name] = value.astype(kind).reshape(-1, value.shape[-1])
       continue
-    theirs, layout = _names(part, source)
+    theirs, layout = _names(part, reader)
     yield from zip(theirs, layout.store(value.astype(kind)), strict=True)
   yield POSITIONS, np.concatenate([table[name] for name in IN_TABLE])
-  width = source.run.model.vision.width
+  width = reader.run.model.vision.width
   yield f"{UNUSED_NORM}.weight", np.ones(width, kind)
   yield f"{UNUSED_NORM}.bias", np.zeros(width, kind)
 

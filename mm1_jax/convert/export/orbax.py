@@ -13,8 +13,8 @@ from mm1_jax import checkpoint
 from mm1_jax.convert import ConvertError
 from mm1_jax.convert.export import card
 from mm1_jax.convert.export.folder import published
-from mm1_jax.convert.export.format import Options
-from mm1_jax.convert.export.source import Source
+from mm1_jax.convert.export.format import ExportOptions
+from mm1_jax.convert.export.run_reader import RunReader
 from mm1_jax.convert.placement import params_mesh
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
@@ -28,20 +28,20 @@ python -m mm1_jax.main --config=... --config.train.init_from=FOLDER
 """
 
 
-def check(source: Source, options: Options) -> None:
+def check(reader: RunReader, options: ExportOptions) -> None:
   """Raises nothing: every model of ours can be written."""
 
 
-def write(source: Source, out: pathlib.Path, options: Options) -> None:
-  like = source.abstract(params_mesh(source.run), options.dtype)
-  params = checkpoint.restore_params(source.params.parent, like)
-  checkpoint.save_params(out, source.step, checkpoint.to_names(params))
-  checkpoint.write_run_files(out, published(source.run))
-  (out / card.NAME).write_text(card.text(source, options, USE))
+def write(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> None:
+  like = reader.abstract(params_mesh(reader.run), options.dtype)
+  params = checkpoint.restore_params(reader.params.parent, like)
+  checkpoint.save_params(out, reader.step, checkpoint.to_names(params))
+  checkpoint.write_run_files(out, published(reader.run))
+  (out / card.NAME).write_text(card.text(reader, options, USE))
 
 
-def compare(source: Source, out: pathlib.Path, options: Options) -> str:
-  for (part, read), (_, value) in zip(Source(out).read(), source.read(), strict=True):
+def compare(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> str:
+  for (part, read), (_, value) in zip(RunReader(out).read(), reader.read(), strict=True):
     if not np.array_equal(read, value.astype(read.dtype)):
       raise ConvertError(f"'{out}': {part.path} is not what was written; is the disk full?")
-  return f"{len(source.parts)} arrays read back, equal to the run's"
+  return f"{len(reader.parts)} arrays read back, equal to the run's"

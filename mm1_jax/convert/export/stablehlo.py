@@ -37,9 +37,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from mm1_jax import checkpoint
 from mm1_jax.convert import ConvertError
 from mm1_jax.convert.export import card, shards, stablehlo_run
-from mm1_jax.convert.export.format import Options
+from mm1_jax.convert.export.format import ExportOptions
 from mm1_jax.convert.export.huggingface import pictures_mm1
-from mm1_jax.convert.export.source import Source
+from mm1_jax.convert.export.run_reader import RunReader
 from mm1_jax.convert.placement import params_mesh
 from mm1_jax.convert.tensors import Tensors
 from mm1_jax.models.decoder import KV, KVCache
@@ -68,18 +68,18 @@ REQUIREMENTS = ("flatbuffers", "jax", "numpy", "pillow", "safetensors")
 Cache = list[tuple[Float[Array, "U 1 C K h"], Float[Array, "U 1 C K h"]]]
 
 
-def check(source: Source, options: Options) -> None:
+def check(reader: RunReader, options: ExportOptions) -> None:
   """Raises ConvertError if pictures are cut into sub-images, which run.py does not do."""
-  if source.run.data.tiling is not None:
+  if reader.run.data.tiling is not None:
     raise ConvertError(
       "the run cuts pictures into sub-images (data.tiling), which --format=stablehlo has not; "
       "--format=huggingface has."
     )
 
 
-def write(source: Source, out: pathlib.Path, options: Options) -> None:
-  shards.write(_arrays(source, options.dtype), out, options.max_shard_gb, {"format": "mm1_jax"})
-  programs = Programs(source, options.dtype)
+def write(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> None:
+  shards.write(_arrays(reader, options.dtype), out, options.max_shard_gb, {"format": "mm1_jax"})
+  programs = Programs(reader, options.dtype)
   (out / "programs").mkdir()
   for name, program, args in programs.all():
     # Each platform on its own: what experts run on differs from one to the other.
@@ -88,13 +88,13 @@ def write(source: Source, out: pathlib.Path, options: Options) -> None:
         exported = jax.export.export(jax.jit(program), platforms=(platform,))(*args)
       (out / "programs" / f"{name}.{platform}").write_bytes(bytes(exported.serialize()))
     logging.info("lowered %s", name)
-  tokenizer = pathlib.Path(str(source.run.data.tokenizer))
+  tokenizer = pathlib.Path(str(reader.run.data.tokenizer))
   own = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
   (out / own).write_bytes(tokenizer.read_bytes())
   described = {
-    "image_size": source.run.model.vision.image_size,
-    "image_fit": source.run.data.image_fit,
-    "max_pixels": source.run.data.max_image_pixels,
+    "image_size": reader.run.model.vision.image_size,
+    "image_fit": reader.run.data.image_fit,
+    "max_pixels": reader.run.data.max_image_pixels,
     **programs.asked,
     "num_positions": programs.room,
     "prefill": programs.shapes,
@@ -103,28 +103,28 @@ def write(source: Source, out: pathlib.Path, options: Options) -> None:
   (out / stablehlo_run.DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
   library = "tokenizers" if own.endswith(".json") else "sentencepiece"
   (out / "requirements.txt").write_text("\n".join((*REQUIREMENTS, library)) + "\n")
-  (out / card.NAME).write_text(card.text(source, options, USE))
+  (out / card.NAME).write_text(card.text(reader, options, USE))
   # Beside each other, as files of no package.
-  reader = pictures_mm1.__name__
+  pictures = pictures_mm1.__name__
   program = pathlib.Path(stablehlo_run.__file__).read_text()
-  (out / "run.py").write_text(program.replace(f"from {reader} import", "from pictures import"))
+  (out / "run.py").write_text(program.replace(f"from {pictures} import", "from pictures import"))
   shutil.copyfile(str(pictures_mm1.__file__), out / "pictures.py")
 
 
-def compare(source: Source, out: pathlib.Path, options: Options) -> str:
+def compare(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> str:
   tensors = Tensors(out)
-  for name, value in _arrays(source, options.dtype):
+  for name, value in _arrays(reader, options.dtype):
     if not np.array_equal(tensors.read(name), value):
       raise ConvertError(f"'{out}': {name} is not what was written; is the disk full?")
-  programs, exported = Programs(source, options.dtype), stablehlo_run.Exported(out)
+  programs, exported = Programs(reader, options.dtype), stablehlo_run.Exported(out)
   model = programs.place(exported.params)
-  words = sorted(set(range(source.tokenizer.vocab_size)) - source.tokenizer.special_ids)
+  words = sorted(set(range(reader.tokenizer.vocab_size)) - reader.tokenizer.special_ids)
   rng, worst = np.random.default_rng(0), 0.0
   for num_positions, num_images in programs.shapes:
     length = num_positions - NUM_DECODED
     ids = exported.prompt(num_images, "")
     ids += rng.choice(words, length - len(ids)).tolist()
-    size = source.run.model.vision.image_size
+    size = reader.run.model.vision.image_size
     images = rng.integers(0, 256, (num_images, *size, 3)).astype(np.uint8)
     extra = rng.choice(words, NUM_DECODED).tolist()
     theirs = list(exported.logits(ids, images, extra))
@@ -132,7 +132,7 @@ def compare(source: Source, out: pathlib.Path, options: Options) -> str:
     for a, b in zip(theirs, ours, strict=True):
       said = np.isfinite(a)
       worst = max(worst, float(np.abs(a - b)[said].max() / np.abs(b[said]).max()))
-  if worst > TOLERANCE[source.run.model.dtype]:
+  if worst > TOLERANCE[reader.run.model.dtype]:
     raise ConvertError(
       f"'{out}': logits of the programs differ from the model's by {worst:.1e} of the largest."
     )
@@ -146,18 +146,18 @@ class Programs:
   """The functions that are exported, and their arguments' shapes.
 
   Args:
-    source: the run.
+    reader: of the run.
     dtype: of its params.
   """
 
-  def __init__(self, source: Source, dtype: str):
-    self.run = source.run
-    self.mesh = params_mesh(source.run, fsdp=1)
-    self.abstract = source.abstract(self.mesh, dtype)
+  def __init__(self, reader: RunReader, dtype: str):
+    self.run = reader.run
+    self.mesh = params_mesh(reader.run, fsdp=1)
+    self.abstract = reader.abstract(self.mesh, dtype)
     self._params = checkpoint.to_names(self.abstract)
-    self.asked = _asked(source)
-    self._allowed = source.answers().allowed
-    self.shapes = _shapes(source, len(self.asked["before"] + self.asked["after"]))
+    self.asked = _asked(reader)
+    self._allowed = reader.answers().allowed
+    self.shapes = _shapes(reader, len(self.asked["before"] + self.asked["after"]))
 
   def all(self) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     """Yields name, function and abstract arguments."""
@@ -255,16 +255,16 @@ def _pairs(cache: KVCache | None) -> Cache:
   ]
 
 
-def _shapes(source: Source, num_around: int) -> list[tuple[int, int]]:
+def _shapes(reader: RunReader, num_around: int) -> list[tuple[int, int]]:
   """Returns positions and pictures of each prefill.
 
   Positions are all that the model was trained on, a quarter, a quarter of that, ...; pictures 0, 1,
   2, 4, ... up to those that a row had, as far as they fit with what stands around them and a word.
   """
-  data, shapes, positions = source.run.data, [], source.run.data.seq_len
+  data, shapes, positions = reader.run.data, [], reader.run.data.seq_len
   while positions >= min(SHORTEST, data.seq_len):
     num = 0
-    while num * source.run.image_positions + num_around + WORD <= positions:
+    while num * reader.run.image_positions + num_around + WORD <= positions:
       shapes.append((positions, num))
       if num >= data.images_per_row:
         break
@@ -273,10 +273,10 @@ def _shapes(source: Source, num_around: int) -> list[tuple[int, int]]:
   return sorted(shapes)
 
 
-def _asked(source: Source) -> dict[str, Any]:
+def _asked(reader: RunReader) -> dict[str, Any]:
   """Returns what stands around a question and ends its answer."""
-  data, encoder, answers = source.run.data, source.encoder(), source.answers()
-  before, after, space = [source.tokenizer.bos_id], [], ["", ""]
+  data, encoder, answers = reader.run.data, reader.encoder(), reader.answers()
+  before, after, space = [reader.tokenizer.bos_id], [], ["", ""]
   if data.chat:
     # What stands around a picture that is all that is asked.
     ids = encoder.encode_prompt([{"role": "user", "content": [{"image": b""}]}]).ids
@@ -295,15 +295,15 @@ def _asked(source: Source) -> dict[str, Any]:
   }
 
 
-def _arrays(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _arrays(reader: RunReader, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
   """Yields the params by name, one of them in memory, blocks stacked as the programs take them."""
   blocks: list[np.ndarray] = []
-  for part, value in source.read():
+  for part, value in reader.read():
     value = part.cast(value, dtype)
     if part.block is None:
       yield part.name, value
       continue
     blocks.append(value)
-    if len(blocks) == source.num_blocks(part.name):
+    if len(blocks) == reader.num_blocks(part.name):
       yield part.name, np.stack(blocks)
       blocks = []

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from mm1_jax.config import ConfigError
 from mm1_jax.data.build import files
 from mm1_jax.data.build.images import SUFFIXES
-from mm1_jax.data.build.options import Options
+from mm1_jax.data.build.options import BuildOptions
 from mm1_jax.data.build.rows import (
   BrokenFile,
+  FilePart,
   Image,
-  Part,
   Row,
   RowError,
   clean,
@@ -46,12 +46,12 @@ class Member(NamedTuple):
 _NAME = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$", re.DOTALL)  # as WebDataset splits names
 
 
-def webdataset_parts(file: Part, options: Options) -> list[Part]:
+def webdataset_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
   """A tar is read whole, and becomes a shard."""
   return [dataclasses.replace(file, rows=options.rows_per_shard)]
 
 
-def webdataset_rows(part: Part, options: Options) -> Iterator[Row]:
+def webdataset_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
   """Yields samples: neighbours of one key, as dicts of their members by ending."""
   broken: list[BrokenFile] = []
   for key, members in itertools.groupby(_members(part.path, options, broken), key=_sample_key):
@@ -64,7 +64,7 @@ def webdataset_rows(part: Part, options: Options) -> Iterator[Row]:
     raise broken[0]
 
 
-def webdataset_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+def webdataset_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
   """Yields the record of a sample; its .json tells id, URL and licence, if there is one."""
   members: dict[str, Member] = row
   for member in members.values():
@@ -85,7 +85,7 @@ def webdataset_records(row: Any, default_id: str, options: Options) -> Iterator[
   yield {**header(facts, default_id, options), "content": [{"image": image}, {"text": text}]}
 
 
-def _members(path: str, options: Options, broken: list[BrokenFile]) -> Iterator[Member]:
+def _members(path: str, options: BuildOptions, broken: list[BrokenFile]) -> Iterator[Member]:
   """Yields the files of a tar; where it breaks off they end, and `broken` has the reason."""
   max_image = int(options.max_image_mb * 1e6)
 
@@ -125,7 +125,7 @@ class Coco(NamedTuple):
   uncaptioned: list  # ids
 
 
-def coco_parts(file: Part, options: Options) -> list[Part]:
+def coco_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
   """Ranges of annotations; the file is a join, and read whole."""
   try:
     coco = _read_coco(file)
@@ -134,7 +134,7 @@ def coco_parts(file: Part, options: Options) -> list[Part]:
   return _ranges(file, len(coco.annotations), options)
 
 
-def coco_rows(part: Part, options: Options) -> Iterator[Row]:
+def coco_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
   """Yields annotations with their image's entry; in the first part, images without any too."""
   coco = _read_coco(part)
   for i in range(part.start, part.stop):
@@ -148,7 +148,7 @@ def coco_rows(part: Part, options: Options) -> Iterator[Row]:
       yield Row(part.path, f"image {image_id}", None, error="image without a caption")
 
 
-def coco_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+def coco_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
   """Yields the record of one caption; an image with five captions has five."""
   text = field(row["annotation"], "caption", str)
   if row["image"] is None:
@@ -164,7 +164,7 @@ def coco_records(row: Any, default_id: str, options: Options) -> Iterator[Record
   yield {**header(facts, default_id, options), "content": [{"image": image}, {"text": text}]}
 
 
-def _read_coco(file: Part) -> Coco:
+def _read_coco(file: FilePart) -> Coco:
   """Returns a parsed file; the last one is kept, for the next range of it."""
   return _read_coco_once(file.path, file.size, file.mtime)
 
@@ -204,7 +204,7 @@ def _is_id(value: Any) -> bool:
 # --- TFDS
 
 
-def tfds_parts(options: Options) -> list[Part]:
+def tfds_parts(options: BuildOptions) -> list[FilePart]:
   """Ranges of a set's examples.
 
   Raises:
@@ -222,11 +222,11 @@ def tfds_parts(options: Options) -> list[Part]:
       feature = feature[name]
   info, size = data.dataset_info, len(data)
   name = f"{info.full_name.replace('/', '-')}-{options.split}"
-  whole = Part(name, int(info.splits[options.split].num_bytes), mtime=0)
+  whole = FilePart(name, int(info.splits[options.split].num_bytes), mtime=0)
   return _ranges(whole, size, options)
 
 
-def tfds_rows(part: Part, options: Options) -> Iterator[Row]:
+def tfds_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
   """Yields examples as TFDS decodes them, pictures left as they are."""
   data = _tfds(options.input, options.split, options.data_dir, options.image_feature)
   for i in range(part.start, part.stop):
@@ -237,7 +237,7 @@ def tfds_rows(part: Part, options: Options) -> Iterator[Row]:
       yield Row(part.path, place, None, error=f"TFDS cannot read it ({type(e).__name__})")
 
 
-def tfds_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+def tfds_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
   """Yields a record for each text of an example, all with the same pictures."""
   images = [{"image": Image(data=_bytes(v))} for v in _values(row, options.image_feature)]
   if options.image_feature and not images:
@@ -277,7 +277,7 @@ def _tfds(name: str, split: str, data_dir: str, image_feature: str) -> Any:
     ) from e
 
 
-def _ranges(whole: Part, num_rows: int, options: Options) -> list[Part]:
+def _ranges(whole: FilePart, num_rows: int, options: BuildOptions) -> list[FilePart]:
   """Returns parts of `rows_per_shard` rows; one if there are none."""
   cuts = [*range(0, num_rows, options.rows_per_shard), num_rows] if num_rows else [0, 0]
   return [

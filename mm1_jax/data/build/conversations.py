@@ -13,7 +13,7 @@ front. `--answer-prompt` puts a line behind each question, as LLaVA-1.5 asks for
 from collections.abc import Iterator
 from typing import Any
 
-from mm1_jax.data.build.options import Options
+from mm1_jax.data.build.options import BuildOptions
 from mm1_jax.data.build.rows import Image, RowError, field, header, optional
 from mm1_jax.data.sources import Record
 from mm1_jax.data.tokenizer import IMAGE
@@ -21,7 +21,7 @@ from mm1_jax.data.tokenizer import IMAGE
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def llava_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+def llava_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
   """Yields the record of a row."""
   turns = field(row, "conversations", list)
   system = ""

@@ -7,8 +7,8 @@ from typing import Any
 
 from mm1_jax.config import ConfigError
 from mm1_jax.data.build import files
-from mm1_jax.data.build.options import Options
-from mm1_jax.data.build.rows import Image, Part, Row, RowError, field, header, optional
+from mm1_jax.data.build.options import BuildOptions
+from mm1_jax.data.build.rows import FilePart, Image, Row, RowError, field, header, optional
 from mm1_jax.data.sources import Record
 
 HEADER_FIELDS = ("id", "source", "license", "credit", "url")
@@ -18,15 +18,15 @@ HEADER_FIELDS = ("id", "source", "license", "credit", "url")
 _OBELICS = (*HEADER_FIELDS, "texts", "images", "metadata", "general_metadata")
 
 
-def obelics_parts(file: Part, options: Options) -> list[Part]:
+def obelics_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
   return files.split_parquet(file, options.rows_per_shard)
 
 
-def obelics_rows(part: Part, options: Options) -> Iterator[Row]:
+def obelics_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
   return files.parquet_rows(part, _OBELICS)
 
 
-def obelics_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+def obelics_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
   """Yields the record of a page: at each place of the parallel lists a text or a picture."""
   texts, images = field(row, "texts", list), field(row, "images", list)
   if len(texts) != len(images):
@@ -61,15 +61,15 @@ def _page(metadata: Any) -> dict[str, Any]:
 # --- MMC4
 
 
-def json_parts(file: Part, options: Options) -> list[Part]:
+def json_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
   return files.split_json(file, options.rows_per_shard)
 
 
-def json_rows(part: Part, options: Options) -> Iterator[Row]:
+def json_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
   return files.json_rows(part)
 
 
-def mmc4_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+def mmc4_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
   """Yields the record of a page: each picture in front of the sentence it was matched to."""
   sentences = field(row, "text_list", list)
   if not all(isinstance(s, str) for s in sentences):
@@ -99,7 +99,7 @@ def mmc4_records(row: Any, default_id: str, options: Options) -> Iterator[Record
 _JSON = (".json", ".jsonl", ".ndjson")
 
 
-def text_parts(file: Part, options: Options) -> list[Part]:
+def text_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
   """Parts by what the file's name says it is.
 
   Raises:
@@ -118,7 +118,7 @@ def text_parts(file: Part, options: Options) -> list[Part]:
   )
 
 
-def text_rows(part: Part, options: Options) -> Iterator[Row]:
+def text_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
   """Yields rows with the text under `--text-field`."""
   kind = files.suffix(part.path)
   if kind in _JSON:
@@ -129,7 +129,7 @@ def text_rows(part: Part, options: Options) -> Iterator[Row]:
     yield from files.text_rows(part.path, options.txt_split, options.text_field)
 
 
-def text_records(row: Any, default_id: str, options: Options) -> Iterator[Record]:
+def text_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
   """Yields the record of a text."""
   text = field(row, options.text_field, str | bytes)
   content = [{"text": files.parse_text(text) if isinstance(text, bytes) else text}]

@@ -23,7 +23,7 @@ import pyarrow.parquet
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from mm1_jax.data.build.rows import SNIPPET_BYTES, BrokenFile, Part, Row, RowError
+from mm1_jax.data.build.rows import SNIPPET_BYTES, BrokenFile, FilePart, Row, RowError
 from mm1_jax.data.sources import DataError
 
 MAX_ROW_BYTES = 64 << 20  # a longer row is a mistake, and would not fit a small worker
@@ -41,7 +41,7 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
 # --- files
 
 
-def match(pattern: str, flag: str) -> list[Part]:
+def match(pattern: str, flag: str) -> list[FilePart]:
   """Returns the files of a glob, sorted, each as one part.
 
   Raises:
@@ -57,7 +57,7 @@ def match(pattern: str, flag: str) -> list[Part]:
       f"{flag}={pattern}: no file matches. Quote the glob, and mind that ** is any folder and [ ] "
       f"a set of characters."
     )
-  return [Part(f.path, f.size_in_bytes, f.last_updated_in_seconds) for f in files]
+  return [FilePart(f.path, f.size_in_bytes, f.last_updated_in_seconds) for f in files]
 
 
 def is_remote(path: str) -> bool:
@@ -163,7 +163,7 @@ def text_rows(path: str, split: str, name: str) -> Iterator[Row]:
 # --- JSON and JSON lines
 
 
-def split_json(file: Part, rows_per_shard: int) -> list[Part]:
+def split_json(file: FilePart, rows_per_shard: int) -> list[FilePart]:
   """Returns parts of about `rows_per_shard` rows of a JSON array, or of JSON lines."""
   try:
     with reading(file.path):
@@ -174,7 +174,7 @@ def split_json(file: Part, rows_per_shard: int) -> list[Part]:
     return [dataclasses.replace(file, error=e.reason)]
 
 
-def json_rows(part: Part) -> Iterator[Row]:
+def json_rows(part: FilePart) -> Iterator[Row]:
   """Yields the rows of a part, parsed.
 
   Raises:
@@ -218,7 +218,7 @@ def _parse(path: str, place: str, raw: bytes | None) -> Row:
     return Row(path, place, None, raw[:SNIPPET_BYTES], e.reason)
 
 
-def line_rows(stream: BinaryIO, part: Part) -> Iterator[tuple[int, bytes | None]]:
+def line_rows(stream: BinaryIO, part: FilePart) -> Iterator[tuple[int, bytes | None]]:
   """Yields the lines that begin in a part, with their place; None for one that is too long."""
   offset = part.start
   if part.start:  # the line that begins before is the part before's
@@ -247,7 +247,7 @@ def _skip_line(stream: BinaryIO) -> int:
   return total
 
 
-def _split_lines(file: Part, rows_per_shard: int) -> list[Part]:
+def _split_lines(file: FilePart, rows_per_shard: int) -> list[FilePart]:
   """Cuts by bytes, after the mean length of the first lines: nothing is read but those."""
   with open_file(file.path) as stream:
     head = stream.read(CHUNK_BYTES)
@@ -263,7 +263,7 @@ def _split_lines(file: Part, rows_per_shard: int) -> list[Part]:
   ]
 
 
-def _split_array(file: Part, rows_per_shard: int) -> list[Part]:
+def _split_array(file: FilePart, rows_per_shard: int) -> list[FilePart]:
   """Cuts between elements, which are found in one pass."""
   starts, stop, rows = [], 0, 0
   error = ""
@@ -284,7 +284,7 @@ def _split_array(file: Part, rows_per_shard: int) -> list[Part]:
   return [*parts, dataclasses.replace(file, error=error)] if error else parts
 
 
-def _array_rows(stream: BinaryIO, part: Part) -> Iterator[tuple[int, bytes]]:
+def _array_rows(stream: BinaryIO, part: FilePart) -> Iterator[tuple[int, bytes]]:
   if part.stop < 0:
     yield from _elements(stream, _to_array(stream), closed=True)
   else:
@@ -360,7 +360,7 @@ def _elements(stream: Any, offset: int, *, closed: bool) -> Iterator[tuple[int, 
 # --- parquet
 
 
-def split_parquet(file: Part, rows_per_shard: int) -> list[Part]:
+def split_parquet(file: FilePart, rows_per_shard: int) -> list[FilePart]:
   """Returns parts of whole row groups, of about `rows_per_shard` rows."""
   try:
     with reading(file.path), pyarrow.parquet.ParquetFile(open_raw(file.path)) as table:
@@ -376,7 +376,7 @@ def split_parquet(file: Part, rows_per_shard: int) -> list[Part]:
   return [*parts, dataclasses.replace(file, start=start, stop=len(sizes), rows=rows)]
 
 
-def parquet_rows(part: Part, columns: tuple[str, ...]) -> Iterator[Row]:
+def parquet_rows(part: FilePart, columns: tuple[str, ...]) -> Iterator[Row]:
   """Yields rows as dicts of the columns that are there.
 
   Raises:

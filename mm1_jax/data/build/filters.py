@@ -10,7 +10,7 @@ from collections.abc import Set
 from typing import Any
 
 from mm1_jax.data.build import images
-from mm1_jax.data.build.options import FORMATS, Options
+from mm1_jax.data.build.options import FORMATS, BuildOptions
 from mm1_jax.data.build.rows import Draft, Filtered, Image, RowError, digest
 from mm1_jax.data.image import ImageError
 from mm1_jax.data.sources import Record, check_record
@@ -31,7 +31,7 @@ class Refiner:
     repeated: digests of the URLs and pictures that too many records have.
   """
 
-  def __init__(self, options: Options, store: images.Store | None, repeated: Set[bytes]):
+  def __init__(self, options: BuildOptions, store: images.Store | None, repeated: Set[bytes]):
     self._options = options
     self._store = store
     self._repeated = repeated

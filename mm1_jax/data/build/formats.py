@@ -5,35 +5,37 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mm1_jax.data.build import captions, conversations, documents, files
-from mm1_jax.data.build.options import Options
-from mm1_jax.data.build.rows import Bad, BrokenFile, Draft, Part, Row, RowError, clean, snippet
+from mm1_jax.data.build.options import BuildOptions
+from mm1_jax.data.build.rows import Bad, BrokenFile, Draft, FilePart, Row, RowError, clean, snippet
 from mm1_jax.data.sources import Record
 
-Unit = tuple[Part, ...]
+Unit = tuple[FilePart, ...]
 
 
-class Format(NamedTuple):
+class BuildFormat(NamedTuple):
   """Three functions; `parts` lists those of a file, or of all if there are no files."""
 
-  parts: Callable[..., list[Part]]
-  rows: Callable[[Part, Options], Iterator[Row]]
-  records: Callable[[Any, str, Options], Iterator[Record]]
+  parts: Callable[..., list[FilePart]]
+  rows: Callable[[FilePart, BuildOptions], Iterator[Row]]
+  records: Callable[[Any, str, BuildOptions], Iterator[Record]]
 
 
 FORMATS = {
-  "webdataset": Format(
+  "webdataset": BuildFormat(
     captions.webdataset_parts, captions.webdataset_rows, captions.webdataset_records
   ),
-  "coco": Format(captions.coco_parts, captions.coco_rows, captions.coco_records),
-  "llava": Format(documents.json_parts, documents.json_rows, conversations.llava_records),
-  "obelics": Format(documents.obelics_parts, documents.obelics_rows, documents.obelics_records),
-  "mmc4": Format(documents.json_parts, documents.json_rows, documents.mmc4_records),
-  "text": Format(documents.text_parts, documents.text_rows, documents.text_records),
-  "tfds": Format(captions.tfds_parts, captions.tfds_rows, captions.tfds_records),
+  "coco": BuildFormat(captions.coco_parts, captions.coco_rows, captions.coco_records),
+  "llava": BuildFormat(documents.json_parts, documents.json_rows, conversations.llava_records),
+  "obelics": BuildFormat(
+    documents.obelics_parts, documents.obelics_rows, documents.obelics_records
+  ),
+  "mmc4": BuildFormat(documents.json_parts, documents.json_rows, documents.mmc4_records),
+  "text": BuildFormat(documents.text_parts, documents.text_rows, documents.text_records),
+  "tfds": BuildFormat(captions.tfds_parts, captions.tfds_rows, captions.tfds_records),
 }
 
 
-def list_units(options: Options) -> list[Unit]:
+def list_units(options: BuildOptions) -> list[Unit]:
   """Returns what each shard is made of: neighbouring parts, of about `rows_per_shard` rows.
 
   Raises:
@@ -44,7 +46,7 @@ def list_units(options: Options) -> list[Unit]:
     parts = split(options)
   else:
     parts = [p for f in files.match(options.input, "--input") for p in split(f, options)]
-  units: list[list[Part]] = []
+  units: list[list[FilePart]] = []
   rows = options.rows_per_shard
   for part in parts:
     if rows + part.rows > options.rows_per_shard:
@@ -55,7 +57,7 @@ def list_units(options: Options) -> list[Unit]:
   return [tuple(unit) for unit in units]
 
 
-def read(unit: Unit, options: Options) -> Iterator[Draft | Bad]:
+def read(unit: Unit, options: BuildOptions) -> Iterator[Draft | Bad]:
   """Yields the records of a unit in order, and what could not be made one."""
   for part in unit:
     if part.error:
@@ -68,7 +70,7 @@ def read(unit: Unit, options: Options) -> Iterator[Draft | Bad]:
       yield Bad(e.reason, part.path, whole_file=True)
 
 
-def _drafts(row: Row, options: Options) -> Iterator[Draft | Bad]:
+def _drafts(row: Row, options: BuildOptions) -> Iterator[Draft | Bad]:
   reason = row.error
   if not reason:
     try:

@@ -31,7 +31,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from mm1_jax.data import image as pixels
 from mm1_jax.data.build import files
-from mm1_jax.data.build.rows import BrokenFile, Image, Part, RowError
+from mm1_jax.data.build.rows import BrokenFile, FilePart, Image, RowError
 from mm1_jax.data.image import ImageError
 
 MISSING = "image not found"
@@ -132,7 +132,7 @@ def relative(name: str) -> str:
   return posixpath.normpath("/".join(parts))
 
 
-def index_tars(tars: Iterable[Part], path: str) -> list[str]:
+def index_tars(tars: Iterable[FilePart], path: str) -> list[str]:
   """Writes the index of a store of tars; returns those that are broken."""
   broken = []
   with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from typing import Any
 from apache_beam.io.filesystems import FileSystems
 
 from mm1_jax.data.build import files
-from mm1_jax.data.build.options import FORMATS, Options
+from mm1_jax.data.build.options import FORMATS, BuildOptions
 from mm1_jax.data.build.shards import Job, dead_path, shard_path
 from mm1_jax.data.build.stats import Stats
 from mm1_jax.data.sources import DataError
@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1  # of the records and of this manifest
 _SHOWN = 12  # reasons in the summary; the manifest has all
 
 
-def finish(options: Options, built: list[tuple[Job, dict[str, Any]]]) -> tuple[Stats, str]:
+def finish(options: BuildOptions, built: list[tuple[Job, dict[str, Any]]]) -> tuple[Stats, str]:
   """Writes the manifest and the dead letters; returns the counts and the summary."""
   total = Stats()
   for _, sidecar in built:
@@ -37,7 +37,7 @@ def finish(options: Options, built: list[tuple[Job, dict[str, Any]]]) -> tuple[S
   return total, _summary(options, built, total)
 
 
-def judge(options: Options, total: Stats) -> None:
+def judge(options: BuildOptions, total: Stats) -> None:
   """Raises a DataError if nothing is left, or too many rows could not be used."""
   if not total.records:
     raise DataError(
@@ -52,16 +52,16 @@ def judge(options: Options, total: Stats) -> None:
     )
 
 
-def manifest_path(options: Options) -> str:
+def manifest_path(options: BuildOptions) -> str:
   return f"{options.output}-manifest.json"
 
 
-def dead_letters_path(options: Options) -> str:
+def dead_letters_path(options: BuildOptions) -> str:
   return f"{options.output}-dead.jsonl.gz"
 
 
 def _manifest(
-  options: Options, built: list[tuple[Job, dict[str, Any]]], total: Stats
+  options: BuildOptions, built: list[tuple[Job, dict[str, Any]]], total: Stats
 ) -> dict[str, Any]:
   manifest = {
     "schema_version": SCHEMA_VERSION,
@@ -102,7 +102,7 @@ def _sorted(counter: Counter, by: Any = str) -> dict[str, int]:
   return {key: counter[key] for key in sorted(counter, key=by)}
 
 
-def _summary(options: Options, built: list[tuple[Job, dict[str, Any]]], total: Stats) -> str:
+def _summary(options: BuildOptions, built: list[tuple[Job, dict[str, Any]]], total: Stats) -> str:
   size = sum(sidecar["shard"]["bytes"] for _, sidecar in built)
   lines = [
     _line("rows read", total.rows),

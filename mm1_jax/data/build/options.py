@@ -29,7 +29,7 @@ _OUTSIDE_SHARDS = ("input", "output", "max_bad_fraction", "overwrite", "rows_per
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class BuildOptions:
   """All that a build depends on, its files aside."""
 
   format: str
@@ -129,7 +129,7 @@ FORMATS = {
 }
 
 
-def parse(argv: list[str], doc: str) -> tuple[Options, list[str]]:
+def parse(argv: list[str], doc: str) -> tuple[BuildOptions, list[str]]:
   """Returns the options, and the arguments that are not ours but Beam's.
 
   Raises:
@@ -141,12 +141,12 @@ def parse(argv: list[str], doc: str) -> tuple[Options, list[str]]:
     values = {**values, **{k: v for k, v in MM1_FILTERS.items() if values[k] is None}}
   values["url_words"] = tuple(values.get("url_words") or ())
   values["first_copy_only"] = bool(values.get("first_copy_only"))
-  options = Options(**values)
+  options = BuildOptions(**values)
   _check(options)
   return options, others
 
 
-def _check(options: Options) -> None:
+def _check(options: BuildOptions) -> None:
   for name in ("rows_per_shard", "limit", "max_chars", "max_image_mb", "max_repeats"):
     value = getattr(options, name)
     if value is not None and value <= 0 and (name != "max_image_mb" or options.format != "text"):

@@ -24,7 +24,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from mm1_jax.data.build import files, images
 from mm1_jax.data.build.filters import Refiner, image_marks
 from mm1_jax.data.build.formats import Unit, list_units, read
-from mm1_jax.data.build.options import Options
+from mm1_jax.data.build.options import BuildOptions
 from mm1_jax.data.build.progress import Progress
 from mm1_jax.data.build.rows import Bad, Image
 from mm1_jax.data.build.runner import beam_options
@@ -46,7 +46,7 @@ _READERS = 16  # sidecars at once, where each is a request
 _LIMITED_SHARDS = 8  # of a try: enough to see more than the first file
 
 
-def build(options: Options, beam_args: list[str]) -> list[tuple[Job, dict[str, Any]]]:
+def build(options: BuildOptions, beam_args: list[str]) -> list[tuple[Job, dict[str, Any]]]:
   """Builds the shards that are not built yet; returns all with their sidecars.
 
   Raises:
@@ -74,7 +74,7 @@ def build(options: Options, beam_args: list[str]) -> list[tuple[Job, dict[str, A
 class _BuildShard(beam.DoFn):
   """Builds the shard of a job; yields nothing."""
 
-  def __init__(self, options: Options):
+  def __init__(self, options: BuildOptions):
     self._options = options
 
   def setup(self) -> None:
@@ -90,7 +90,7 @@ class _BuildShard(beam.DoFn):
 # --- jobs, and which of them are done
 
 
-def _jobs(options: Options, units: list[Unit], store: str, repeats: str) -> list[Job]:
+def _jobs(options: BuildOptions, units: list[Unit], store: str, repeats: str) -> list[Job]:
   """Returns the shards to make.
 
   Args:
@@ -113,7 +113,7 @@ def _jobs(options: Options, units: list[Unit], store: str, repeats: str) -> list
   return jobs
 
 
-def _finished_jobs(options: Options, jobs: list[Job]) -> set[str]:
+def _finished_jobs(options: BuildOptions, jobs: list[Job]) -> set[str]:
   """Returns the names of those whose shards are there; removes what a killed build left.
 
   Raises:
@@ -155,7 +155,7 @@ def _finished_jobs(options: Options, jobs: list[Job]) -> set[str]:
   return done
 
 
-def _difference(options: Options, job: Job, sidecar: dict[str, Any]) -> str:
+def _difference(options: BuildOptions, job: Job, sidecar: dict[str, Any]) -> str:
   """Returns what has changed since a shard was built."""
   now = json.loads(options.shard_key())
   for name, value in sidecar["options"].items():
@@ -166,7 +166,7 @@ def _difference(options: Options, job: Job, sidecar: dict[str, Any]) -> str:
   return "with another --limit, tokenizer or image store, or other repeated pictures"
 
 
-def _read_sidecars(options: Options, jobs: list[Job]) -> list[dict[str, Any]]:
+def _read_sidecars(options: BuildOptions, jobs: list[Job]) -> list[dict[str, Any]]:
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
     return list(pool.map(lambda job: _read_json(sidecar_path(options, job.name)), jobs))
 
@@ -174,7 +174,7 @@ def _read_sidecars(options: Options, jobs: list[Job]) -> list[dict[str, Any]]:
 # --- the image store
 
 
-def open_store(options: Options) -> images.Store | None:
+def open_store(options: BuildOptions) -> images.Store | None:
   """Returns where pictures are found; None if they come with their rows."""
   max_bytes = int(options.max_image_mb * 1e6)
   if not options.images:
@@ -184,7 +184,7 @@ def open_store(options: Options) -> images.Store | None:
   return images.Folder(options.images, max_bytes)
 
 
-def _index_store(options: Options) -> str:
+def _index_store(options: BuildOptions) -> str:
   """Indexes a store of tars, unless that is done; returns a hash of it.
 
   Raises:
@@ -209,11 +209,11 @@ def _index_store(options: Options) -> str:
   return key
 
 
-def _is_tars(options: Options) -> bool:
+def _is_tars(options: BuildOptions) -> bool:
   return options.images.endswith(".tar")
 
 
-def _index_path(options: Options) -> str:
+def _index_path(options: BuildOptions) -> str:
   return f"{work_folder(options)}/images.sqlite"
 
 
@@ -221,7 +221,7 @@ def _index_path(options: Options) -> str:
 
 
 def _count_repeats(
-  options: Options, units: list[Unit], store: str, run_options: PipelineOptions
+  options: BuildOptions, units: list[Unit], store: str, run_options: PipelineOptions
 ) -> str:
   """Finds the URLs and pictures that too many records have, unless that is done.
 
@@ -247,7 +247,7 @@ def _count_repeats(
 class _ImageMarks(beam.DoFn):
   """Yields what identifies the pictures of a unit, once for each record that has them."""
 
-  def __init__(self, options: Options):
+  def __init__(self, options: BuildOptions):
     self._options = options
 
   def setup(self) -> None:
@@ -274,20 +274,20 @@ def _write_repeats(digests: list[str], path: str, key: str) -> None:
   _write_json(path, {"key": key, "digests": sorted(digests)})
 
 
-def _read_repeats(options: Options) -> frozenset[bytes]:
+def _read_repeats(options: BuildOptions) -> frozenset[bytes]:
   if options.max_repeats is None:
     return frozenset()
   return frozenset(map(bytes.fromhex, _read_json(_repeats_path(options))["digests"]))
 
 
-def _repeats_path(options: Options) -> str:
+def _repeats_path(options: BuildOptions) -> str:
   return f"{work_folder(options)}/repeats.json"
 
 
 # --- small helpers
 
 
-def _prepare_folders(options: Options) -> None:
+def _prepare_folders(options: BuildOptions) -> None:
   for folder in (os.path.dirname(options.output) or ".", work_folder(options)):
     if not FileSystems.exists(folder):
       FileSystems.mkdirs(folder)
@@ -305,7 +305,7 @@ def _name(path: str) -> str:
   return match[1] if match else ""
 
 
-def _is_shard(path: str, options: Options) -> bool:
+def _is_shard(path: str, options: BuildOptions) -> bool:
   return os.path.basename(path) == os.path.basename(shard_path(options, _name(path)))
 
 

@@ -10,7 +10,7 @@ import time
 from absl import logging
 
 from mm1_jax.data.build import files
-from mm1_jax.data.build.options import Options
+from mm1_jax.data.build.options import BuildOptions
 from mm1_jax.data.build.shards import TEMPORARY, work_folder
 
 SECONDS = 5.0
@@ -19,7 +19,7 @@ SECONDS = 5.0
 class Progress:
   """Watches the work folder while it is entered; of a remote one, the runner tells itself."""
 
-  def __init__(self, options: Options, num_shards: int, num_done: int):
+  def __init__(self, options: BuildOptions, num_shards: int, num_done: int):
     self._folder = glob.escape(work_folder(options))
     self._num_shards = num_shards
     self._num_done = num_done

@@ -17,7 +17,7 @@ MAX_HEADER_CHARS = 2_000  # of an id, a licence or a credit line
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class FilePart:
   """A piece of a file that is read in one go."""
 
   path: str

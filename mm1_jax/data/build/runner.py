@@ -10,7 +10,7 @@ from apache_beam.options import pipeline_options
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 
 from mm1_jax.config import ConfigError
-from mm1_jax.data.build.options import Options
+from mm1_jax.data.build.options import BuildOptions
 
 # Beam's DirectRunner would first look for Prism, a program that it downloads.
 LOCAL_RUNNER = "FnApiRunner"
@@ -51,7 +51,7 @@ def _refuse_unknown(args: list[str]) -> None:
   unknown = parser.parse_known_args(args)[1]
   if unknown:
     flag = unknown[0].partition("=")[0].replace("_", "-")
-    ours = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Options)]
+    ours = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(BuildOptions)]
     near = difflib.get_close_matches(flag, ours, n=1)
     hint = f"did you mean {near[0]}? See" if near else "see"
     raise ConfigError(f"{unknown[0]} is a flag neither of this format nor of Beam; {hint} --help.")

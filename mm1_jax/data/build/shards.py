@@ -29,7 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mm1_jax.data.build import files
 from mm1_jax.data.build.filters import Refiner
 from mm1_jax.data.build.formats import Unit, read
-from mm1_jax.data.build.options import Options
+from mm1_jax.data.build.options import BuildOptions
 from mm1_jax.data.build.rows import SNIPPET_BYTES, Bad, Draft, Filtered, RowError, digest, shorten
 from mm1_jax.data.build.stats import Stats, texts
 from mm1_jax.data.sources import WRITER_OPTIONS, Record
@@ -50,24 +50,24 @@ class Job(NamedTuple):
   limit: int | None = None  # records
 
 
-def shard_path(options: Options, name: str) -> str:
+def shard_path(options: BuildOptions, name: str) -> str:
   return f"{options.output}-{name}.arrayrecord"
 
 
-def work_folder(options: Options) -> str:
+def work_folder(options: BuildOptions) -> str:
   return f"{options.output}.build"
 
 
-def sidecar_path(options: Options, name: str) -> str:
+def sidecar_path(options: BuildOptions, name: str) -> str:
   return f"{work_folder(options)}/{name}.json"
 
 
-def dead_path(options: Options, name: str) -> str:
+def dead_path(options: BuildOptions, name: str) -> str:
   return f"{work_folder(options)}/{name}.dead.jsonl.gz"
 
 
 def build_shard(
-  job: Job, options: Options, refiner: Refiner, tokenizer: Tokenizer | None
+  job: Job, options: BuildOptions, refiner: Refiner, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
   """Builds a shard, over what is there; returns its sidecar."""
   stats, start = Stats(), time.monotonic()
@@ -99,7 +99,7 @@ def build_shard(
 
 
 def _records(
-  job: Job, options: Options, refiner: Refiner, stats: Stats, dead: gzip.GzipFile
+  job: Job, options: BuildOptions, refiner: Refiner, stats: Stats, dead: gzip.GzipFile
 ) -> Iterator[tuple[Record, bytes]]:
   """Yields the records that are kept, also packed, and counts the rows that are not."""
   records, ids = _Recent(), _Recent()
@@ -152,7 +152,7 @@ def _letter(row: Bad | Draft, reason: str) -> bytes:
 
 
 @contextlib.contextmanager
-def finished(path: str, options: Options) -> Iterator[str]:
+def finished(path: str, options: BuildOptions) -> Iterator[str]:
   """Yields a local path to write to; the file gets its name when it is whole.
 
   The name is taken over at once where the file system can (local disks; object stores anyway).

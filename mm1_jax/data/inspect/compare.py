@@ -15,8 +15,8 @@ from mm1_jax.config import RunConfig
 from mm1_jax.data.examples import Encoder, Example, cut
 from mm1_jax.data.image import ImageError
 from mm1_jax.data.index import UNREADABLE, Index
-from mm1_jax.data.inspect.facts import Checks, Segment
-from mm1_jax.data.plan import Piece
+from mm1_jax.data.inspect.facts import Checks, RowSegment
+from mm1_jax.data.mixing import Piece
 from mm1_jax.data.sources import Record, RecordError, Source
 from mm1_jax.data.tiling import decode_pictures
 
@@ -58,7 +58,7 @@ class Records:
   def compare(
     self,
     row: Batch,
-    segments: Sequence[Segment],
+    segments: Sequence[RowSegment],
     pieces: Sequence[Piece],
     name: str,
     checks: Checks,
@@ -107,7 +107,7 @@ class Records:
 
 
 def _differences(
-  row: Batch, segment: Segment, source: int, example: Example, pixels: Sequence[np.ndarray]
+  row: Batch, segment: RowSegment, source: int, example: Example, pixels: Sequence[np.ndarray]
 ) -> list[str]:
   """Returns the names of what is not as in the record."""
   at = slice(segment.start, segment.stop)

@@ -28,7 +28,7 @@ class Run(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class RowSegment:
   """Positions of a row with the same segment id, one after another."""
 
   number: int  # the segment id
@@ -71,11 +71,11 @@ def row_of(batch: Batch, row: int) -> Batch:
   return Batch(*(np.asarray(field[row]) for field in batch))
 
 
-def segments_of(row: Batch, encoder: Encoder) -> list[Segment]:
+def segments_of(row: Batch, encoder: Encoder) -> list[RowSegment]:
   """Returns the segments of one row, each with its pictures."""
   runs = runs_of(row.tokens, encoder)
   return [
-    Segment(
+    RowSegment(
       number=int(row.segment_ids[start]),
       start=start,
       stop=stop,
@@ -108,7 +108,7 @@ def odd_loss(batch: Batch, encoder: Encoder) -> np.ndarray:
   return (batch.loss_mask != 0) & ((batch.segment_ids == 0) | np.isin(batch.targets, pictures))
 
 
-def words_of(row: Batch, segment: Segment, encoder: Encoder) -> list[Words | Run]:
+def words_of(row: Batch, segment: RowSegment, encoder: Encoder) -> list[Words | Run]:
   """Returns what a segment says: its first token, then all it predicts, with its pictures.
 
   A token is trained on where the position before it has loss.
@@ -279,7 +279,7 @@ class SourceFacts:
   drops: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   left_out: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
-  def add(self, row: Batch, segment: Segment) -> None:
+  def add(self, row: Batch, segment: RowSegment) -> None:
     self.positions += len(segment)
     self.trained += int((row.loss_mask[segment.start : segment.stop] != 0).sum())
     self.pictures += len(segment.runs)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from mm1_jax.batch import Batch
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.inspect.facts import (
+  RowSegment,
   Run,
-  Segment,
   odd_loss,
   row_of,
   segments_of,
@@ -94,7 +94,7 @@ def _draw_title(figure: Figure, y: float, number: int, row: Batch, segments, odd
     figure.text(0.98, y, text, fontsize=10, color=WRONG, weight="bold", va="top", ha="right")
 
 
-def _draw_strip(ax: Axes, row: Batch, segments: Sequence[Segment], odd: np.ndarray) -> None:
+def _draw_strip(ax: Axes, row: Batch, segments: Sequence[RowSegment], odd: np.ndarray) -> None:
   """Draws the positions of a row, numbered by segment, above what is trained on."""
   length = len(row.tokens)
   colors = np.tile(to_rgb(PADDING), (length, 1))
@@ -129,7 +129,7 @@ def _draw_strip(ax: Axes, row: Batch, segments: Sequence[Segment], odd: np.ndarr
 
 
 def _draw_slots(
-  figure: Figure, bottom: float, height: float, row: Batch, segments: Sequence[Segment]
+  figure: Figure, bottom: float, height: float, row: Batch, segments: Sequence[RowSegment]
 ) -> float:
   """Draws the image slots into the left half; returns where it ends."""
   num_slots = len(row.images)
@@ -158,7 +158,7 @@ def _draw_slots(
 
 
 def _list_segments(
-  ax: Axes, row: Batch, segments: Sequence[Segment], encoder: Encoder, names, width: int
+  ax: Axes, row: Batch, segments: Sequence[RowSegment], encoder: Encoder, names, width: int
 ) -> None:
   """Writes how each segment begins."""
   ax.set_axis_off()
@@ -174,7 +174,7 @@ def _list_segments(
     ax.text(0.03, y, line_text, fontsize=8.5, color=INK, va="top", parse_math=False)
 
 
-def _beginning(row: Batch, segment: Segment, encoder: Encoder) -> str:
+def _beginning(row: Batch, segment: RowSegment, encoder: Encoder) -> str:
   """Returns the text of a segment's first tokens; a picture is one mark."""
   text = ""
   for part in words_of(row, segment, encoder):

@@ -24,7 +24,7 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class ShownPicture:
   """A picture as it is in its record, small; or why training would drop it."""
 
   pixels: np.ndarray | None  # uint8[h, w, 3]
@@ -38,7 +38,7 @@ class Turn:
   """Items of one speaker; of a document, `role` is empty and there is one turn."""
 
   role: str
-  items: tuple[Text | Picture, ...]
+  items: tuple[Text | ShownPicture, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class ShownRecord:
   problems: tuple[str, ...]  # why training would leave it out; nothing if it would not
 
   @property
-  def pictures(self) -> list[Picture]:
-    return [item for turn in self.turns for item in turn.items if isinstance(item, Picture)]
+  def pictures(self) -> list[ShownPicture]:
+    return [item for turn in self.turns for item in turn.items if isinstance(item, ShownPicture)]
 
   @property
   def text(self) -> str:
@@ -114,8 +114,7 @@ def read_records(run: RunConfig, source: SourceConfig, *, num_records: int, seed
   encoder = make_encoder(
     run.data,
     tokenizer,
-    image_size=run.model.vision.image_size,
-    tokens_per_image=run.model.connector.num_tokens,
+    run.input_spec,
   )
   rng = np.random.default_rng(seed)
   drawn = rng.choice(len(opened), min(num_records, len(opened)), replace=False)
@@ -146,7 +145,7 @@ def _read(run: RunConfig, source: Source, encoder: Encoder, number: int) -> Show
     Turn(turn["role"], tuple(_item(item, encoder, limit) for item in turn["content"]))
     for turn in turns
   )
-  pictures = [item for turn in shown for item in turn.items if isinstance(item, Picture)]
+  pictures = [item for turn in shown for item in turn.items if isinstance(item, ShownPicture)]
   problems += [picture.problem for picture in pictures if picture.problem]
   return ShownRecord(
     number,
@@ -159,7 +158,7 @@ def _read(run: RunConfig, source: Source, encoder: Encoder, number: int) -> Show
   )
 
 
-def _item(item: dict[str, Any], encoder: Encoder, max_pixels: int) -> Text | Picture:
+def _item(item: dict[str, Any], encoder: Encoder, max_pixels: int) -> Text | ShownPicture:
   if "text" in item:
     return Text(item["text"], len(encoder.tokenizer.encode(item["text"])))
   num_positions, data = len(encoder.image_ids), item["image"]
@@ -170,5 +169,5 @@ def _item(item: dict[str, Any], encoder: Encoder, max_pixels: int) -> Text | Pic
   try:
     pixels = decode_image(data, size, max_pixels=max_pixels)
   except ImageError as e:
-    return Picture(None, about, num_positions, e.reason)
-  return Picture(pixels, f"{width} by {height} {kind}, {about}", num_positions, "")
+    return ShownPicture(None, about, num_positions, e.reason)
+  return ShownPicture(pixels, f"{width} by {height} {kind}, {about}", num_positions, "")

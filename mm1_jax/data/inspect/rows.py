@@ -9,7 +9,7 @@ import PIL.Image
 
 from mm1_jax.batch import Batch
 from mm1_jax.data.inspect.compare import Origin
-from mm1_jax.data.inspect.facts import Run, Segment, odd_loss, stretches, words_of
+from mm1_jax.data.inspect.facts import RowSegment, Run, odd_loss, stretches, words_of
 from mm1_jax.data.inspect.stream import DrawnRow, Stream
 from mm1_jax.drawing import COLORS, INK, MUTED, WRONG, as_html, color, counted, data_url, thumbnail
 
@@ -40,7 +40,7 @@ def row_html(stream: Stream, number: int, drawn: DrawnRow) -> str:
   )
 
 
-def _bar(stream: Stream, number: int, segment: Segment, length: int) -> str:
+def _bar(stream: Stream, number: int, segment: RowSegment, length: int) -> str:
   def place(start: int, stop: int, within: int) -> str:
     return f"left:{100 * start / within:.3f}%;width:{100 * (stop - start) / within:.3f}%"
 
@@ -103,7 +103,7 @@ def _slots(number: int, drawn: DrawnRow) -> str:
   return f"<div class=slots>{''.join(cells)}</div>" if cells else ""
 
 
-def _picture(number: int, slot: int, owner: Segment | None, used: bool) -> str:
+def _picture(number: int, slot: int, owner: RowSegment | None, used: bool) -> str:
   colors = f' style="{_colors(owner.source_id)}"' if owner else ""
   kind = f"picture p{number}_{slot}" if used else "picture"
   return (
@@ -123,7 +123,7 @@ def pictures_css(rows: Iterable[DrawnRow]) -> str:
 
 
 def _segment(
-  stream: Stream, number: int, row: Batch, segment: Segment, origin: Origin | None
+  stream: Stream, number: int, row: Batch, segment: RowSegment, origin: Origin | None
 ) -> str:
   at = slice(segment.start, segment.stop)
   first, last = row.positions[at][0], row.positions[at][-1]
@@ -160,7 +160,7 @@ def _origin(origin: Origin | None) -> str:
   return f"record {origin.record:,} “{shorten(origin.id, 80)}”, {part}{licence}{wrong}"
 
 
-def _part(number: int, row: Batch, segment: Segment, part: Any) -> str:
+def _part(number: int, row: Batch, segment: RowSegment, part: Any) -> str:
   if isinstance(part, Run):
     used = part.slot < len(row.image_mask) and bool(row.image_mask[part.slot])
     picture = _picture(number, part.slot, segment, used)
@@ -188,13 +188,13 @@ def shorten(text: str, length: int) -> str:
   return as_html(text if len(text) <= length else f"{text[: length - 1]}…")
 
 
-def _positions(segment: Segment) -> str:
+def _positions(segment: RowSegment) -> str:
   return (
     f"{counted(len(segment), 'position')}, {segment.start:,} to {segment.stop - 1:,} of the row"
   )
 
 
-def _name(stream: Stream, segment: Segment) -> str:
+def _name(stream: Stream, segment: RowSegment) -> str:
   known = 0 <= segment.source_id < len(stream.sources)
   return stream.sources[segment.source_id].name if known else f"source {segment.source_id}?"
 

@@ -7,7 +7,7 @@ import PIL.Image
 from matplotlib.figure import Figure
 
 from mm1_jax.data.inspect.page import STYLE, figures_html
-from mm1_jax.data.inspect.records import Picture, Sample, ShownRecord, Text, Turn
+from mm1_jax.data.inspect.records import Sample, ShownPicture, ShownRecord, Text, Turn
 from mm1_jax.data.inspect.rows import elided, shorten
 from mm1_jax.drawing import (
   DPI,
@@ -84,7 +84,7 @@ def _turn(turn: Turn) -> str:
   left = MAX_PICTURES
   items = []
   for item in turn.items:
-    if isinstance(item, Picture):
+    if isinstance(item, ShownPicture):
       left -= 1
       items.append(_picture(item) if left >= 0 else "<p class=cut>a picture, not shown</p>")
     else:
@@ -100,7 +100,7 @@ def _text(item: Text) -> str:
   )
 
 
-def _picture(item: Picture) -> str:
+def _picture(item: ShownPicture) -> str:
   if item.pixels is None:
     shown = f"<p class=bad>✗ {as_html(item.problem)}</p>"
   else:

@@ -17,17 +17,13 @@ from absl import logging
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import DataConfig, RunConfig
+from mm1_jax.data.drops import MIN_EXAMPLES_TO_JUDGE
 from mm1_jax.data.examples import Encoder, make_encoder
 from mm1_jax.data.index import Index
 from mm1_jax.data.inspect.compare import Origin, Records
-from mm1_jax.data.inspect.facts import Checks, Segment, SourceFacts, row_of, segments_of
-from mm1_jax.data.pipeline import (
-  MIN_EXAMPLES_TO_JUDGE,
-  Pipeline,
-  PlannedBatches,
-  make_pipeline,
-)
-from mm1_jax.data.plan import Plan, Row
+from mm1_jax.data.inspect.facts import Checks, RowSegment, SourceFacts, row_of, segments_of
+from mm1_jax.data.mixing import Mixer, Row
+from mm1_jax.data.pipeline import Pipeline, PlannedBatches, make_pipeline
 
 MAX_DRAWN = 24  # rows kept for drawing
 SECONDS_BETWEEN_NEWS = 5.0
@@ -39,7 +35,7 @@ class DrawnRow:
 
   name: str
   row: Batch  # of one row, without its first axis
-  segments: list[Segment]
+  segments: list[RowSegment]
   origins: list[Origin | None]  # of each segment
 
 
@@ -145,13 +141,12 @@ def read_stream(run: RunConfig, *, first_step: int, num_batches: int, num_rows: 
   encoder = make_encoder(
     run.data,
     first.tokenizer,
-    image_size=run.model.vision.image_size,
-    tokens_per_image=run.model.connector.num_tokens,
+    run.input_spec,
   )
   steps = range(first_step, first_step + num_batches)
-  plan = Plan(data, list(first.indexes.values()), run.image_positions)
-  sources = _source_facts(data, steps, plan)
-  planned = PlannedBatches(plan, plan.first_state, 0, range(data.batch_size))
+  mixer = Mixer(data, list(first.indexes.values()), run.image_positions)
+  sources = _source_facts(data, steps, mixer)
+  planned = PlannedBatches(mixer, mixer.first_state, 0, range(data.batch_size))
   state = {**first.state(), **_seek(planned, first_step)}
   first.close()
   stream = Stream(
@@ -167,7 +162,7 @@ def read_stream(run: RunConfig, *, first_step: int, num_batches: int, num_rows: 
   for step in stream.steps:
     batch, stats = next(pipeline)
     rows, _ = planned[step]
-    _add_plan(stream, rows, plan.indexes)
+    _add_plan(stream, rows, mixer.indexes)
     _add_batch(stream, expected, step, batch, rows[:share], stats.drops)
     logging.info("step %d: read %d of %d rows", step, share, data.batch_size)
   pipeline.close()
@@ -181,9 +176,7 @@ def _pipeline(
   """Returns the stream of the first `num_rows` rows: those of the first of several processes."""
   return make_pipeline(
     data,
-    image_size=run.model.vision.image_size,
-    tokens_per_image=run.model.connector.num_tokens,
-    image_token_id=run.model.image_token_id,
+    run.input_spec,
     process_count=data.batch_size // num_rows,
     state=state,
   )
@@ -202,14 +195,14 @@ def _seek(planned: PlannedBatches, step: int) -> dict[str, Any]:
   return {"batch": step, "plan": state.to_dict()}
 
 
-def _source_facts(data: DataConfig, steps: range, plan: Plan) -> list[SourceFacts]:
+def _source_facts(data: DataConfig, steps: range, mixer: Mixer) -> list[SourceFacts]:
   positions, examples = (
     np.mean([shares(step) for step in steps], axis=0).tolist()
-    for shares in (plan.shares, plan.example_shares)
+    for shares in (mixer.shares, mixer.example_shares)
   )
   return [
     SourceFacts(source.name, *asked, left_out=index.drops)
-    for source, index, *asked in zip(data.leaves, plan.indexes, positions, examples, strict=True)
+    for source, index, *asked in zip(data.leaves, mixer.indexes, positions, examples, strict=True)
   ]
 
 
@@ -255,7 +248,7 @@ def _add_batch(
 
 
 def _add_row(
-  stream: Stream, row: Batch, segments: Sequence[Segment], origins: Sequence[Origin | None]
+  stream: Stream, row: Batch, segments: Sequence[RowSegment], origins: Sequence[Origin | None]
 ) -> None:
   stream.rows += 1
   stream.filled += int((row.segment_ids != 0).sum())

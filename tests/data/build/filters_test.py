@@ -11,15 +11,15 @@ from hostile import encode
 from mm1_jax.config import ConfigError
 from mm1_jax.data.build.__main__ import main
 from mm1_jax.data.build.filters import Refiner
-from mm1_jax.data.build.options import Options, parse
+from mm1_jax.data.build.options import BuildOptions, parse
 from mm1_jax.data.build.rows import Draft, Filtered, Image, RowError, digest
 
 SQUARE = encode("PNG", (8, 8))
 
 
-def options(format: str = "mmc4", **changes) -> Options:
+def options(format: str = "mmc4", **changes) -> BuildOptions:
   values = {"format": format, "input": "", "output": "", "max_chars": 100, "max_image_mb": 1.0}
-  return Options(**{**values, **changes})
+  return BuildOptions(**{**values, **changes})
 
 
 def page(*items: str | Image) -> Draft:

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from mm1_jax.config import DataConfig, SourceConfig
+from mm1_jax.config import DataConfig, InputSpec, SourceConfig
 from mm1_jax.data.build.__main__ import main
 from mm1_jax.data.pipeline import make_pipeline
 from mm1_jax.data.sources import Source
@@ -379,8 +379,6 @@ def test_what_is_built_trains(build, tmp_path, tokenizer):
     window_rows=16,
     max_drop_fraction=0.5,
   )
-  pipeline = make_pipeline(
-    data, image_size=(28, 28), tokens_per_image=4, image_token_id=tokenizer.image_id
-  )
+  pipeline = make_pipeline(data, InputSpec((28, 28), 4, tokenizer.image_id))
   images = sum(next(pipeline)[1].num_images for _ in range(40))
   assert images > 200

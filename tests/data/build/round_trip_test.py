@@ -8,7 +8,7 @@ import pathlib
 
 import pytest
 
-from mm1_jax.config import DataConfig, SourceConfig
+from mm1_jax.config import DataConfig, InputSpec, SourceConfig
 from mm1_jax.data.build import raw_sample
 from mm1_jax.data.build.__main__ import main
 from mm1_jax.data.pipeline import make_pipeline
@@ -139,9 +139,7 @@ def test_built_shards_train(flags, tmp_path, tokenizer):
     images_per_row=5,
     window_rows=32,
   )
-  pipeline = make_pipeline(
-    data, image_size=(28, 28), tokens_per_image=4, image_token_id=tokenizer.image_id
-  )
+  pipeline = make_pipeline(data, InputSpec((28, 28), 4, tokenizer.image_id))
   seen = set()
   for _ in range(16):
     batch, _ = next(pipeline)

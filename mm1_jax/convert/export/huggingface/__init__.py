@@ -19,10 +19,10 @@ from etils import epath
 from mm1_jax.config import RunConfig
 from mm1_jax.convert import ConvertError
 from mm1_jax.convert.export import card, shards, vocabulary
-from mm1_jax.convert.export.format import Options
+from mm1_jax.convert.export.format import ExportOptions
 from mm1_jax.convert.export.huggingface import names
 from mm1_jax.convert.export.huggingface.jinja import to_jinja
-from mm1_jax.convert.export.source import Source
+from mm1_jax.convert.export.run_reader import RunReader
 from mm1_jax.convert.tensors import Tensors
 from mm1_jax.data.template import ChatTemplate
 from mm1_jax.data.tokenizer import TOKENIZER_CONFIG
@@ -49,29 +49,29 @@ print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 """
 
 
-def check(source: Source, options: Options) -> None:
+def check(reader: RunReader, options: ExportOptions) -> None:
   """Raises ConvertError if the tokenizer cannot be written as tokenizer.json with the same ids."""
-  tokenizer_files(source)
+  tokenizer_files(reader)
 
 
-def write(source: Source, out: pathlib.Path, options: Options) -> None:
+def write(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> None:
   for name in CODE:
     shutil.copyfile(pathlib.Path(__file__).parent / name, out / name)
-  template = source.encoder().template
-  for name, data in tokenizer_files(source).items():
+  template = reader.encoder().template
+  for name, data in tokenizer_files(reader).items():
     (out / name).write_bytes(data)
   (out / "chat_template.jinja").write_text(to_jinja(template))
-  _write_json(out / "config.json", names.config(source.run, options.dtype))
-  _write_json(out / "generation_config.json", generation_config(source))
-  _write_json(out / "processor_config.json", processor_config(source, template))
-  (out / card.NAME).write_text(card.text(source, options, USE))
-  shards.write(_tensors(source, options.dtype), out, options.max_shard_gb, {"format": "pt"})
+  _write_json(out / "config.json", names.config(reader.run, options.dtype))
+  _write_json(out / "generation_config.json", generation_config(reader))
+  _write_json(out / "processor_config.json", processor_config(reader, template))
+  (out / card.NAME).write_text(card.text(reader, options, USE))
+  shards.write(_tensors(reader, options.dtype), out, options.max_shard_gb, {"format": "pt"})
 
 
-def compare(source: Source, out: pathlib.Path, options: Options) -> str:
+def compare(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> str:
   tensors, unread = Tensors(out), 0
-  for part, value in source.read():
-    theirs, layout = names.tensors(part, source.run.model)
+  for part, value in reader.read():
+    theirs, layout = names.tensors(part, reader.run.model)
     read = layout.load([tensors.read(name) for name in theirs], part.shape)
     if not np.array_equal(read, part.cast(value, options.dtype)):
       raise ConvertError(f"'{out}': {part.path} is not what was written; is the disk full?")
@@ -81,9 +81,9 @@ def compare(source: Source, out: pathlib.Path, options: Options) -> str:
   return f"{unread} tensors read back, equal to the run's"
 
 
-def generation_config(source: Source) -> dict[str, Any]:
+def generation_config(reader: RunReader) -> dict[str, Any]:
   """Returns how the model answers: greedily, never with a symbol that is not the end."""
-  tokenizer, answers = source.tokenizer, source.answers()
+  tokenizer, answers = reader.tokenizer, reader.answers()
   return {
     "bos_token_id": tokenizer.bos_id,
     "eos_token_id": sorted(answers.ends),
@@ -94,10 +94,10 @@ def generation_config(source: Source) -> dict[str, Any]:
   }
 
 
-def processor_config(source: Source, template: ChatTemplate) -> dict[str, Any]:
+def processor_config(reader: RunReader, template: ChatTemplate) -> dict[str, Any]:
   """Returns what the processor has to know besides the tokenizer."""
-  run: RunConfig = source.run
-  tokenizer, tiling = source.tokenizer, run.data.tiling
+  run: RunConfig = reader.run
+  tokenizer, tiling = reader.tokenizer, run.data.tiling
   settings = {
     "image_size": list(run.model.vision.image_size),
     "image_fit": run.data.image_fit,
@@ -119,17 +119,17 @@ def processor_config(source: Source, template: ChatTemplate) -> dict[str, Any]:
   }
 
 
-def tokenizer_files(source: Source) -> dict[str, bytes]:
+def tokenizer_files(reader: RunReader) -> dict[str, bytes]:
   """Returns tokenizer.json and tokenizer_config.json of a run."""
-  path = epath.Path(source.run.data.tokenizer)
+  path = epath.Path(reader.run.data.tokenizer)
   beside = path.parent / TOKENIZER_CONFIG
   config = beside.read_bytes() if beside.exists() else b""
-  return vocabulary.files(source.tokenizer, path.read_bytes(), config)
+  return vocabulary.files(reader.tokenizer, path.read_bytes(), config)
 
 
-def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-  for part, value in source.read():
-    theirs, layout = names.tensors(part, source.run.model)
+def _tensors(reader: RunReader, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+  for part, value in reader.read():
+    theirs, layout = names.tensors(part, reader.run.model)
     stored = layout.store(part.cast(value, dtype))
     yield from zip(theirs, stored, strict=True)
 

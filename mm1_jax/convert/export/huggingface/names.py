@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from mm1_jax.config import ModelConfig, RunConfig
 from mm1_jax.convert import families
-from mm1_jax.convert.export.source import Part
+from mm1_jax.convert.export.run_reader import ParamPart
 from mm1_jax.convert.layouts import DEPTHWISE, LINEAR, PATCH, PER_EXPERT, SAME, Reversible
 
 VISION, TEXT, CONNECTOR = "model.vision_tower", "model.language_model", "model.connector"
@@ -34,14 +34,14 @@ WHOLE: families.Table = {
 }
 
 
-class Tensors(NamedTuple):
+class TorchTensors(NamedTuple):
   """What a part of ours is in PyTorch: one tensor, or one for each expert."""
 
   names: list[str]
   layout: Reversible
 
 
-def tensors(part: Part, model: ModelConfig) -> Tensors:
+def tensors(part: ParamPart, model: ModelConfig) -> TorchTensors:
   """Returns where a part of a model goes."""
   if part.name in WHOLE:
     name, layout = WHOLE[part.name]
@@ -59,7 +59,7 @@ def tensors(part: Part, model: ModelConfig) -> Tensors:
     layer = part.block * model.decoder.layers_per_unit + number
     name = f"{TEXT}.layers.{layer}.{name}"
   names = [name.format(i) for i in range(part.shape[0])] if layout == PER_EXPERT else [name]
-  return Tensors(names, layout)  # pyright: ignore[reportArgumentType]  # those in the tables are
+  return TorchTensors(names, layout)  # pyright: ignore[reportArgumentType]  # those in the tables are
 
 
 def _connector(name: str) -> tuple[str, Reversible]:

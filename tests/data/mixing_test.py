@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shares, completeness and repeatability of the plan, on lengths alone."""
+"""Shares, completeness and repeatability of what is mixed, on lengths alone."""
 
 import collections
 import dataclasses
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mm1_jax.config import ConfigError, DataConfig, ReweightConfig, SourceConfig
-from mm1_jax.data import plan as plan_module
+from mm1_jax.data import mixing
 from mm1_jax.data.index import Index
+from mm1_jax.data.mixing import Mixer, Order, WindowState, check_fingerprint, fingerprint, plan_once
 from mm1_jax.data.pipeline import PlannedBatches
-from mm1_jax.data.plan import Order, Plan, WindowState, check_fingerprint, fingerprint, plan_once
 from mm1_jax.data.sources import DataError
 
 IMAGE = 18  # positions of a picture
@@ -57,18 +57,18 @@ def make_data(**changes) -> DataConfig:
   return DataConfig(**{**values, **changes})
 
 
-def windows(plan: Plan, num: int, state: WindowState | None = None):
+def windows(mixer: Mixer, num: int, state: WindowState | None = None):
   """Returns the rows of `num` windows, one after another, and the state behind them."""
-  state = state or plan.first_state
+  state = state or mixer.first_state
   rows = []
   for _ in range(num):
-    more, state = plan.window(state)
+    more, state = mixer.window(state)
     rows += more
   return rows, state
 
 
 def test_shares_are_shares_of_positions(indexes):
-  rows, _ = windows(Plan(make_data(), indexes, IMAGE), 10)
+  rows, _ = windows(Mixer(make_data(), indexes, IMAGE), 10)
   positions = np.zeros(3)
   for piece in (piece for row in rows for piece in row):
     positions[piece.source] += piece.stop - piece.start
@@ -78,8 +78,8 @@ def test_shares_are_shares_of_positions(indexes):
 
 def test_nothing_is_lost_or_doubled(indexes):
   """Each example drawn is, from its first position on, in rows or waiting."""
-  plan = Plan(make_data(images_per_row=4), indexes, IMAGE)
-  rows, state = windows(plan, 12)
+  mixer = Mixer(make_data(images_per_row=4), indexes, IMAGE)
+  rows, state = windows(mixer, 12)
   placed = collections.Counter()
   for source, example, start, stop in (piece for row in rows for piece in row):
     placed[source, example] += stop - start
@@ -92,28 +92,28 @@ def test_nothing_is_lost_or_doubled(indexes):
 
 
 def test_what_waits_stays_little(indexes):
-  plan = Plan(make_data(images_per_row=4), indexes, IMAGE)
-  state, most = plan.first_state, 0
+  mixer = Mixer(make_data(images_per_row=4), indexes, IMAGE)
+  state, most = mixer.first_state, 0
   for _ in range(30):
-    _, state = plan.window(state)
+    _, state = mixer.window(state)
     waiting = sum(indexes[s].num_positions[e] - start for s, e, start in state.carried)
     most = max(most, waiting / (64 * 512))
   assert most < 0.6  # the surplus, a document, and what the slots hold up
 
 
 def test_starting_at_a_window_is_the_same(indexes):
-  plan = Plan(make_data(), indexes, IMAGE)
-  all_rows, _ = windows(plan, 5)
-  first, state = windows(plan, 2)
+  mixer = Mixer(make_data(), indexes, IMAGE)
+  all_rows, _ = windows(mixer, 5)
+  first, state = windows(mixer, 2)
   state = WindowState.from_dict(json.loads(json.dumps(state.to_dict())))
-  rest, _ = windows(Plan(make_data(), indexes, IMAGE), 3, state)
+  rest, _ = windows(Mixer(make_data(), indexes, IMAGE), 3, state)
   assert first + rest == all_rows
 
 
 def test_epochs_differ_and_so_do_seeds(indexes):
   def order(seed):
     data = make_data(sources=make_data().sources[:1], seed=seed, images_per_row=10)
-    rows, _ = windows(Plan(data, indexes[:1], IMAGE), 6)
+    rows, _ = windows(Mixer(data, indexes[:1], IMAGE), 6)
     return [piece.example for row in rows for piece in row]
 
   assert order(0) == order(0)
@@ -123,15 +123,15 @@ def test_epochs_differ_and_so_do_seeds(indexes):
 
 
 def test_a_source_keeps_its_order_in_another_mixture(indexes):
-  alone = Plan(make_data(sources=make_data().sources[2:]), indexes[2:], IMAGE)
-  mixed = Plan(make_data(), indexes, IMAGE)
+  alone = Mixer(make_data(sources=make_data().sources[2:]), indexes[2:], IMAGE)
+  mixed = Mixer(make_data(), indexes, IMAGE)
   assert [alone.orders[0][i] for i in range(99)] == [mixed.orders[2][i] for i in range(99)]
 
 
 @pytest.mark.parametrize(("batch_size", "per_window"), [(64, 1), (48, 2), (100, 1), (1, 64)])
 def test_a_window_is_whole_batches(indexes, batch_size, per_window):
-  plan = Plan(make_data(batch_size=batch_size), indexes, IMAGE)
-  rows, _ = plan.window(plan.first_state)
+  mixer = Mixer(make_data(batch_size=batch_size), indexes, IMAGE)
+  rows, _ = mixer.window(mixer.first_state)
   assert len(rows) == per_window * batch_size
 
 
@@ -182,11 +182,11 @@ def positions_by_source(rows, num_sources: int = 3) -> np.ndarray:
 def test_weights_change_at_their_step(indexes):
   """At step 10, which is in the middle of a window of 4 batches: that one ends there."""
   data = make_data(reweight=(change(10, captions=20, text=35), change(25, interleaved=0)))
-  plan = Plan(data, indexes, IMAGE)
-  batches, state, begins = [], plan.first_state, []
+  mixer = Mixer(data, indexes, IMAGE)
+  batches, state, begins = [], mixer.first_state, []
   while state.batch < 45:
     begins.append(state.batch)
-    rows, state = plan.window(state)
+    rows, state = mixer.window(state)
     batches += [rows[i : i + 16] for i in range(0, len(rows), 16)]
   assert begins[:8] == [0, 4, 8, 10, 14, 18, 22, 25]
 
@@ -203,12 +203,12 @@ def test_weights_change_at_their_step(indexes):
 
 def test_what_waits_at_weight_0_comes_back(indexes):
   data = make_data(reweight=(change(4, interleaved=0), change(8, interleaved=45)))
-  _, state = windows(Plan(data, indexes, IMAGE), 1)
+  _, state = windows(Mixer(data, indexes, IMAGE), 1)
   waited = [rest for rest in state.carried if rest.source == 1]
   assert waited
-  more, state = windows(Plan(data, indexes, IMAGE), 1, state)
+  more, state = windows(Mixer(data, indexes, IMAGE), 1, state)
   assert [rest for rest in state.carried if rest.source == 1] == waited
-  last, _ = windows(Plan(data, indexes, IMAGE), 1, state)
+  last, _ = windows(Mixer(data, indexes, IMAGE), 1, state)
   assert {rest.example for rest in waited} <= {p.example for row in last for p in row}
   assert positions_by_source(more)[1] == 0
 
@@ -219,7 +219,7 @@ def test_shares_of_groups(indexes):
   sources = SourceConfig("captions", weight=0.45, sources=kinds), SourceConfig("text", "x", 0.55)
   data = make_data(sources=sources)
   assert [source.name for source in data.leaves] == ["captions/web", "captions/synthetic", "text"]
-  rows, _ = windows(Plan(data, [indexes[0], indexes[0], indexes[2]], IMAGE), 10)
+  rows, _ = windows(Mixer(data, [indexes[0], indexes[0], indexes[2]], IMAGE), 10)
   positions = positions_by_source(rows)
   np.testing.assert_allclose(positions / positions.sum(), [0.405, 0.045, 0.55], atol=0.01)
 
@@ -227,13 +227,13 @@ def test_shares_of_groups(indexes):
 def test_a_source_that_is_used_up_leaves_the_others_their_proportions(indexes):
   captions, *others = make_data().sources
   sources = dataclasses.replace(captions, epochs=1.5), *others
-  plan = Plan(make_data(sources=sources), indexes, IMAGE)
-  rows, state = windows(plan, 15)
+  mixer = Mixer(make_data(sources=sources), indexes, IMAGE)
+  rows, state = windows(mixer, 15)
   seen = collections.Counter(p.example for row in rows for p in row if p.source == 0)
   seen.update(rest.example for rest in state.carried if rest.source == 0)
   assert collections.Counter(seen.values()) == {2: 450, 1: 450}  # 1.5 epochs of 900
   assert state.cursors[0] == 1350
-  more = positions_by_source(windows(plan, 8, state)[0])
+  more = positions_by_source(windows(mixer, 8, state)[0])
   assert more[0] < 0.01 * more.sum()  # what was left over
   np.testing.assert_allclose(more / more.sum(), [0, 45 / 55, 10 / 55], atol=0.02)
 
@@ -241,14 +241,14 @@ def test_a_source_that_is_used_up_leaves_the_others_their_proportions(indexes):
 def test_the_end_of_all_data_is_told_with_its_step(indexes):
   """Batches are given as long as they can be filled."""
   sources = tuple(dataclasses.replace(s, epochs=1) for s in make_data().sources[:1])
-  plan = Plan(make_data(sources=sources, images_per_row=28), indexes[:1], IMAGE)
-  rows, state = windows(plan, 3)  # of 4 batches, but there is less
+  mixer = Mixer(make_data(sources=sources, images_per_row=28), indexes[:1], IMAGE)
+  rows, state = windows(mixer, 3)  # of 4 batches, but there is less
   assert state.batch < 12
   assert len(rows) == 16 * state.batch
   left = indexes[0].num_positions.sum() - positions_by_source(rows, 1).sum()
   assert left < 16 * 512
   with pytest.raises(DataError, match=f"data ends at step {state.batch}: .*train.num_steps to"):
-    plan.window(state)
+    mixer.window(state)
 
 
 def test_a_limit_picks_examples_at_random_and_keeps_them(indexes):
@@ -308,31 +308,31 @@ def test_weights_may_be_shares_of_examples(packing):
   weights = {"short": 2.0, "middle": 5.0, "long": 3.0}
   sources = tuple(SourceConfig(n, "x", w) for n, w in weights.items())
   data = make_data(sources=sources, packing=packing, images_per_row=12, weight_by="examples")
-  plan = Plan(data, indexes, IMAGE)
-  rows, _ = windows(plan, 20)
+  mixer = Mixer(data, indexes, IMAGE)
+  rows, _ = windows(mixer, 20)
   np.testing.assert_allclose(example_shares(rows, indexes), [0.2, 0.5, 0.3], atol=0.01)
   positions = positions_by_source(rows)
   expected = np.array([0.2 * 40, 0.5 * 120, 0.3 * 400])
   np.testing.assert_allclose(positions / positions.sum(), expected / expected.sum(), atol=0.01)
-  assert plan.example_shares(0) == data.shares(0) == (0.2, 0.5, 0.3)
+  assert mixer.example_shares(0) == data.shares(0) == (0.2, 0.5, 0.3)
 
 
 def test_documents_that_are_cut_are_one_example_each(indexes):
-  rows, _ = windows(Plan(make_data(weight_by="examples"), indexes, IMAGE), 120)
+  rows, _ = windows(Mixer(make_data(weight_by="examples"), indexes, IMAGE), 120)
   np.testing.assert_allclose(example_shares(rows, indexes), [0.45, 0.45, 0.10], atol=0.005)
 
 
 def test_shares_of_positions_and_of_examples_are_told_in_either_mode(indexes):
   means = np.array([index.num_positions.mean() for index in indexes])
-  plan = Plan(make_data(), indexes, IMAGE)
-  assert plan.shares(0) == make_data().shares(0)
+  mixer = Mixer(make_data(), indexes, IMAGE)
+  assert mixer.shares(0) == make_data().shares(0)
   expected = np.array([0.45, 0.45, 0.10]) / means
-  assert plan.example_shares(0) == pytest.approx(expected / expected.sum())
-  by_examples = dict(zip(WEIGHTS, plan.example_shares(0), strict=True))
+  assert mixer.example_shares(0) == pytest.approx(expected / expected.sum())
+  by_examples = dict(zip(WEIGHTS, mixer.example_shares(0), strict=True))
   sources = tuple(SourceConfig(n, "x", w) for n, w in by_examples.items())
-  other = Plan(make_data(sources=sources, weight_by="examples"), indexes, IMAGE)
-  assert other.shares(0) == pytest.approx(plan.shares(0))
-  assert other.expected_images(0) == pytest.approx(plan.expected_images(0))
+  other = Mixer(make_data(sources=sources, weight_by="examples"), indexes, IMAGE)
+  assert other.shares(0) == pytest.approx(mixer.shares(0))
+  assert other.expected_images(0) == pytest.approx(mixer.expected_images(0))
 
 
 def test_a_groups_weight_is_shared_by_examples_too():
@@ -340,7 +340,7 @@ def test_a_groups_weight_is_shared_by_examples_too():
   sources = SourceConfig("single", weight=0.6, sources=kinds), SourceConfig("text", "x", 0.4)
   indexes = [conversations(n, seed=n) for n in (40, 120, 400)]
   data = make_data(sources=sources, images_per_row=12, weight_by="examples")
-  rows, _ = windows(Plan(data, indexes, IMAGE), 20)
+  rows, _ = windows(Mixer(data, indexes, IMAGE), 20)
   np.testing.assert_allclose(example_shares(rows, indexes), [0.54, 0.06, 0.4], atol=0.01)
 
 
@@ -350,15 +350,15 @@ def test_the_mean_length_is_of_the_examples_that_a_limit_picks():
   indexes = [make_index(lengths, [1] * 1000, splittable=False), conversations(100)]
   sources = SourceConfig("few", "x", limit=20), SourceConfig("all", "x")
   data = make_data(sources=sources, images_per_row=12, weight_by="examples")
-  plan = Plan(data, indexes, IMAGE)
-  picked = [plan.orders[0][i] for i in range(20)]
-  assert plan.mean_lengths[0] == lengths[picked].mean() != lengths.mean()
-  rows, _ = windows(plan, 6)
+  mixer = Mixer(data, indexes, IMAGE)
+  picked = [mixer.orders[0][i] for i in range(20)]
+  assert mixer.mean_lengths[0] == lengths[picked].mean() != lengths.mean()
+  rows, _ = windows(mixer, 6)
   np.testing.assert_allclose(example_shares(rows, indexes), [0.5, 0.5], atol=0.01)
 
 
 def test_the_mean_length_of_a_large_limit_is_estimated(monkeypatch):
-  monkeypatch.setattr(plan_module, "MAX_MEASURED", 500)
+  monkeypatch.setattr(mixing, "MAX_MEASURED", 500)
   lengths = np.random.default_rng(0).integers(50, 150, 2000)
   order = Order(SourceConfig("a", "x", limit=1500), num_examples=2000, seed=0)
   assert order.measure(lengths) == pytest.approx(100, rel=0.03)
@@ -371,11 +371,11 @@ def test_weights_of_examples_change_at_their_step_and_when_a_source_is_used_up()
   sources = (dataclasses.replace(sources[0], epochs=1), *sources[1:])
   changes = (change(20, middle=2.0),)
   data = make_data(sources=sources, reweight=changes, images_per_row=12, weight_by="examples")
-  plan = Plan(data, indexes, IMAGE)
-  parts, state = [], plan.first_state
+  mixer = Mixer(data, indexes, IMAGE)
+  parts, state = [], mixer.first_state
   while state.batch < 240:
     begin = state.batch
-    rows, state = plan.window(state)
+    rows, state = mixer.window(state)
     parts.append((begin, rows, state.cursors[0] >= 2000))
   first = [row for begin, rows, _ in parts for row in rows if begin < 20]
   then = [row for begin, rows, used in parts for row in rows if begin >= 20 and not used]
@@ -386,15 +386,15 @@ def test_weights_of_examples_change_at_their_step_and_when_a_source_is_used_up()
 
 
 def test_going_on_with_weights_of_examples_is_exact(indexes):
-  def plan() -> Plan:
-    return Plan(make_data(weight_by="examples"), indexes, IMAGE)
+  def mixer() -> Mixer:
+    return Mixer(make_data(weight_by="examples"), indexes, IMAGE)
 
-  all_rows, _ = windows(plan(), 5)
-  first, state = windows(plan(), 2)
+  all_rows, _ = windows(mixer(), 5)
+  first, state = windows(mixer(), 2)
   state = WindowState.from_dict(json.loads(json.dumps(state.to_dict())))
-  rest, _ = windows(plan(), 3, state)
+  rest, _ = windows(mixer(), 3, state)
   assert first + rest == all_rows
-  assert all_rows != windows(Plan(make_data(), indexes, IMAGE), 5)[0]
+  assert all_rows != windows(Mixer(make_data(), indexes, IMAGE), 5)[0]
 
 
 def test_what_weights_are_shares_of_is_told_when_it_changes(indexes):
@@ -415,7 +415,7 @@ def test_what_weights_are_shares_of_is_told_when_it_changes(indexes):
 
 def test_per_source_rows_have_one_source_each(indexes):
   data = make_data(packing="per_source", images_per_row=8)
-  rows, _ = windows(Plan(data, indexes, IMAGE), 12)
+  rows, _ = windows(Mixer(data, indexes, IMAGE), 12)
   assert all(len({piece.source for piece in row}) == 1 for row in rows)
   positions = positions_by_source(rows)
   np.testing.assert_allclose(positions / positions.sum(), [0.45, 0.45, 0.10], atol=0.01)
@@ -428,7 +428,7 @@ def test_going_on_does_no_work_for_the_steps_before(indexes):
   """However far a run has come, one window is planned, from a state of about the same size."""
   drawn = collections.Counter()
 
-  class Counting(Plan):
+  class Counting(Mixer):
     def window(self, state):
       drawn["windows"] += 1
       return super().window(state)
@@ -443,7 +443,7 @@ def test_going_on_does_no_work_for_the_steps_before(indexes):
     batches[0]
     return drawn["windows"], drawn["examples"]
 
-  _, near = windows(Plan(make_data(), indexes, IMAGE), 3)
+  _, near = windows(Mixer(make_data(), indexes, IMAGE), 3)
   far = dataclasses.replace(
     near,
     batch=near.batch + 1_000_000,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run that is exported: its config, tokenizer and params, of which little is read at once.
 
-A stacked param, such as `decoder.units.layers.0.mlp.gate` of all units, is read as `Part`s: one for
-each block of the stack. So a model that is larger than the host's memory can be exported.
+A stacked param, such as `decoder.units.layers.0.mlp.gate` of all units, is read as `ParamPart`s,
+one for each block of the stack. So a model that is larger than the host's memory can be exported.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.inference.answers import Answers, answers
 from mm1_jax.inference.model import IN_FLOAT32, abstract_params
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import abstract_state, make_mesh
+from mm1_jax.sharding import abstract_state, make_params_mesh
 
 STACKS = ("decoder.units", "vit.blocks")
 # Bytes of a stacked param that are read at once, or of one block of it if that is more. As many
@@ -33,7 +33,7 @@ STACKS = ("decoder.units", "vit.blocks")
 READ_BYTES = 1 << 30
 
 
-class Part(NamedTuple):
+class ParamPart(NamedTuple):
   """A param by its name in a checkpoint; or one block of it, where it is stacked."""
 
   name: str
@@ -59,7 +59,7 @@ class Part(NamedTuple):
     return value.astype(ml_dtypes.bfloat16 if half else np.float32)
 
 
-class Source:
+class RunReader:
   """A run to export.
 
   Args:
@@ -120,15 +120,14 @@ class Source:
     return make_encoder(
       self.run.data,
       self.tokenizer,
-      image_size=self.run.model.vision.image_size,
-      tokens_per_image=self.run.model.connector.num_tokens,
+      self.run.input_spec,
     )
 
   def answers(self) -> Answers:
     """Returns what the model may say, as `inference.model` lets it."""
     return answers(self.encoder(), self.run.model.decoder.vocab_size)
 
-  def read(self) -> Iterator[tuple[Part, np.ndarray]]:
+  def read(self) -> Iterator[tuple[ParamPart, np.ndarray]]:
     """Yields all parts with their values, in the dtype that they are saved in.
 
     Raises:
@@ -156,7 +155,7 @@ class Source:
     except Exception as e:
       raise checkpoint.damaged(f"{self.params}: {name}", e) from e
 
-  def _read(self, array: Any, name: str, group: list[Part]) -> list[np.ndarray]:
+  def _read(self, array: Any, name: str, group: list[ParamPart]) -> list[np.ndarray]:
     try:
       first = group[0].block
       if first is None:
@@ -168,13 +167,11 @@ class Source:
 
 def _abstract(run: RunConfig) -> Any:
   """Returns the model's shapes, on a mesh of one device."""
-  train = dataclasses.replace(run.train, accumulation_steps=1)
-  one = dataclasses.replace(run, mesh=MeshConfig(fsdp=1), train=train)
-  return abstract_params(run, make_mesh(one, jax.devices()[:1]))
+  return abstract_params(run, make_params_mesh(run.model, MeshConfig(), jax.devices()[:1]))
 
 
-def parts(name: str, shape: tuple[int, ...]) -> list[Part]:
+def parts(name: str, shape: tuple[int, ...]) -> list[ParamPart]:
   """Returns the parts of a param of a checkpoint: one for each block, where it is stacked."""
   if not name.startswith(tuple(f"{stack}." for stack in STACKS)):
-    return [Part(name, None, shape)]
-  return [Part(name, i, shape[1:]) for i in range(shape[0])]
+    return [ParamPart(name, None, shape)]
+  return [ParamPart(name, i, shape[1:]) for i in range(shape[0])]

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from mm1_jax.chips import COMPILER_OPTIONS, compiler_options
 from mm1_jax.plan.compile import PlanError, find_libtpu
-from mm1_jax.train.xla_flags import OPTIONS, compiler_options
 
 # A slice of two by two chips of each kind that configs have presets for, with options or without.
 TOPOLOGIES = {
@@ -24,10 +24,10 @@ import sys
 import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
+from mm1_jax.chips import compiler_options
 from mm1_jax.config import MESH_AXES
 from mm1_jax.models.attention import attend
 from mm1_jax.sharding import LAYOUT
-from mm1_jax.train.xla_flags import compiler_options
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices
 kind = devices[0].device_kind
@@ -64,7 +64,7 @@ def compile_with(library: str, topology: str, *options: str) -> subprocess.Compl
 
 
 def test_every_kind_with_options_is_tried():
-  assert {kind for kind in OPTIONS if kind.startswith("TPU")} <= TOPOLOGIES.keys()
+  assert {kind for kind in COMPILER_OPTIONS if kind.startswith("TPU")} <= TOPOLOGIES.keys()
   assert compiler_options("TPU v4") == {}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan: which examples of which sources make up row r of global batch n.
+"""Mixing: which examples of which sources make up row r of global batch n.
 
 It is a function of the config and n alone, whatever the number of processes and workers.
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from mm1_jax.config import ConfigError, DataConfig, SourceConfig
 from mm1_jax.data.index import Index
-from mm1_jax.data.packing import Item, Part, RowShape, pack
+from mm1_jax.data.packing import Item, ItemSpan, RowShape, pack
 from mm1_jax.data.sources import DataError
 
 STATE_VERSION = 3  # raise it when the same settings plan other rows
@@ -115,7 +115,7 @@ class Order:
     return grain.experimental.index_shuffle(at, max_index=size - 1, seed=seed, rounds=4)
 
 
-class Plan:
+class Mixer:
   """Plans windows of rows, in sequence.
 
   Args:
@@ -315,7 +315,7 @@ class _Pool:
       cuts=None if cuts is None else [cut - first for cut in cuts if cut > first],
     )
 
-  def _piece(self, item: int, part: Part) -> Piece:
+  def _piece(self, item: int, part: ItemSpan) -> Piece:
     source, example, first = self._rests[item]
     return Piece(source, example, first + part.start, first + part.stop)
 
