@@ -3,7 +3,8 @@
 
 They go to the compiler with the step itself, so that a plan compiles the very program that a run
 does, and nobody has to export an environment variable. Measured with the TPU compiler (libtpu
-0.0.42.1, jax 0.10.2) by predicted step time, see docs/performance.md; what did not pay is not here.
+0.0.42.1, jax 0.10.2) by predicted step time, see docs/notes/performance.md, which also has what
+did not pay.
 """
 
 from collections.abc import Mapping

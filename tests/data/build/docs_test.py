@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command of docs/your_data.md runs, from the first to the last."""
+"""Every command of docs/guides/your_data.md runs, from the first to the last."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from mm1_jax.data.build import __main__, raw_sample
 from mm1_jax.data.build.options import FORMATS, MM1_FILTERS, URL_WORDS
 
 ROOT = pathlib.Path(__file__).parents[3]
-PAGE = (ROOT / "docs" / "your_data.md").read_text()
+PAGE = (ROOT / "docs" / "guides" / "your_data.md").read_text()
 
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
