@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mm1_jax import legend
 from mm1_jax.inference.model import Model
 from mm1_jax.metrics import read_metrics, read_tables
 
@@ -208,6 +209,8 @@ def test_what_a_run_writes(straight):
   for name in every_step:
     assert list(metrics[name]) == steps, name
     assert np.isfinite(list(metrics[name].values())).all(), name
+  known = {metric.name for metric in legend.SCALARS}
+  assert {legend.pattern(name) for name in metrics} == known - {"speed/mfu"}  # which no CPU has
   tables = read_tables(workdir)["moe/load"]  # means since the one before, like those of the lines
   assert list(tables) == [5, 10]
   for table in tables.values():

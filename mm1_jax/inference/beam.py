@@ -26,7 +26,7 @@ from mm1_jax.sharding import LAYOUT
 class BeamSearch(NamedTuple):
   """Searches for the likeliest answer, instead of drawing one."""
 
-  num_beams: int = 4
+  num_beams: int = 4  # answers that are followed side by side
   length_penalty: float = 1.0  # 0 compares sums of log p; the larger, the longer the answers
 
 
