@@ -31,7 +31,7 @@ lint: $(STAMP)  ## Check style, formatting and types.
 
 docs: $(STAMP)  ## Write the pages made of the code, and build the site into site/, warnings as errors.
 	$(BIN)/python -m docs.generate
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 libtpu: $(LIBTPU)  ## Bring the TPU compiler, for plans on a machine without a TPU (200 MB).
 
