@@ -4,6 +4,7 @@
 import ast
 import dataclasses
 import functools
+import html
 import pathlib
 import re
 import shlex
@@ -91,7 +92,7 @@ def is_said(heading: str) -> bool:
 
 def headings() -> list[str]:
   text = (ROOT / "docs" / "troubleshooting.md").read_text()
-  return re.findall(r"^### (.*)", text, re.MULTILINE)
+  return [html.unescape(heading) for heading in re.findall(r"^### (.*)", text, re.MULTILINE)]
 
 
 SYMPTOMS = {
