@@ -6,7 +6,8 @@
 - `reference/metrics.md`: what a run logs, from `mm1_jax/legend.py`;
 - `reference/cli.md`: commands and flags, from the parsers that answer --help;
 - `reference/api.md`: the classes that Python programs use, from their docstrings;
-- the tree in `reference/architecture.md`, from the first sentence of each file.
+- in `reference/architecture.md` the fields of a batch, and the tree, from the first sentence of
+  each file.
 
 `tests/docs_test.py` compares them with the code.
 """
@@ -29,13 +30,13 @@ from typing import Annotated, Any, Literal
 
 from mm1_jax import __main__ as front_door
 from mm1_jax import cli, config, legend
+from mm1_jax.batch import Batch
 from mm1_jax.inference import beam, model, sampler
 from mm1_jax.ranges import Range
 
 ROOT = pathlib.Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 NOTICE = "<!-- Made by `python -m docs.generate`; change the code, not this page. -->\n"
-TREE = re.compile(r"(?<=<!-- tree -->\n).*?(?=<!-- end of tree -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -51,8 +52,17 @@ def pages() -> dict[pathlib.Path, str]:
     REFERENCE / "metrics.md": metrics_page(),
     REFERENCE / "cli.md": cli_page(),
     REFERENCE / "api.md": api_page(),
-    architecture: TREE.sub(lambda _: tree(), architecture.read_text()),
+    architecture: _fill(architecture.read_text(), {"batch": batch_table(), "tree": tree()}),
   }
+
+
+def _fill(text: str, parts: dict[str, str]) -> str:
+  """Returns a page with new text between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+  for name, part in parts.items():
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, rest = text.split(begin)
+    text = f"{before}{begin}\n{part}\n{end}{rest.split(end)[1]}"
+  return text
 
 
 # --- Tables ---
@@ -334,7 +344,17 @@ def _docstring(thing: Any) -> str:
   return text
 
 
-# --- The tree ---
+# --- The architecture ---
+
+
+def batch_table() -> str:
+  """Returns the fields of a `Batch`, from their comments."""
+  told = {
+    name: re.fullmatch(r"(\w+\[.*?\]), (.*)", text) for name, text in _comments(Batch).items()
+  }
+  rows = [(f"`{name}`", f"`{m[1]}`", _sentence(m[2])) for name, m in told.items() if m]
+  return table(("field", "type", "what it is"), rows)
+
 
 FOLDERS = ("configs", "launch", "bench", "mm1_jax")
 
@@ -351,7 +371,7 @@ def tree() -> str:
       if rows:
         title = folder.relative_to(ROOT).as_posix()
         parts.append(f"### `{title}/`\n\n{table(('file', 'what it is'), rows)}")
-  return "\n" + "\n".join(parts) + "\n"
+  return "\n".join(parts)
 
 
 def _first_sentence(path: pathlib.Path) -> str:

@@ -64,6 +64,20 @@ def test_a_name_is_found_in_the_legend(name, pattern):
   assert legend.pattern(name) == pattern
 
 
+def walks() -> list[str]:
+  """Returns what architecture.md names on the ways to the loss and to a batch, as `file.name`."""
+  text = (generate.REFERENCE / "architecture.md").read_text()
+  ways = text[text.index("## From the command line") : text.index("## `Batch`")]
+  return re.findall(r"`(\w+\.\w+)`", ways)
+
+
+@pytest.mark.parametrize("step", walks())
+def test_the_walks_name_what_there_is(step):
+  file, name = step.split(".")
+  found = (path.read_text() for path in (ROOT / "mm1_jax").rglob(f"{file}.py"))
+  assert any(re.search(rf"^(def|class) {name}\b", text, re.MULTILINE) for text in found)
+
+
 # --- Messages ---
 
 
