@@ -203,7 +203,7 @@ class RopeScaling(_Group, where="model.decoder.rope_scaling."):
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig(_Group, where="model.decoder.lora."):
-  """Adapters of the decoder's matrices, which stand still beside them (arXiv 2106.09685)."""
+  """Adapters of the decoder's matrices, which are not trained themselves (arXiv 2106.09685)."""
 
   rank: Count = 16  # columns of A, rows of B
   alpha: Positive = 32.0  # the product of the adapters counts alpha / rank
@@ -349,7 +349,7 @@ class TilingConfig(_Group, where="data.tiling."):
   grid: tuple[Count, Count] | None = None
   min_tiles: Count = 4  # fewest sub-images, where `grid` is None
   max_tiles: Count = 9  # MM1.5 trains with 9 and answers with up to 16
-  overview: Literal["last", "first", "none"] = "last"  # where the whole picture stands, made small
+  overview: Literal["last", "first", "none"] = "last"  # place of the whole picture, made small
   # Text in front of the sub-images: (image, row, column), or what parts columns and rows.
   marks: Literal["none", "index", "separators"] = "none"
   max_images: Count = 2  # pictures of an example with more are not cut

@@ -54,7 +54,7 @@ SCALARS = (
   Metric("speed/mfu", "fraction", "Model FLOPs over the devices' peak; absent on a CPU."),
   Metric("speed/start_seconds", "s", "From the command to the first step; on the first line only."),
   Metric("speed/compile_seconds", "s", "Of it, compiling the step; on the first line only."),
-  Metric("speed/save_seconds", "s", "Training stood still for a save; on the line after one."),
+  Metric("speed/save_seconds", "s", "Training waited for a save; on the line after one."),
 )
 TABLES = (
   Metric(

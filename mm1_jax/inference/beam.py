@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search: of all ways to go on with a prompt, the K likeliest are followed side by side.
+"""Beam search: of all continuations of a prompt, the K likeliest are followed side by side.
 
 A finished answer scores log p / length ** penalty, its end token counted: Wu et al. (arXiv
 1609.08144, section 7) divide by ((5 + length) / 6) ** penalty, transformers as here. A row is
