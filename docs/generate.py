@@ -162,7 +162,7 @@ def _range(hint: Any) -> str:
 
 
 def _bounds(bounds: Range) -> Iterator[str]:
-  words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
+  words = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
   sides = [
     f"{word} {getattr(bounds, side):g}"
     for side, word in words.items()
