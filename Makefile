@@ -29,8 +29,7 @@ lint: $(STAMP)  ## Check style, formatting and types.
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
-docs: $(STAMP)  ## Write the pages made of the code, and build the site into site/, warnings as errors.
-	$(BIN)/python -m docs.generate
+docs: $(STAMP)  ## Build the site of docs/ into site/, with warnings as errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 libtpu: $(LIBTPU)  ## Bring the TPU compiler, for plans on a machine without a TPU (200 MB).
