@@ -9,7 +9,7 @@
 - in `reference/architecture.md` the fields of a batch, and the tree, from the first sentence of
   each file.
 
-`tests/docs_test.py` compares them with the code.
+`tests/site_test.py` compares them with the code.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def test_filters_are_as_documented():
   rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", FORMS, re.MULTILINE)
   values = {}
   for flags, shown in rows:
-    names = re.findall(r"--(\w+)", flags)
+    names = [name.replace("-", "_") for name in re.findall(r"--([\w-]+)", flags)]
     values |= dict(zip(names, shown.split(", "), strict=False))
   as_written = {2.0: "2", URL_WORDS: ",".join(URL_WORDS)}
   assert {name: values[name] for name in MM1_FILTERS} == {
