@@ -27,7 +27,7 @@ SCALARS = (
     "image_spread",
     "fraction",
     "RMS deviation of image tokens between pictures, over their RMS. Below 0.02 all pictures look "
-    "alike to the decoder.",
+    "alike to the decoder. Absent where no step had two pictures.",
   ),
   Metric("skipped", "steps", "Steps that the guard refused, since the run began."),
   Metric("skipped_in_a_row", "steps", "Of them the newest in a row."),
