@@ -156,6 +156,24 @@ def test_flags_and_configs_of_commands_exist(page, command):
       config.build(overrides)
 
 
+# --- Figures ---
+
+
+def results() -> list[tuple[str, str]]:
+  """Returns the figures of README's results, each with the page that it is from."""
+  text = (ROOT / "README.md").read_text()
+  table = text[text.index("## Results") : text.index("## Docs")]
+  return re.findall(r"^\| .*? \| ([^|]*\d[^|]*) \| \[\w+\]\((.*?)\) \|$", table, re.MULTILINE)
+
+
+def test_results_are_those_of_the_notes():
+  assert len(results()) > 5
+  for figures, page in results():
+    text = (ROOT / page).read_text()
+    for figure in re.findall(r"\d[\d.e+-]*\d|\d", figures):
+      assert figure in text, (figures, page)
+
+
 # --- Form ---
 
 
