@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 LIBTPU := .venv/libtpu/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-long lint libtpu clean
+.PHONY: help run test test-slow test-long lint docs libtpu clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,10 +29,13 @@ lint: $(STAMP)  ## Check style, formatting and types.
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
+docs: $(STAMP)  ## Build the site of docs/ into site/, with warnings as errors.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 libtpu: $(LIBTPU)  ## Bring the TPU compiler, for plans on a machine without a TPU (200 MB).
 
 clean:  ## Remove .venv, caches and builds; runs/ stays.
-	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache build site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): setup.py constraints.txt

@@ -39,6 +39,7 @@ REQUIRES = [
   "tokenizers",
 ]
 
+DOCS = ["mkdocs", "mkdocs-material"]
 EXTRAS = {
   # The libtpu that matches the installed jax, and workdirs on gs://.
   "tpu": ["gcsfs", "google-cloud-storage", "jax[tpu]"],
@@ -49,7 +50,9 @@ EXTRAS = {
   "convert": ["torch", "transformers"],  # makes the files that imports are compared with
   "quant": ["qwix"],  # mm1 ask --quantize
   "serve": ["gradio"],  # mm1 serve
+  "docs": DOCS,  # make docs
   "dev": [
+    *DOCS,
     "apache-beam",
     "gradio",
     "ipykernel",

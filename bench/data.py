@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many pictures a second, and beside whom? Our pipeline, torch, webdataset and tf.data.
+"""Pictures a second: our pipeline beside torch, webdataset and tf.data.
 
   python -m venv PEERS && PEERS/bin/pip install -e '.[bench]'
   python -m bench.data --data=FOLDER --peers=PEERS/bin/python

@@ -5,8 +5,8 @@
   python -m bench.tpu_aot --shape=family
 
 Nothing runs on a TPU: the compiler (`make libtpu`) makes the program of a slice that is not there,
-and `mm1_jax.plan` prices it, see docs/plans.md. A shape takes minutes and some gigabytes; what was
-compiled once is found again, so a second run takes as long as tracing does.
+and `mm1_jax.plan` prices it, see docs/guides/plan.md. A shape takes minutes and some gigabytes;
+what was compiled once is found again, so a second run takes as long as tracing does.
 
 For each step: `roof`, every operation at its roofline; `mid`, the figure to quote; `pred`, the
 compiler's own cycles. A dropless layer over an `expert` axis has buffers of `exchange_factor` times

@@ -5,7 +5,7 @@
 
 Compiles forward, backward and update of two layers of Llama-2-7B's shape, 8192 tokens a chip, once
 for each set of options; the first is what `mm1_jax/chips.py` has for the chip. Nothing
-runs: `mm1_jax.plan` prices the programs, see docs/plans.md. Differences under 5% are no win.
+runs: `mm1_jax.plan` prices the programs, see docs/guides/plan.md. Differences under 5% are no win.
 """
 
 import argparse

@@ -277,7 +277,7 @@ def preset(*, steps: int = 1, remat: str = "full", **mesh: int) -> Mapping[str, 
 def on_slice(config: ConfigDict, presets: Presets, name: str) -> ConfigDict:
   """Returns `config` set up for a TPU slice, such as "v5p-512"; as it is where `name` is "".
 
-  The presets of v5p were found by quick plans, see docs/plans.md.
+  The presets of v5p were found by quick plans, see docs/notes/plans.md.
   """
   if not name:
     return config

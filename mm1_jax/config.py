@@ -97,15 +97,15 @@ class VisionConfig(_Group, where="model.vision."):
   """ViT image encoder, CLIP-compatible (MM1 section 3.1: ViT-H/14 at 378 pixels)."""
 
   image_size: tuple[Count, Count] = (378, 378)  # height, width in pixels
-  patch_size: Count = 14
-  width: Count = 1280
-  depth: Count = 32
-  num_heads: Count = 16
-  mlp_dim: Count = 5120
-  activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
-  class_token: bool = True
+  patch_size: Count = 14  # pixels of a side
+  width: Count = 1280  # of the stream between blocks (D)
+  depth: Count = 32  # blocks
+  num_heads: Count = 16  # each of width / num_heads
+  mlp_dim: Count = 5120  # hidden width of a block's MLP (F)
+  activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"  # of the MLP
+  class_token: bool = True  # one more position, which the connector does not read
   pre_norm: bool = True  # CLIP's ln_pre, in front of the first block
-  norm_eps: NormEps = 1e-5
+  norm_eps: NormEps = 1e-5  # of layer norms
   # Grid the learned positions are stored at; bicubically resized to the image's own grid.
   position_grid: tuple[Count, Count] = (27, 27)
   # Block whose output is the feature: -1 the last block, -2 the one before it, ...
@@ -147,6 +147,7 @@ class VisionConfig(_Group, where="model.vision."):
 class ConnectorConfig(_Group, where="model.connector."):
   """Vision-language connector (MM1 section 3.2; C-Abstractor of Honeybee, arXiv 2312.06742)."""
 
+  # How patch features become tokens; `linear` and `mlp` make one token of each patch.
   kind: Literal["c_abstractor", "average_pool", "attention_pool", "linear", "mlp"] = "c_abstractor"
   # Tokens down and across; 8x8, 12x12 and 16x16 in the papers.
   token_grid: tuple[Count, Count] = (12, 12)
@@ -171,16 +172,16 @@ class ConnectorConfig(_Group, where="model.connector."):
 class MoEConfig(_Group, where="model.decoder.moe."):
   """Sparse feed-forward layers (MM1 section 3.4: top-2 gating, GShard and ST-MoE losses)."""
 
-  num_experts: Count = 64
+  num_experts: Count = 64  # of each sparse layer (E)
   every: Count = 2  # the last layer of every group of this many is sparse
-  top_k: Count = 2
+  top_k: Count = 2  # experts of a token
   # Slots per expert and row = capacity_factor * top_k * S / num_experts.
   capacity_factor: Annotated[float, Range(above=0, none="drops no token")] | None = 2.0
   # Dropless over an `expert` axis: rows that a chip has room for, relative to an even load. Where
   # one chip gets more, that layer takes its tokens in rounds: slower, but nothing is dropped.
   exchange_factor: Annotated[float, Range(at_least=1)] = 1.5
-  balance_loss: PositiveOrZero = 0.01
-  router_z_loss: PositiveOrZero = 0.001
+  balance_loss: PositiveOrZero = 0.01  # weight of the load-balance loss
+  router_z_loss: PositiveOrZero = 0.001  # weight of the router's z-loss
 
   def _check(self) -> None:
     _require(
@@ -197,10 +198,10 @@ class RopeScaling(_Group, where="model.decoder.rope_scaling."):
   original_positions / high_freq_factor stay, and those between go over from one to the other.
   """
 
-  factor: Annotated[float, Range(at_least=1)] = 8.0
-  low_freq_factor: Positive = 1.0
-  high_freq_factor: Positive = 4.0
-  original_positions: Count = 8192
+  factor: Annotated[float, Range(at_least=1)] = 8.0  # of the longest wavelengths
+  low_freq_factor: Positive = 1.0  # sets from which wavelength on all is stretched
+  high_freq_factor: Positive = 4.0  # sets up to which wavelength nothing is
+  original_positions: Count = 8192  # that the model was first trained with
 
   def _check(self) -> None:
     _require(
@@ -212,11 +213,11 @@ class RopeScaling(_Group, where="model.decoder.rope_scaling."):
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig(_Group, where="model.decoder.lora."):
-  """Adapters of the decoder's matrices, which stand still beside them (arXiv 2106.09685)."""
+  """Adapters of the decoder's matrices, which are not trained themselves (arXiv 2106.09685)."""
 
-  rank: Count = 16
+  rank: Count = 16  # columns of A, rows of B
   alpha: Positive = 32.0  # the product of the adapters counts alpha / rank
-  matrices: tuple[str, ...] = LORA_MATRICES
+  matrices: tuple[str, ...] = LORA_MATRICES  # that have adapters
 
   def _check(self) -> None:
     _require(bool(self.matrices), "model.decoder.lora.matrices is empty; name one, or no lora.")
@@ -231,20 +232,20 @@ class LoRAConfig(_Group, where="model.decoder.lora."):
 class DecoderConfig(_Group, where="model.decoder."):
   """Decoder-only LLM: pre-RMSNorm, RoPE, GQA, SwiGLU, no biases but Qwen 2's."""
 
-  vocab_size: Count = 49152
-  width: Count = 3072
-  depth: Count = 26
-  num_heads: Count = 24
-  num_kv_heads: Count = 8
-  head_dim: Count = 128
-  mlp_dim: Count = 8064
-  rope_theta: Annotated[float, Range(above=1)] = 1e4
-  rope_scaling: RopeScaling | None = None
-  norm_eps: NormEps = 1e-5
-  qk_norm: bool = False
-  qkv_bias: bool = False
-  tie_embeddings: bool = True
-  moe: MoEConfig | None = None
+  vocab_size: Count = 49152  # rows of the embedding (V); at least the tokenizer's ids
+  width: Count = 3072  # of the stream between layers (D)
+  depth: Count = 26  # layers
+  num_heads: Count = 24  # of queries (H)
+  num_kv_heads: Count = 8  # of keys and values (K); fewer than num_heads is GQA
+  head_dim: Count = 128  # even, for RoPE
+  mlp_dim: Count = 8064  # hidden width of SwiGLU, and of each expert (F)
+  rope_theta: Annotated[float, Range(above=1)] = 1e4  # base of RoPE's wavelengths
+  rope_scaling: RopeScaling | None = None  # None leaves the wavelengths as they are
+  norm_eps: NormEps = 1e-5  # of RMS norms
+  qk_norm: bool = False  # RMS norm of queries and keys, as in Qwen 3
+  qkv_bias: bool = False  # biases of queries, keys and values, as in Qwen 2
+  tie_embeddings: bool = True  # the head is the embedding, transposed
+  moe: MoEConfig | None = None  # None is a dense decoder
   lora: LoRAConfig | None = None  # trains these adapters instead of the decoder's own params
 
   @property
@@ -338,7 +339,7 @@ class ModelConfig(_Group, where="model."):
 class SourceConfig(_Group, where="data source '{name}': "):
   """One stream of records, or a group of them that shares its weight out."""
 
-  name: str
+  name: str  # in metrics and overrides; of a group's source "GROUP/NAME"
   path: str = ""  # glob of ArrayRecord shards; a group has none
   # Share (see `data.weight_by`), relative to the others of its group; 0 waits for `data.reweight`.
   weight: PositiveOrZero = 1.0
@@ -377,9 +378,9 @@ class TilingConfig(_Group, where="data.tiling."):
   # Rows and columns of every picture: MM1 has (2, 2). None chooses for each picture a grid of
   # `min_tiles` to `max_tiles` sub-images, as MM1.5 does.
   grid: tuple[Count, Count] | None = None
-  min_tiles: Count = 4
+  min_tiles: Count = 4  # fewest sub-images, where `grid` is None
   max_tiles: Count = 9  # MM1.5 trains with 9 and answers with up to 16
-  overview: Literal["last", "first", "none"] = "last"  # where the whole picture stands, made small
+  overview: Literal["last", "first", "none"] = "last"  # place of the whole picture, made small
   # Text in front of the sub-images: (image, row, column), or what parts columns and rows.
   marks: Literal["none", "index", "separators"] = "none"
   max_images: Count = 2  # pictures of an example with more are not cut
@@ -426,7 +427,7 @@ class DataConfig(_Group, where="data."):
   num_workers: Annotated[int, Range(at_least=0, at_most=4096)] = 0
   prefetch_batches: Count = 2  # made ahead, whatever the number of workers; all are in host memory
   max_drop_fraction: Fraction = 0.05  # of examples lost to unreadable images before the run stops
-  seed: Seed = 0
+  seed: Seed = 0  # of the order of examples
 
   @functools.cached_property
   def leaves(self) -> tuple[SourceConfig, ...]:
@@ -528,25 +529,26 @@ def _check_names(sources: Sequence[SourceConfig], where: str) -> None:
 class OptimizerConfig(_Group, where="optimizer."):
   """AdamW for pre-training, Adafactor for SFT; warm-up, then cosine to `final_fraction`."""
 
-  name: Literal["adamw", "adafactor"] = "adamw"
-  # Peaks: MM1's law is in `train.optimizer`. A part without one of its own takes the first; 0
-  # computes gradients and trains nothing.
+  name: Literal["adamw", "adafactor"] = "adamw"  # leave settings of the other at their defaults
+  # Peak of the decoder's rate, and of parts without one of their own. MM1's law is in
+  # `train.optimizer`; 0 computes gradients and trains nothing.
   learning_rate: Annotated[float, Range(at_least=0, none="takes MM1's law")] | None = None
-  vit_learning_rate: PositiveOrZero | None = None
-  connector_learning_rate: PositiveOrZero | None = None
-  warmup_steps: CountOrZero = 2000
-  final_fraction: Fraction = 0.1
-  # Of Adafactor: what the RMS of a direction is clipped at, layer by layer, and whether it is then
-  # multiplied by the RMS of the param, which makes the rate relative.
+  vit_learning_rate: PositiveOrZero | None = None  # peak; None takes learning_rate
+  connector_learning_rate: PositiveOrZero | None = None  # peak; None takes learning_rate
+  warmup_steps: CountOrZero = 2000  # from 0 up to the peak
+  final_fraction: Fraction = 0.1  # of the peak, at the last step
+  # Of Adafactor: what the RMS of a direction is clipped at, layer by layer.
   clipping_threshold: Annotated[float, Range(above=0, none="clips nothing")] | None = 1.0
+  # Of Adafactor: multiplies a direction by the RMS of the param, which makes the rate relative.
   multiply_by_parameter_scale: bool = False
   # Times the current learning rate; never on norms and biases.
   weight_decay: Annotated[float, Range(at_least=0, at_most=1000)] = 0.1
-  b1: Decay = 0.9  # of AdamW, as b2, eps and moment_dtype
-  b2: Decay = 0.95
-  eps: Annotated[float, Range(at_least=1e-30, below=1)] = 1e-8
-  # Of the first moment; the second, and the params, are always float32.
+  b1: Decay = 0.9  # of AdamW: decay of the first moment
+  b2: Decay = 0.95  # of AdamW: decay of the second moment
+  eps: Annotated[float, Range(at_least=1e-30, below=1)] = 1e-8  # of AdamW: beside the divisor
+  # Of AdamW's first moment; the second, and the params, are always float32.
   moment_dtype: Literal["float32", "bfloat16"] = "float32"
+  # Gradients whose norm over all trained params is larger are scaled down to it.
   clip_norm: Annotated[float, Range(above=0, none="clips nothing")] | None = 1.0
   frozen: tuple[str, ...] = ()  # parts with no gradient, no optimizer state and no decay
 
@@ -570,21 +572,21 @@ class OptimizerConfig(_Group, where="optimizer."):
 class TrainConfig(_Group, where="train."):
   """One run of the loop; a stage is a config, not a trainer."""
 
-  num_steps: Count = 200_000
+  num_steps: Count = 200_000  # of the whole run, resumed or not
   accumulation_steps: Count = 1  # micro-batches per step
   z_loss: PositiveOrZero = 1e-4  # on the softmax normaliser
   init_from: str | None = None  # workdir (or checkpoint) whose params start this run
   # What may differ from `init_from` though it changes what its params compute: a setting, such as
   # "model.decoder.rope_theta", or a part, such as "connector", which then starts fresh.
   init_changes: tuple[str, ...] = ()
-  seed: Seed = 0
-  log_every: Count = 10
-  eval_every: Count = 1000
+  seed: Seed = 0  # of fresh params
+  log_every: Count = 10  # steps
+  eval_every: Count = 1000  # steps; the last one is evaluated, too
   eval_batches: Count | None = None  # per source; None evaluates all of it
   # A step is skipped when its loss or gradient norm is not finite, or its norm exceeds spike_factor
-  # times the usual (see `train/guard.py`); `max_skipped` such steps in a row stop the run.
+  # times the usual (see `train/guard.py`).
   spike_factor: Annotated[float, Range(above=1)] = 20.0
-  max_skipped: Count = 10
+  max_skipped: Count = 10  # refused steps in a row that end a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -600,10 +602,10 @@ class CheckpointConfig(_Group, where="checkpoint."):
 class MeshConfig(_Group, where="mesh."):
   """Devices along each axis; at most one axis is -1 and takes what is left."""
 
-  data: Axis = 1
-  fsdp: Axis = -1
-  expert: Axis = 1
-  tensor: Axis = 1
+  data: Axis = 1  # rows; each device along it has all params
+  fsdp: Axis = -1  # rows and params
+  expert: Axis = 1  # rows, params, and experts
+  tensor: Axis = 1  # heads, mlp and vocabulary
   sequence: Axis = 1  # positions of a row, for rows that are too long for one device
 
   def resolve(self, num_devices: int) -> tuple[int, ...]:
@@ -645,7 +647,7 @@ class InputSpec:
 class RunConfig(_Group, where=""):
   """Everything that defines a run, apart from where it writes."""
 
-  name: str = "mm1"
+  name: str = "mm1"  # of the workdir, runs/NAME, where none is given
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()

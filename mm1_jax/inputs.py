@@ -11,7 +11,7 @@ from mm1_jax.data.sources import find_shards
 
 _ADVICE = """
 Three ways on:
-- your data: `{build}` makes shards of raw files (docs/your_data.md); name yours by
+- your data: `{build}` makes shards of raw files (docs/guides/your_data.md); name yours by
   --config.data.tokenizer=FILE, --config.data.sources.NAME.path=GLOB, --config.train.init_from=RUN.
 - the shipped sample, with a tiny model of this kind, in minutes on a CPU:
   {sample}

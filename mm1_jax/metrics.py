@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run reports about itself: numbers on disk, speed, memory.
 
-Names of scalars, one legend for the package: `loss`, `loss/{source}`, `eval/loss/{source}`, `lr`
-(the decoder's), `lr/{part}`, `grad_norm`, `grad_norm/{part}`, `image_spread` (see `models.mm1`),
-`skipped`, `moe/...` (see `load_scalars`), `speed/...`. Of tables: `moe/load`, a row for each sparse
-layer, a column for each expert, 1 where the load is even.
+`legend.py` has the names, units and meaning of all scalars and tables.
 """
 
 import collections

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
   "mm1_jax.configs": set(),
   "mm1_jax.cli": CONTRACTS | {"mm1_jax.config_files", "mm1_jax.overrides"},
   "mm1_jax.inputs": CONTRACTS | {"mm1_jax.checkpoint", "mm1_jax.data"},
+  "mm1_jax.legend": set(),
   "mm1_jax.metrics": CONTRACTS | {"mm1_jax.chips"},
   "mm1_jax.drawing": set(),
   "mm1_jax.report": CONTRACTS | {"mm1_jax.drawing", "mm1_jax.metrics"},

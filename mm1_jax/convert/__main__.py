@@ -117,7 +117,7 @@ def _add_export(verbs) -> None:
   add = verb.add_argument
   add("--checkpoint", required=True, metavar="RUN", help="a run, or one of its checkpoints/STEP")
   add("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where the files go")
-  add("--format", choices=FORMATS, required=True, help="see docs/convert.md")
+  add("--format", choices=FORMATS, required=True, help="see docs/guides/convert.md")
   add("--dtype", choices=("float32", "bfloat16", "int8"), default="bfloat16", help="of weights")
   add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="of a file of weights (5)")
   verb.set_defaults(run=_export)

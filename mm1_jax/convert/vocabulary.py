@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other models' tokenizers, with the symbols that ours need added behind what they have."""
+"""Other models' tokenizers, with the symbols that ours need added after their own."""
 
 import json
 import pathlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The length index: how long each example of a source is, and where its pictures stand.
+"""The length index: how long each example of a source is, and where its pictures are.
 
 It is made by running the text side of `examples.py` over the source once, shard by shard, and kept:
 a shard that is added to a source is the only one that is read. With it, rows are planned without

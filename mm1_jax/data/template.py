@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates: what stands around the turns of a conversation, read from a JSON file.
+"""Chat templates: the text around the turns of a conversation, read from a JSON file.
 
   {
     "bos": true,

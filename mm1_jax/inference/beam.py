@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search: of all ways to go on with a prompt, the K likeliest are followed side by side.
+"""Beam search: of all continuations of a prompt, the K likeliest are followed side by side.
 
 A finished answer scores log p / length ** penalty, its end token counted: Wu et al. (arXiv
 1609.08144, section 7) divide by ((5 + length) / 6) ** penalty, transformers as here. A row is
@@ -26,7 +26,7 @@ from mm1_jax.sharding import LAYOUT
 class BeamSearch(NamedTuple):
   """Searches for the likeliest answer, instead of drawing one."""
 
-  num_beams: int = 4
+  num_beams: int = 4  # answers that are followed side by side
   length_penalty: float = 1.0  # 0 compares sums of log p; the larger, the longer the answers
 
 

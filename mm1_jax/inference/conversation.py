@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation with a model: who said what, and which pictures come with the next question."""
+"""A conversation with a model: its turns, and the pictures that come with the next question."""
 
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any

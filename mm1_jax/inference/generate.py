@@ -10,7 +10,7 @@ r"""Asks a trained model about pictures; prints its answer on stdout and nothing
       --image=a.jpg --prompt="A cat." --image=b.jpg --prompt="A dog." --image=c.jpg
 
 Thousands of questions, {"prompt": "<image>What is this?", "images": ["a.jpg"]} a line; the same
-command goes on where it was stopped:
+command continues where it was stopped:
 
   python -m mm1_jax.inference.generate --checkpoint=runs/debug_sft \
       --input=questions.jsonl --output=answers.jsonl
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     dest="chat",
     action="store_false",
     default=None,
-    help="the content is the beginning of a document to go on with (default otherwise)",
+    help="the content is the beginning of a document to continue (default otherwise)",
   )
   return parser.parse_args(argv)
 

@@ -127,7 +127,7 @@ class Model:
       sampling: how tokens are drawn, or how the likeliest answer is searched for.
       stop: texts that end an answer where they first appear; they are not part of it.
       chat: whether a prompt of texts and pictures is a user's turn that the assistant answers, or
-        the beginning of a document to go on with; None goes by what the run was trained on,
+        the beginning of a document to continue; None goes by what the run was trained on,
         `data.chat`.
       seed: of what is drawn; or one for each prompt, whose place then does not matter.
       batch_size: prompts that are read at once.
@@ -190,7 +190,7 @@ class Model:
     return read_prompt(prompt, self.run, self.encoder, chat=chat, max_new_tokens=max_new_tokens)
 
   def room(self, request: Request) -> int:
-    """Returns how many new tokens fit behind a prompt; not above 0 if none do."""
+    """Returns how many new tokens fit after a prompt; not above 0 if none do."""
     return self.run.data.seq_len - len(request.ids)
 
   def _answer(

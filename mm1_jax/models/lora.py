@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA (arXiv 2106.09685): W + alpha / rank * A B, where A and B are trained and W stands still.
+"""LoRA (arXiv 2106.09685): W + alpha / rank * A B, where A and B are trained and W is fixed.
 
 The sum is made where a layer runs, one layer at a time, so the layers know nothing of it:
 attention, dense and sparse networks, on any mesh. What it saves is the optimizer's state, and all

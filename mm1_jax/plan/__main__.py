@@ -2,7 +2,7 @@
 r"""Plans a run before it is paid for.
 
 Compiles the train step that `main` runs with the real TPU compiler, on a machine without a TPU, and
-tells memory, FLOPs, collectives, the expected time of a step, and what the run costs. Where the
+predicts memory, FLOPs, collectives, the expected time of a step, and what the run costs. Where the
 config has a preset for the slice (`mm1_30b_moe:v5p-512`), it is planned with that.
 
   python -m mm1_jax.plan --config=configs/mm1_30b_moe.py --topology=v5p-512 --price=2.10 \
@@ -11,8 +11,8 @@ config has a preset for the slice (`mm1_30b_moe:v5p-512`), it is planned with th
       --meshes='fsdp=-1; fsdp=-1,tensor=2' --remats=full,dots --accumulation=1,2,4
   python -m mm1_jax.plan --compare=a.json,b.json
 
-Any value of the config can be overridden, such as `--config.data.batch_size=64`. See docs/plans.md
-for what is predicted and how well.
+Any value of the config can be overridden, such as `--config.data.batch_size=64`. See
+docs/guides/plan.md for what is predicted and how well.
 """
 
 import argparse

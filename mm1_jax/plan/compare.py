@@ -51,7 +51,7 @@ def compare_table(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 
 def markdown_table(plans: list[dict[str, Any]]) -> str:
-  """Returns a row for each plan, as docs/plans.md has them; times only where they can be quoted."""
+  """Returns a row for each plan, as in docs/notes/plans.md; times only where they can be quoted."""
   lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
   for plan in plans:
     memory, mesh = plan["memory"], plan["mesh"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run begins with: whether its config fits the params that it goes on from.
+"""What a run begins with: whether its config fits the params that it starts from.
 
 A run's own `config.json` is compared before anything is written over it, that of `train.init_from`
 before anything is compiled. Settings that change what the params compute (`train.meaning`) are

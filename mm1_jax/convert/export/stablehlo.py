@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled by anyone who has JAX: `--format=stablehlo`, programs of `jax.export` and their params.
+"""Programs of `jax.export` and their params, which need JAX alone: `--format=stablehlo`.
 
 The folder needs nothing of this package:
 

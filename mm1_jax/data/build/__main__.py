@@ -4,10 +4,10 @@ r"""Turns raw data into shards that can be trained on, on Apache Beam.
   python -m mm1_jax.data.build FORMAT --input=GLOB --output=PREFIX ...
 
 writes PREFIX-00000-of-00012.arrayrecord and so on, PREFIX-manifest.json, and PREFIX-dead.jsonl.gz
-with the rows that cannot be used. Started again, it goes on where it was stopped. It runs on this
+with the rows that cannot be used. Started again, it continues where it was stopped. It runs on this
 machine's cores; what is no flag of ours is Beam's, such as --direct_num_workers=4, or
---runner=DataflowRunner with --project, --region and --temp_location. See docs/your_data.md, and
-`python -m mm1_jax.data.build FORMAT --help` for the flags of a format.
+--runner=DataflowRunner with --project, --region and --temp_location. See docs/guides/your_data.md,
+and `python -m mm1_jax.data.build FORMAT --help` for the flags of a format.
 """
 
 import importlib.util

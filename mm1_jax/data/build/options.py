@@ -227,7 +227,7 @@ def _add_format_flags(add: Any, name: str) -> None:
       "--answer-prompt",
       default="",
       metavar="TEXT",
-      help="behind each question, for sets of short answers: 'Answer the question using a single "
+      help="after each question, for sets of short answers: 'Answer the question using a single "
       "word or phrase.'",
     )
   if name == "text":

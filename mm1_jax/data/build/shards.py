@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One unit becomes one shard, with its dead letters and a sidecar that tells what it holds.
+"""One unit becomes one shard, with its dead letters and a sidecar of what it holds.
 
   PREFIX-00003-of-00012.arrayrecord
   PREFIX.build/00003-of-00012.dead.jsonl.gz
