@@ -22,7 +22,7 @@ class Chip:
   `compiler_options` are those of the train step, each with what it does to a predicted step. They
   go to the compiler with the step itself, so that a plan compiles the very program that a run does,
   and no environment variable has to be exported. Measured with the TPU compiler (libtpu 0.0.42.1,
-  jax 0.10.2) by predicted step time, see docs/performance.md; what did not pay is not here.
+  jax 0.10.2) by predicted step time, see docs/notes/performance.md; what did not pay is not here.
   """
 
   name: str  # as Google Cloud's names of slices begin

@@ -136,7 +136,8 @@ class StepLog:
       "below %.0f%% is too little to learn from). The image encoder or the connector gives the "
       "decoder the same for every picture, and will not recover. Start again with lower "
       "optimizer.vit_learning_rate and optimizer.connector_learning_rate (4e-4 for a small encoder "
-      "from random weights), or from a trained encoder: docs/training.md, 'Rates of an encoder'.",
+      "from random weights), or from a trained encoder: docs/reference/training.md, 'Rates of an "
+      "encoder'.",
       step,
       100 * spread,
       100 * MIN_IMAGE_SPREAD,
