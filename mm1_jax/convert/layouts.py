@@ -213,11 +213,6 @@ class Rows:
     return np.concatenate([rows, np.repeat(mean, ours[0] - self.num, axis=0)])
 
 
-SAME, FLAT, LINEAR, FROM_HEADS, PER_EXPERT = (
-  Same(),
-  Flat(),
-  Transposed(),
-  Transposed(2),
-  PerExpert(),
-)
+SAME, FLAT, LINEAR, FROM_HEADS = Same(), Flat(), Transposed(), Transposed(2)
+PER_EXPERT = PerExpert()
 PATCH, DEPTHWISE = PatchConvolution(), DepthwiseConvolution()
