@@ -32,8 +32,9 @@ from mm1_jax.config import SourceConfig
 from mm1_jax.convert.export import exporter
 from mm1_jax.convert.export.format import ExportOptions
 from mm1_jax.data.sources import Source
-from mm1_jax.inference.model import IN_FLOAT32, Model
+from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import Request
+from mm1_jax.models.mm1 import IN_FLOAT32
 from mm1_jax.sharding import LAYOUT
 
 HERE = pathlib.Path(__file__).parent

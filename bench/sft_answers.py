@@ -28,7 +28,7 @@ from mm1_jax import checkpoint, cli
 from mm1_jax.batch import Batch
 from mm1_jax.config import RunConfig
 from mm1_jax.data.build.conversations import llava_records
-from mm1_jax.data.build.options import Options
+from mm1_jax.data.build.options import BuildOptions
 from mm1_jax.data.examples import Example
 from mm1_jax.data.packing import stack
 from mm1_jax.data.sources import Record, Source, write_shards
@@ -56,7 +56,7 @@ class Question(NamedTuple):
 def read(path: pathlib.Path) -> dict[str, list[Question]]:
   """Returns the questions of a file by source."""
   by_source = collections.defaultdict(list)
-  options = Options(format="llava", input=str(path), output="")
+  options = BuildOptions(format="llava", input=str(path), output="")
   for number, line in enumerate(path.read_text().splitlines()):
     (record,) = llava_records(json.loads(line), f"{path.name}/{number}", options)
     names = []

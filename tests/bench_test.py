@@ -2,6 +2,7 @@
 """Every measurement is a command that imports and tells how it is used."""
 
 import pathlib
+import re
 import runpy
 import sys
 
@@ -12,6 +13,15 @@ COMMANDS = sorted(
   path.stem for path in BENCH.glob("*.py") if "\nimport argparse\n" in path.read_text()
 )
 PEERS = {"tensorflow", "torch", "transformers", "webdataset"}  # of extras that tests go without
+
+
+def test_the_readme_has_a_line_for_each_module():
+  readme = (BENCH / "README.md").read_text()
+  commands = re.findall(r"^\| `bench\.(\w+)` \|", readme, re.MULTILINE)
+  parts = re.findall(r"`(\w+)\.py`", readme)
+  modules = [path.stem for path in BENCH.glob("*.py") if path.stem != "__init__"]
+  assert sorted(commands + parts) == sorted(modules)
+  assert all("__main__" in (BENCH / f"{name}.py").read_text() for name in commands)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -64,7 +64,7 @@ class Flat:
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
+class Transposed:
   """[out, in] -> [in, out]; the first `num_in` of our dims are `in`, the others `out`."""
 
   num_in: int = 1
@@ -213,5 +213,6 @@ class Rows:
     return np.concatenate([rows, np.repeat(mean, ours[0] - self.num, axis=0)])
 
 
-SAME, FLAT, LINEAR, FROM_HEADS, PER_EXPERT = Same(), Flat(), Linear(), Linear(2), PerExpert()
+SAME, FLAT, LINEAR, FROM_HEADS = Same(), Flat(), Transposed(), Transposed(2)
+PER_EXPERT = PerExpert()
 PATCH, DEPTHWISE = PatchConvolution(), DepthwiseConvolution()

@@ -8,44 +8,29 @@ one held-out source, each of its examples once.
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
 import signal
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
-import numpy as np
 from absl import flags, logging
-from grain.python import SharedMemoryArray
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, InputSpec, SourceConfig
 from mm1_jax.data.drops import Drops
-from mm1_jax.data.examples import Encoder, Example, cut, make_encoder
-from mm1_jax.data.image import ImageError
-from mm1_jax.data.index import UNREADABLE, Index, cache_dir, load_index
-from mm1_jax.data.mixing import (
-  Mixer,
-  Piece,
-  Row,
-  WindowState,
-  check_fingerprint,
-  fingerprint,
-  plan_once,
-)
-from mm1_jax.data.packing import Segment, assemble, stack
-from mm1_jax.data.sources import DataError, RecordError, Source
-from mm1_jax.data.tiling import decode_pictures
+from mm1_jax.data.examples import Encoder, make_encoder
+from mm1_jax.data.index import Index, load_index
+from mm1_jax.data.loader import LoadedRow, RowLoader
+from mm1_jax.data.mixing import Mixer, WindowState, check_fingerprint, fingerprint, plan_once
+from mm1_jax.data.packing import stack
+from mm1_jax.data.planned import PlannedBatches, PlannedRow, PlannedRows
+from mm1_jax.data.sources import DataError, Source
 from mm1_jax.data.tokenizer import Tokenizer
 
-ENDLESS = 1 << 40  # batches
-# A long document is cut over rows near each other; it is tokenised once for all of them.
-CACHED_DOCUMENTS = 64
 # Where slots are this many times the images of a full row, all rows find room for theirs.
 SLOTS_TO_SPARE = 1.05
 # Threads that make rows in each process. Reading and decoding let go of Python's lock, but what is
@@ -71,22 +56,6 @@ class PipelineError(RuntimeError):
   """Making a batch failed, for no reason that we know of."""
 
 
-class _Planned(NamedTuple):
-  """One row to make."""
-
-  row: Row
-  next_window: WindowState | None  # in the last row of a batch: what the next one is planned from
-  place: tuple[int, int]  # number of its batch, and in it
-
-
-class _Loaded(NamedTuple):
-  """One row, as it comes back from a worker."""
-
-  batch: Batch  # of one row; its images are those that it has, see `packing.stack`
-  drops: str  # JSON of the examples left out, by reason: one leaf, whatever its keys
-  next_window: str  # JSON of the WindowState that the next batch is planned from
-
-
 class Pipeline:
   """Yields `(Batch, BatchStats)` of this process's rows, without end.
 
@@ -97,7 +66,7 @@ class Pipeline:
 
   def __init__(
     self,
-    loaded: grain.DatasetIterator[_Loaded],
+    loaded: grain.DatasetIterator[LoadedRow],
     *,
     num_rows: int,
     tokenizer: Tokenizer,
@@ -183,7 +152,7 @@ class Pipeline:
         )
 
 
-def _join(rows: Sequence[_Loaded]) -> tuple[Batch, BatchStats]:
+def _join(rows: Sequence[LoadedRow]) -> tuple[Batch, BatchStats]:
   """Returns rows as a batch, copied out of the workers' shared memory."""
   batch = stack([row.batch for row in rows])
   drops: collections.Counter = collections.Counter()
@@ -323,7 +292,7 @@ def make_eval_batches(
   rows += [[]] * (-len(rows) % data.batch_size)
   starts = range(0, len(rows), data.batch_size)[:limit]
   planned = [
-    _Planned(rows[start + r], None, (start, i)) for start in starts for i, r in enumerate(local)
+    PlannedRow(rows[start + r], None, (start, i)) for start in starts for i, r in enumerate(local)
   ]
   here = dataclasses.replace(data, num_workers=0)
   load = RowLoader(here, [opened], [index], encoder, spec.image_size, len(local))
@@ -341,195 +310,6 @@ def _eval_batches(loaded: grain.IterDataset, num_rows: int, name: str) -> Iterat
       yield batch
   if drops:
     logging.warning("evaluation source '%s' lost examples: %s", name, dict(drops))
-
-
-class PlannedBatches:
-  """Random access to the pieces of batches `first`, `first + 1`, ...; rows of one process.
-
-  Windows follow from each other, so going on is cheap, and going back before the two latest windows
-  plans again from the beginning. Pickles without what it has planned.
-  """
-
-  def __init__(self, mixer: Mixer, state: WindowState, first: int, rows: range):
-    self._mixer = mixer
-    self._first = first
-    self._rows = rows
-    self._base = state
-    self._reset()
-
-  def _reset(self) -> None:
-    self._lock = threading.Lock()
-    # The two latest windows, each with its state and the next one's.
-    self._windows: collections.deque[tuple[list[Row], WindowState, WindowState]]
-    self._windows = collections.deque(maxlen=2)
-
-  def __len__(self) -> int:
-    return ENDLESS
-
-  def __getitem__(self, index: int) -> tuple[list[Row], WindowState]:
-    """Returns this process's rows of batch `first + index`, and the state for the one after it."""
-    batch = self._first + index
-    rows, state, after = self._window(batch)
-    start = (batch - state.batch) * self._mixer.batch_size
-    return [rows[start + r] for r in self._rows], after if batch + 1 == after.batch else state
-
-  def _window(self, batch: int) -> tuple[list[Row], WindowState, WindowState]:
-    """Returns the rows of the window that has a batch, its state, and the next one's."""
-    with self._lock:
-      if self._windows and batch < self._windows[0][1].batch:
-        self._windows.clear()
-      while not self._windows or self._windows[-1][2].batch <= batch:
-        state = self._windows[-1][2] if self._windows else self._base
-        rows, after = self._mixer.window(state)
-        self._windows.append((rows, state, after))
-      return next(window for window in self._windows if batch < window[2].batch)
-
-  def __getstate__(self):
-    return self._mixer, self._base, self._first, self._rows
-
-  def __setstate__(self, state):
-    self._mixer, self._base, self._first, self._rows = state
-    self._reset()
-
-
-class PlannedRows:
-  """The rows of planned batches one by one; the last of a batch with the state for the next batch.
-
-  A row is what one thread makes at a time: the first batch is there after the time of a few rows,
-  and what is in memory does not grow with the number of workers.
-  """
-
-  def __init__(self, batches: PlannedBatches, num_rows: int):
-    self._batches = batches
-    self._num_rows = num_rows
-
-  def __len__(self) -> int:
-    return len(self._batches) * self._num_rows
-
-  def __getitem__(self, index: int) -> _Planned:
-    batch, row = divmod(index, self._num_rows)
-    rows, state = self._batches[batch]
-    return _Planned(rows[row], state if row == self._num_rows - 1 else None, (batch, row))
-
-
-class _BatchImages:
-  """Memory of the batches that are being made: each row's pictures are written where they stay."""
-
-  def __init__(self, shape: tuple[int, ...]):
-    self._shape = shape
-    self._lock = threading.Lock()
-    self._open: dict[int, tuple[np.ndarray, int]] = {}  # and how many rows are still to come
-
-  def row(self, batch: int, row: int) -> np.ndarray:
-    """Returns uint8[1, N, H, W, 3] of zeros; to be asked for once for each row."""
-    with self._lock:
-      images, missing = self._open.pop(batch, (None, self._shape[0]))
-      images = np.zeros(self._shape, np.uint8) if images is None else images
-      if missing > 1:
-        self._open[batch] = images, missing - 1
-    return images[row : row + 1]
-
-
-class RowLoader:
-  """Reads, encodes, decodes and assembles the pieces of a row; runs in the workers."""
-
-  def __init__(
-    self,
-    data: DataConfig,
-    sources: Sequence[Source],
-    indexes: Sequence[Index],
-    encoder: Encoder,
-    image_size: tuple[int, int],
-    num_rows: int,
-  ):
-    """Loads rows of batches of `num_rows` on this process."""
-    self._data = data
-    self._sources = sources
-    self._indexes = indexes
-    self._encoder = encoder
-    self._image_size = image_size
-    self._decode = functools.partial(
-      decode_pictures, size=image_size, fit=data.image_fit, max_pixels=data.max_image_pixels
-    )
-    # Workers, in other processes, use shared memory.
-    shape = num_rows, data.images_per_row, *image_size, 3
-    self._batches = None if data.num_workers else _BatchImages(shape)
-    self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
-
-  def __call__(self, planned: _Planned) -> _Loaded:
-    row, next_window, place = planned
-    drops: collections.Counter = collections.Counter()
-    segments = [s for piece in row if (s := self._segment(piece, drops))]
-    num_images = sum(len(segment.example.images) for segment in segments)
-    pictures = self._room_for(num_images, place)
-    segments = self._decode_into(pictures, segments, drops)
-    batch = assemble(
-      segments,
-      pictures,
-      seq_len=self._data.seq_len,
-      images_per_row=self._data.images_per_row,
-      pad_id=self._encoder.tokenizer.pad_id,
-    )
-    state = next_window.to_dict() if next_window else None
-    return _Loaded(batch, json.dumps(drops), json.dumps(state))
-
-  def _segment(self, piece: Piece, drops: collections.Counter) -> Segment | None:
-    """Returns what a piece stands for; None, and the reason in `drops`, if it cannot be read."""
-    num_positions = self._indexes[piece.source].num_positions[piece.example]
-    whole = piece.stop - piece.start == num_positions
-    encode = self._encode if whole else self._encode_cached
-    try:
-      example = encode(piece.source, piece.example)
-    except RecordError as e:
-      logging.warning("%s", e)
-      drops[f"{self._sources[piece.source].name}: {UNREADABLE}"] += 1
-      return None
-    return Segment(piece.source, cut(example, piece.start, piece.stop))
-
-  def _room_for(self, num_images: int, place: tuple[int, int]) -> np.ndarray:
-    """Returns memory for a row's pictures, [1, n, H, W, 3]; from it they need no pipe or copy."""
-    if self._batches:
-      return self._batches.row(*place)
-    shape = 1, num_images, *self._image_size, 3
-    return SharedMemoryArray(shape, np.uint8) if num_images else np.empty(shape, np.uint8)
-
-  def _decode_into(
-    self, pictures: np.ndarray, segments: Sequence[Segment], drops: collections.Counter
-  ) -> list[Segment]:
-    """Returns the segments whose pictures can be decoded, with those first in `pictures`."""
-    kept, slot, used = [], 0, 0
-    for segment in segments:
-      images = segment.example.images
-      try:
-        for i, pixels in enumerate(self._decode(images)):
-          pictures[0, slot + i] = pixels
-          used = max(used, slot + i + 1)
-      except ImageError as e:
-        drops[f"{self._sources[segment.source_id].name}: {e.reason}"] += 1
-      else:
-        kept.append(segment)
-        slot += len(images)
-    pictures[0, slot:used] = 0  # what came before a picture that cannot be decoded
-    return kept
-
-  def _encode(self, source: int, example: int) -> Example:
-    index = self._indexes[source]
-    record = int(index.records[example])
-    encoded = self._encoder.encode_record(self._sources[source][record])
-    if len(encoded) != index.num_positions[example]:
-      raise DataError(
-        f"source '{self._sources[source].name}', record {record}: {len(encoded)} positions, but "
-        f"{index.num_positions[example]} when it was indexed. The shards have changed since; start "
-        f"again, and if that does not help remove the index in {cache_dir()}."
-      )
-    return encoded
-
-  def __getstate__(self):
-    return {k: v for k, v in vars(self).items() if k != "_encode_cached"}
-
-  def __setstate__(self, state):
-    self.__dict__.update(state)
-    self._encode_cached = functools.lru_cache(CACHED_DOCUMENTS)(self._encode)
 
 
 def _encoder(data: DataConfig, spec: InputSpec) -> Encoder:

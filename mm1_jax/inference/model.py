@@ -26,16 +26,13 @@ from mm1_jax.inference.answers import answers
 from mm1_jax.inference.beam import BeamSearch, Search
 from mm1_jax.inference.prompts import Prompt, PromptError, Request, check_room, read_prompt
 from mm1_jax.inference.sampler import GREEDY, Draw, Sampling
-from mm1_jax.models.mm1 import MM1
+from mm1_jax.models.mm1 import IN_FLOAT32, MM1
 from mm1_jax.sharding import LAYOUT, abstract_state, make_params_mesh
 
 SHORTEST = 64  # positions that any prompt gets room for
 # Tokens between two looks of the host at what was said: a stop string, a listener, Ctrl-C.
 TOKENS_AT_ONCE = 8
 MOST_BEAMS = 64
-# Params that are computed with in float32 whatever `model.dtype` is; the others are cast before
-# they are used, so that casting them when they are read changes no result.
-IN_FLOAT32 = {"scale", "bias", "positions", "class_token", "class_position", "router"}
 
 
 class Model:

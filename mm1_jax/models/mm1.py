@@ -23,6 +23,10 @@ from mm1_jax.models.moe import MoEStats
 from mm1_jax.models.vit import ViT
 from mm1_jax.sharding import LAYOUT, spec_of
 
+# Params that are computed with in float32 whatever `model.dtype` is; the others are cast before
+# they are used, so that casting them when they are read changes no result.
+IN_FLOAT32 = {"scale", "bias", "positions", "class_token", "class_position", "router"}
+
 
 class MM1Output(NamedTuple):
   hidden: Float[Array, "B S D"]  # after the decoder's last norm

@@ -231,7 +231,7 @@ def restore_or_init(run: RunConfig, abstract: TrainState, checkpointer: Checkpoi
 
 
 class Results:
-  """Reads what steps came to, each while the next one runs: logs it, and ends what has to end."""
+  """Reads each step's metrics while the next one runs; logs them; ends a run that has to end."""
 
   def __init__(self, log: StepLog, verdicts: Verdicts, drops: Drops):
     self._log, self._verdicts, self._drops = log, verdicts, drops

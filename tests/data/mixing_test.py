@@ -12,7 +12,7 @@ from mm1_jax.config import ConfigError, DataConfig, ReweightConfig, SourceConfig
 from mm1_jax.data import mixing
 from mm1_jax.data.index import Index
 from mm1_jax.data.mixing import Mixer, Order, WindowState, check_fingerprint, fingerprint, plan_once
-from mm1_jax.data.pipeline import PlannedBatches
+from mm1_jax.data.planned import PlannedBatches
 from mm1_jax.data.sources import DataError
 
 IMAGE = 18  # positions of a picture

@@ -23,8 +23,8 @@ from mm1_jax.convert import ConvertError
 from mm1_jax.data.examples import Encoder, make_encoder
 from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.inference.answers import Answers, answers
-from mm1_jax.inference.model import IN_FLOAT32, abstract_params
-from mm1_jax.models.mm1 import MM1
+from mm1_jax.inference.model import abstract_params
+from mm1_jax.models.mm1 import IN_FLOAT32, MM1
 from mm1_jax.sharding import abstract_state, make_params_mesh
 
 STACKS = ("decoder.units", "vit.blocks")

@@ -23,7 +23,8 @@ from mm1_jax.data.index import Index
 from mm1_jax.data.inspect.compare import Origin, Records
 from mm1_jax.data.inspect.facts import Checks, RowSegment, SourceFacts, row_of, segments_of
 from mm1_jax.data.mixing import Mixer, Row
-from mm1_jax.data.pipeline import Pipeline, PlannedBatches, make_pipeline
+from mm1_jax.data.pipeline import Pipeline, make_pipeline
+from mm1_jax.data.planned import PlannedBatches
 
 MAX_DRAWN = 24  # rows kept for drawing
 SECONDS_BETWEEN_NEWS = 5.0
