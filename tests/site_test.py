@@ -183,6 +183,14 @@ def test_lines_are_no_longer_than_an_editor_shows(page):
   assert [line for line in text.splitlines() if len(line) > 120 and line[0] not in "|#"] == []
 
 
+def test_links_of_the_readme_lead_somewhere():
+  """Those of the docs are checked by `make docs`."""
+  text = (ROOT / "README.md").read_text()
+  links = re.findall(r"\]\((?!http)(.*?)\)|src=\"(.*?)\"", text)
+  assert len(links) > 20
+  assert [link for pair in links for link in pair if link and not (ROOT / link).exists()] == []
+
+
 def test_no_mistake_is_passed_over():
   with pytest.raises(ConfigError, match="there is no flag --confg"), generate._as_console_command():
     generate.find_parser("train")._split(["--confg=mm1_debug"])
