@@ -130,8 +130,9 @@ def test_a_batch_is_on_its_way_while_the_step_before_runs(paced_run):
   watch = paced_run(step_seconds=0.2, batch_seconds=0.02)
   assert len(watch.ended) == len(watch.put) == NUM_STEPS
   early = [end - put for end, put in zip(watch.ended[1:-1], watch.put[2:], strict=True)]
-  print([round(seconds, 3) for seconds in early])
-  assert np.median(early) > 0.1
+  steps = np.subtract(watch.ended[2:], watch.begun[2:])  # on a busy machine not what was asked for
+  print([round(seconds, 3) for seconds in early], np.round(steps, 3))
+  assert np.median(early) > np.median(steps) / 2
   assert watch.idle < 0.1
 
 
