@@ -20,12 +20,11 @@ from etils import epath
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from mm1_jax import checkpoint, distributed
+from mm1_jax import checkpoint, distributed, extras
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer
 from mm1_jax.config import RunConfig
 from mm1_jax.data.examples import make_encoder
-from mm1_jax.data.inspect.picture import draw_batch
 from mm1_jax.data.pipeline import BatchStats, Pipeline, check_drops
 from mm1_jax.metrics import (
   MetricWriter,
@@ -451,14 +450,20 @@ def _draw(
   batch: Batch, pipeline: Pipeline, run: RunConfig, writer: MetricWriter, workdir: epath.PathLike
 ) -> None:
   """Draws the first batch: the cheapest way to see a mistake in the data."""
-  if jax.process_index() == 0:
-    encoder = make_encoder(
-      run.data,
-      pipeline.tokenizer,
-      image_size=run.model.vision.image_size,
-      tokens_per_image=run.model.connector.num_tokens,
-    )
-    picture = draw_batch(batch, encoder, [source.name for source in run.data.leaves])
-    writer.write_images(0, {"first_batch": picture})
-    with (epath.Path(workdir) / "first_batch.png").open("wb") as file:
-      PIL.Image.fromarray(picture).save(file, "PNG")
+  if jax.process_index() != 0:
+    return
+  if message := extras.lacking("draw"):
+    logging.info("first_batch.png is not drawn: %s", message)
+    return
+  from mm1_jax.data.inspect.picture import draw_batch  # not in a base install
+
+  encoder = make_encoder(
+    run.data,
+    pipeline.tokenizer,
+    image_size=run.model.vision.image_size,
+    tokens_per_image=run.model.connector.num_tokens,
+  )
+  picture = draw_batch(batch, encoder, [source.name for source in run.data.leaves])
+  writer.write_images(0, {"first_batch": picture})
+  with (epath.Path(workdir) / "first_batch.png").open("wb") as file:
+    PIL.Image.fromarray(picture).save(file, "PNG")
