@@ -80,7 +80,7 @@ setup(
   long_description=(ROOT / "README.md").read_text(),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
-  python_requires=">=3.11",
+  python_requires=">=3.11,<3.14",
   # The configs are at the top, and in the wheel a package beside the others.
   packages=[*find_packages(include=["mm1_jax", "mm1_jax.*"]), "mm1_jax.configs"],
   package_dir={"mm1_jax.configs": "configs"},

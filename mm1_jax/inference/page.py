@@ -22,8 +22,8 @@ from mm1_jax.inference.prompts import PromptError
 from mm1_jax.inference.sampler import Sampling
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
-import gradio as gr  # noqa: E402
-from gradio import themes  # noqa: E402
+import gradio as gr
+from gradio import themes
 
 MOST_WAITING = 32  # questions in the queue; the next one is refused
 SECONDS_OF_AN_ERROR = 20
