@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 
 import pytest
+import yaml
 
 from mm1_jax import extras
 from mm1_jax.config import UserError
@@ -133,6 +134,16 @@ def test_what_is_declared_is_imported(declared):
 
 def test_the_libraries_of_the_design_are_in_the_base(declared):
   assert declared[""] >= CARD
+
+
+def test_ci_runs_on_the_oldest_and_the_newest_python():
+  pythons = re.findall(
+    r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "setup.py").read_text()
+  )
+  workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+  (job,) = workflow["jobs"].values()
+  assert job["strategy"]["matrix"]["python"] == [pythons[0], pythons[-1]]
+  assert job["steps"][-1]["run"] == ".ci/run"
 
 
 def test_what_lacks_is_named(monkeypatch):
