@@ -7,7 +7,7 @@ from mm1_jax.config import UserError
 
 # By extra of setup.py: what needs it, and the packages that are imported for that.
 EXTRAS = {
-  "convert": ("converted weights and a tokenizer.json", ("safetensors", "tokenizers")),
+  "convert": ("converting weights or reading a tokenizer.json", ("safetensors", "tokenizers")),
   "data": ("building shards", ("apache_beam", "pyarrow", "zstandard")),
   "draw": ("drawing", ("matplotlib",)),
   "quant": ("quantizing", ("qwix",)),
