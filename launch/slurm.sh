@@ -11,8 +11,9 @@ Trains on GPU hosts under Slurm: one process on each, which sees all of its GPUs
 Options other than --nodes and --gpus (per node) go to sbatch: --partition=P --time=24:00:00 ...
 Five minutes before the time limit the run saves and the job goes back into the queue, as it does
 after preemption or when a node fails; it goes on from the newest checkpoint, and ends with its last
-step. Run it in the checkout, with .venv set up by `pip install -e '.[cuda]'`; the checkout and the
-workdir must be on a file system that all nodes share. --dry-run prints the command and the script.
+step. Run it in the checkout, with .venv set up by `pip install -e '.[cuda,convert,draw]'`; the
+checkout and the workdir must be on a file system that all nodes share. --dry-run prints the command
+and the script.
 EOF
 }
 

@@ -62,7 +62,7 @@ install() {
   # The images have Python 3.10; uv brings 3.11.
   on_hosts all all "set -e; tar xzf mm1_jax.tar.gz; cd mm1_jax; \
 curl -LsSf https://astral.sh/uv/install.sh | sh; ~/.local/bin/uv venv --python 3.11 --allow-existing; \
-~/.local/bin/uv pip install -q -c constraints.txt -e '.[tpu]'"
+~/.local/bin/uv pip install -q -c constraints.txt -e '.[tpu,convert,draw]'"
 }
 
 run() {

@@ -11,7 +11,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONTRACTS = {"mm1_jax.config", "mm1_jax.batch"}
+CONTRACTS = {"mm1_jax.config", "mm1_jax.batch", "mm1_jax.extras"}
 TRAINING = {"jax", "flax", "optax", "orbax", "torch", "transformers", "tensorflow"}
 
 # Prefix -> ours it may import (itself aside); the longest prefix that fits a module decides.
@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
   "mm1_jax.ranges": set(),
   "mm1_jax.chips": set(),
   "mm1_jax.batch": set(),
+  "mm1_jax.extras": {"mm1_jax.config"},
   "mm1_jax.sharding": CONTRACTS,
   "mm1_jax.overrides": {"mm1_jax.config"},
   "mm1_jax.config_files": {"mm1_jax.config", "mm1_jax.overrides"},

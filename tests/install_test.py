@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,10 @@ def test_the_wheel_has_what_is_needed_and_says_what_it_is(wheel):
   assert not [n for n in names if not n.startswith(("mm1_jax/", info))]
   assert "mm1_jax/data/sample/tokenizer.model" in names
   assert f"Version: {mm1_jax.__version__}\n" in metadata
-  assert (ROOT / "README.md").read_text().splitlines()[2] in metadata
+  assert (ROOT / "README.md").read_text() in metadata
+  assert re.search(r"\nRequires-Python: (>=3\.11,<3\.14|<3\.14,>=3\.11)\n", metadata)
+  assert "Provides-Extra: draw\n" in metadata
+  assert f"\n## {mm1_jax.__version__} " in (ROOT / "CHANGELOG.md").read_text()
   assert "mm1 = mm1_jax.__main__:door" in entry
 
 

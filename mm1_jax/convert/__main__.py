@@ -11,12 +11,13 @@ python -m mm1_jax.convert export --checkpoint=runs/sft --format=huggingface --ou
 import argparse
 import pathlib
 
-from mm1_jax import cli
+from mm1_jax import cli, extras
 from mm1_jax.convert import FORMATS, ConvertError
 
 
 def main(argv: list[str] | None = None) -> None:
   args = _parse(argv)
+  extras.require("convert")
   args.run(args)  # which imports what it needs: --help needs nothing
 
 

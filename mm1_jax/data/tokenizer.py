@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sentencepiece
-import tokenizers
 from etils import epath
 
+from mm1_jax import extras
 from mm1_jax.data.sources import DataError
 
 IMAGE, IMAGE_START, IMAGE_END = "<image>", "<image_start>", "<image_end>"
@@ -41,6 +41,7 @@ class Tokenizer:
 
   Raises:
     DataError: the file is missing, is no tokenizer, or lacks a symbol we need.
+    UserError: a tokenizer.json needs the extra `convert`.
   """
 
   def __init__(self, path: str):
@@ -167,6 +168,9 @@ class _SentencePiece:
 
 class _HuggingFace:
   def __init__(self, files: _Files):
+    extras.require("convert")
+    import tokenizers  # not in a base install
+
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(files.model.decode())
     except Exception as e:  # the library raises plain Exception

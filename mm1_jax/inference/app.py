@@ -10,7 +10,7 @@ other server.
 
 import argparse
 
-from mm1_jax import cli
+from mm1_jax import cli, extras
 from mm1_jax.config import UserError
 from mm1_jax.inference import generate
 
@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
   for name in ("max_upload_mb", "max_megapixels"):
     if getattr(args, name) <= 0:
       raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0.")
+  extras.require("serve")
   # Only now: --help does not need Gradio, and importing it takes seconds.
   from mm1_jax.inference.page import THEME, Page, bound_pixels
 

@@ -90,6 +90,8 @@ class Model:
         were not cut in training.
       DataError: the run's tokenizer or template is missing or damaged.
     """
+    if quantize is not None:
+      quantization.check(quantize)
     path = checkpoint.absolute(path)
     workdir = path.parent.parent if (path / checkpoint.PARAMS).exists() else path
     run = checkpoint.read_run(workdir)

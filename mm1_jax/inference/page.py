@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import html
 import os
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,11 +22,8 @@ from mm1_jax.inference.prompts import PromptError
 from mm1_jax.inference.sampler import Sampling
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
-try:
-  import gradio as gr
-  from gradio import themes
-except ImportError:
-  sys.exit("error: the page needs Gradio; pip install -e '.[serve]' -c constraints.txt")
+import gradio as gr
+from gradio import themes
 
 MOST_WAITING = 32  # questions in the queue; the next one is refused
 SECONDS_OF_AN_ERROR = 20

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mm1_jax import checkpoint
+from mm1_jax import checkpoint, extras
 from mm1_jax.config import ConfigError
 from mm1_jax.inference import QUANTIZED
 from mm1_jax.models.dequantize import SUMMED, Quantized
@@ -23,14 +23,25 @@ TILE = 32
 STACKS = ("decoder.units.", "vit.blocks.")
 
 
+def check(kind: str) -> None:
+  """Checks that weights can be quantised so, before they are loaded.
+
+  Raises:
+    ConfigError: there is no such kind.
+    UserError: qwix is not installed.
+  """
+  if kind not in QUANTIZED:
+    raise ConfigError(f"quantize is '{kind}'; it must be one of {', '.join(QUANTIZED)}.")
+  extras.require("quant")
+
+
 def quantize(model: MM1, kind: str, mesh: Mesh) -> MM1:
   """Returns the model with the matrices of its blocks quantised, on the same devices.
 
   Raises:
-    ConfigError: there is no such kind, or qwix is not installed.
+    UserError: as `check`.
   """
-  if kind not in QUANTIZED:
-    raise ConfigError(f"quantize is '{kind}'; it must be one of {', '.join(QUANTIZED)}.")
+  check(kind)
   leaves: dict[str, Any] = checkpoint.to_names(model)
   for name, x in leaves.items():
     dims = SUMMED.get(name.split(".")[-1])
@@ -41,10 +52,8 @@ def quantize(model: MM1, kind: str, mesh: Mesh) -> MM1:
 
 def _quantize(x: jax.Array, summed: tuple[int, ...], kind: str, mesh: Mesh) -> Quantized:
   """Returns one stack of matrices quantised, block by block, on the host."""
-  try:
-    import qwix
-  except ImportError as e:
-    raise ConfigError("quantize needs qwix: pip install 'mm1_jax[quant]'.") from e
+  import qwix
+
   shape = x.shape[1:]
   dims = [dim % len(shape) for dim in summed]
   tiled = {}

@@ -19,7 +19,7 @@ import argparse
 import json
 import pathlib
 
-from mm1_jax import cli
+from mm1_jax import cli, extras
 from mm1_jax.config import ConfigError
 
 WHAT = ("train", "prefill", "decode")  # programs that can be planned; `compile.What`
@@ -47,9 +47,11 @@ def main(argv: list[str] | None = None) -> None:
 def _plan(args: argparse.Namespace) -> None:
   from mm1_jax.plan.compile import parse_option
   from mm1_jax.plan.estimate import make_plan
-  from mm1_jax.plan.report import draw, figures, table
+  from mm1_jax.plan.report import figures, table
   from mm1_jax.plan.topology import find_topology
 
+  if args.picture:
+    extras.require("draw")  # compiling takes minutes
   plan = make_plan(
     cli.load_config(args, topology=args.topology),
     find_topology(args.topology, args.num_slices),
@@ -61,6 +63,8 @@ def _plan(args: argparse.Namespace) -> None:
   print(table(plan, args.price))
   _write(args, figures(plan, args.price))
   if args.picture:
+    from mm1_jax.plan.picture import draw
+
     pathlib.Path(args.picture).write_bytes(draw(plan))
 
 

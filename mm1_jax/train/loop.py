@@ -13,13 +13,12 @@ from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 
-from mm1_jax import checkpoint, distributed
+from mm1_jax import checkpoint, distributed, extras
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import Checkpointer
 from mm1_jax.config import RunConfig
 from mm1_jax.data.drops import Drops
 from mm1_jax.data.examples import make_encoder
-from mm1_jax.data.inspect.picture import draw_batch
 from mm1_jax.data.pipeline import Pipeline
 from mm1_jax.metrics import MetricWriter
 from mm1_jax.models.mm1 import MM1
@@ -264,13 +263,15 @@ class Results:
 
 def _draw(batch: Batch, pipeline: Pipeline, run: RunConfig, writer: MetricWriter) -> None:
   """Draws the first batch: the cheapest way to see a mistake in the data."""
-  if jax.process_index() == 0:
-    encoder = make_encoder(
-      run.data,
-      pipeline.tokenizer,
-      run.input_spec,
-    )
-    picture = draw_batch(batch, encoder, [source.name for source in run.data.leaves])
-    writer.write_images(0, {"first_batch": picture})
-    with (writer.workdir / "first_batch.png").open("wb") as file:
-      PIL.Image.fromarray(picture).save(file, "PNG")
+  if jax.process_index() != 0:
+    return
+  if message := extras.lacking("draw"):
+    logging.info("first_batch.png is not drawn: %s", message)
+    return
+  from mm1_jax.data.inspect.picture import draw_batch  # not in a base install
+
+  encoder = make_encoder(run.data, pipeline.tokenizer, run.input_spec)
+  picture = draw_batch(batch, encoder, [source.name for source in run.data.leaves])
+  writer.write_images(0, {"first_batch": picture})
+  with (writer.workdir / "first_batch.png").open("wb") as file:
+    PIL.Image.fromarray(picture).save(file, "PNG")

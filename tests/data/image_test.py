@@ -96,6 +96,23 @@ def test_real_pictures_are_as_pillow_has_them(size: tuple[int, int], fast: bool,
   assert max(e.max() for e in errors) < 24
 
 
+WITHOUT_CONVOLUTION = """
+import pathlib, sys
+sys.modules["cykooz_resizer"] = None  # as where there is no build of it
+import numpy as np
+from mm1_jax.data import image
+np.save(sys.argv[2], image.decode_image(pathlib.Path(sys.argv[1]).read_bytes(), (40, 60)))
+"""
+
+
+def test_pillow_resizes_where_the_convolution_has_no_build(tmp_path):
+  data = encode(smooth(100, 90), "JPEG")
+  (tmp_path / "picture.jpg").write_bytes(data)
+  files = tmp_path / "picture.jpg", tmp_path / "pixels.npy"
+  subprocess.run([sys.executable, "-c", WITHOUT_CONVOLUTION, *map(str, files)], check=True)
+  np.testing.assert_array_equal(np.load(files[1]), by_pillow(data, (40, 60)))
+
+
 def test_large_jpegs_are_decoded_small_and_close(monkeypatch):
   """A JPEG of 8 times the size is decoded at a quarter of it."""
   shapes, resize = [], image._resize

@@ -4,7 +4,7 @@
 `tests/convert/export_test.py` compares our forward pass and our exports with them, so that CI needs
 no PyTorch. The runs are those of `tests/convert/small_run.py`. To renew them:
 
-  pip install -c constraints.txt -e '.[convert]'
+  pip install -c constraints.txt -e '.[goldens]'
   python tests/goldens/make_export.py
 
 An .npz holds `tokens`, `images` (uint8), every 24th position's `logits`, and `tensors`, a line

@@ -19,7 +19,8 @@ from mm1_jax.plan.compare import compare_table, markdown_table, read_figures
 from mm1_jax.plan.compile import Compiled, PlanError, Result, What
 from mm1_jax.plan.estimate import Plan, read_plan, step_flops
 from mm1_jax.plan.memory import GIB, Buffer
-from mm1_jax.plan.report import draw, figures, table
+from mm1_jax.plan.picture import draw
+from mm1_jax.plan.report import figures, table
 from mm1_jax.plan.search import frontier, parse_mesh, search_table
 from mm1_jax.plan.topology import find_topology
 

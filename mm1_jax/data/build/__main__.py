@@ -10,20 +10,15 @@ machine's cores; what is no flag of ours is Beam's, such as --direct_num_workers
 and `python -m mm1_jax.data.build FORMAT --help` for the flags of a format.
 """
 
-import importlib.util
 import sys
 
-from mm1_jax import cli
-from mm1_jax.config import ConfigError
+from mm1_jax import cli, extras
 from mm1_jax.data.build.options import parse
 
 
 def main(argv: list[str] | None = None) -> None:
   options, beam_args = parse(sys.argv[1:] if argv is None else argv, str(__doc__))
-  if not importlib.util.find_spec("apache_beam"):
-    raise ConfigError(
-      "building needs Apache Beam; install it with pip install -e '.[data]' -c constraints.txt"
-    )
+  extras.require("data")
   # Only now: --help needs no Beam, and importing it takes seconds.
   from mm1_jax.data.build.manifest import finish, judge
   from mm1_jax.data.build.pipeline import build

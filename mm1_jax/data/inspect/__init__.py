@@ -7,6 +7,8 @@
 
 from typing import Any
 
+from mm1_jax import extras
+
 _DRAW = ("Drawing", "draw_source", "draw_stream")
 
 
@@ -14,6 +16,7 @@ def __getattr__(name: str) -> Any:
   """Imports what draws when it is first asked for: the command's --help needs none of it."""
   if name not in _DRAW:
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+  extras.require("draw")
   from mm1_jax.data.inspect import draw
 
   return getattr(draw, name)

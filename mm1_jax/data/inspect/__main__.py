@@ -66,7 +66,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _draw(run: RunConfig, args: argparse.Namespace) -> "Drawing":
-  from mm1_jax.data.inspect.draw import draw_source, draw_stream
+  from mm1_jax.data.inspect import draw_source, draw_stream
 
   source = SourceConfig(_name(args.path), args.path) if args.path else args.source
   if source:
