@@ -20,7 +20,7 @@ import simplejpeg
 from mm1_jax.config import DataConfig
 
 MAX_PIXELS = DataConfig.max_image_pixels
-# What is not here is not a picture to us. Some of Pillow's other formats start programs (EPS).
+# Other formats are refused. Some that Pillow reads start programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000")
 # CLIP's mean colour: a border of it is 0 to the encoder.
 PAD_COLOR = (123, 117, 104)
@@ -36,12 +36,12 @@ _BICUBIC = cykooz_resizer.ResizeOptions(
   use_alpha=False,
 )
 _RGB = cykooz_resizer.PixelType.U8x3
-# Markers in a JPEG's header: of what may hold EXIF or XMP, and of where the pixels begin.
+# Markers in a JPEG's header: of segments that may hold EXIF or XMP, and of the pixels' beginning.
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 
 
 class _Scratch(threading.local):
-  """What a thread uses for picture after picture: new memory each time costs a third more."""
+  """Memory that a thread uses again for each picture: new memory each time costs a third more."""
 
   MAX_BYTES = 1 << 24  # larger pictures are rare, and would stay in memory
 
@@ -51,7 +51,7 @@ class _Scratch(threading.local):
     self._resized = cykooz_resizer.ImageData(1, 1, _RGB)
 
   def for_decoding(self, num_bytes: int) -> bytearray | None:
-    """Returns memory for a decoder to write to; None for it to find some."""
+    """Returns memory for a decoder to write to; None if it is to allocate its own."""
     if num_bytes > self.MAX_BYTES:
       return None
     if len(self.decoded) < num_bytes:
@@ -144,7 +144,7 @@ def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
 def _decode_jpeg(data: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray | None:
   """Returns the pixels of an upright RGB or grey JPEG; None for all else, and for damaged ones.
 
-  They stay what they are until this thread decodes the next picture.
+  They are overwritten when this thread decodes the next picture.
   """
   if not _is_upright_jpeg(data):
     return None
@@ -196,7 +196,7 @@ def _decode_any(data: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarr
 
 
 def _check_pixels(height: int, width: int, max_pixels: int) -> None:
-  """Headers tell the size: a bomb is never decoded."""
+  """Checks the size by the header alone, so that a decompression bomb is never decoded."""
   if height * width > max_pixels:
     raise ImageError(TOO_LARGE)
 
@@ -222,8 +222,8 @@ def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   height, width = pixels.shape[:2]
   image = cykooz_resizer.ImageData(width, height, _RGB, pixels.tobytes())
   if height < size[0]:
-    # The resizer would begin with the height, as suits pictures that become smaller. The other
-    # way round, the width, which costs more, is resized in fewer rows.
+    # The resizer would begin with the height, which suits pictures that become smaller. Here the
+    # width, which costs more, is resized first, while there are fewer rows.
     wide = cykooz_resizer.ImageData(size[1], height, _RGB)
     _scratch.resizer.resize(image, wide, _BICUBIC)
     image = wide
