@@ -38,7 +38,7 @@ class Leg(NamedTuple):
 
 
 class Slice(NamedTuple):
-  """What one process of a leg saw."""
+  """The batches of one process of a leg."""
 
   hashes: list[list[str]]  # of its rows, batch by batch
   state: dict[str, Any]  # at the end

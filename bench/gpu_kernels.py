@@ -2,9 +2,9 @@
 """The kernels of a GPU beside plain XLA: `python -m bench.gpu_kernels`.
 
 Attention forward and backward, on packed rows with padding and on pictures; then the grouped
-products of experts, evenly and unevenly loaded, with rows of nobody at the end. In bfloat16; errors
-are the largest difference from float32, as a share of its largest value. Ends with an error where
-a kernel's is beyond what bfloat16 explains.
+products of experts, evenly and unevenly loaded, with rows of no group at the end. In bfloat16;
+errors are the largest difference from float32, as a share of its largest value. Ends with an error
+where a kernel's is beyond what bfloat16 explains.
 """
 
 import functools
@@ -55,7 +55,7 @@ def packed_segments(num_rows: int, num_positions: int) -> np.ndarray:
 def loss_of(attention, queries, keys, values, segments, weights):
   out = attention(queries, keys, values, segment_ids=segments, causal=segments is not None)
   if segments is not None:
-    out = jnp.where((segments > 0)[..., None, None], out, 0)  # what padding sees is not read
+    out = jnp.where((segments > 0)[..., None, None], out, 0)  # outputs of padding are not read
   return jnp.sum(out.astype(jnp.float32) * weights), out
 
 
@@ -121,7 +121,7 @@ def measure_products(name: str, sizes: list[int]) -> None:
       jax.jit(jax.shard_map(f, in_specs=P(), out_specs=P(), check_vma=False)) for f in (ours, plain)
     )
     out, exact = ours(*arrays, groups), plain(*(a.astype(jnp.float32) for a in arrays), groups)
-    if product != "by weights":  # rows of nobody are not read
+    if product != "by weights":  # rows of no group are not read
       out, exact = (jnp.where(real, a, 0) for a in (out, exact))
     times = [milliseconds(f, *arrays, groups) for f in (plain, ours)]
     shape, flops = f"{ROWS}x{IN}x{OUT}, {len(sizes)}", 2 * sum(sizes) * IN * OUT

@@ -8,7 +8,7 @@ Pre-trains mm1_debug on the shipped sample (about 30 minutes on two cores), keep
 every `--every` steps; then scores each held-out caption with its own picture, and with another
 picture of the same source (a figure for a figure, a drawing for a drawing: telling the sources
 apart does not help). Prints a table, and leaves `looks.json` and `looks.png` in the workdir. A run
-that was interrupted goes on where it was.
+that was interrupted continues where it was.
 """
 
 import argparse

@@ -84,7 +84,7 @@ def show(routing: str, times: dict[str, float], stats: dict[str, Any], num_exper
 
 
 def layers(run: RunConfig, mesh: Mesh, repeats: int) -> None:
-  """Times one layer whose router reads each expert's score off the token."""
+  """Times one layer with a router that takes each expert's score from the token."""
   decoder = run.model.decoder
   moe = decoder.moe
   assert moe is not None

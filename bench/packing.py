@@ -6,7 +6,7 @@
 FOLDER has `captions-`, `interleaved-` and `text-train-*.arrayrecord`; see `bench/raw_dump.py`.
 Plans `--rows` rows of 4096 positions with 146 of a picture, at MM1's 45:45:10 (`--mixture=MM1_5`:
 50:10:40), and prints a table of both ways to pack for several numbers of image slots (N). Nothing
-is decoded. A cut document stands in more than one row; a part is what stands in one.
+is decoded. A cut document is in more than one row; a part is what is in one.
 """
 
 import argparse

@@ -9,7 +9,7 @@ A tenth of the pictures of each source are held out, with all that is asked abou
 that the pre-trained run has read are not among them. After fine-tuning each held-out answer is
 scored (nats per token) and said (greedily; exact match, but for case, space around it and a last
 full stop) with its own picture, with none, and with that of another question of its source; beside
-them stands the answer that is most frequent in training. Prints a table, leaves `answers.json`.
+them is the answer that is most frequent in training. Prints a table, leaves `answers.json`.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def fine_tune(by_source: dict[str, list[Question]], args: argparse.Namespace) ->
 
 def shown(questions: list[Question], pictures: str) -> list[Record]:
   """Returns the records with their own pictures, with none, or with another question's."""
-  # By picture, half the way round: nobody gets a picture of his own.
+  # In order of pictures, shifted by half: no question gets a picture of its own.
   order = sorted(range(len(questions)), key=lambda i: questions[i].pictures)
   other = dict(zip(order, np.roll(order, len(order) // 2), strict=True))
   records = []

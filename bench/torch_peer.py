@@ -3,9 +3,9 @@
 
 PyTorch with transformers' CLIP vision tower and Llama, of the widths, depths, rows and pictures of
 a run, put together as LLaVA does: patches are averaged on the token grid and projected by two
-layers (less work than a C-Abstractor), and stand at their placeholders. Examples of a packed row do
-not see each other; where layers are sparse, they are transformers' Mixtral blocks. The step is
-cross-entropy over the targets, gradients, clipping, and the fused AdamW.
+layers (less work than a C-Abstractor), and take the places of their placeholders. Examples of a
+packed row do not attend to each other; where layers are sparse, they are transformers' Mixtral
+blocks. The step is cross-entropy over the targets, gradients, clipping, and the fused AdamW.
 """
 
 import argparse

@@ -10,9 +10,9 @@ what was compiled once is found again, so a second run takes as long as tracing 
 
 For each step: `roof`, every operation at its roofline; `mid`, the figure to quote; `pred`, the
 compiler's own cycles. A dropless layer over an `expert` axis has buffers of `exchange_factor` times
-an even load, and a second way for the case that a chip's experts get more. `even` is a step in
-which all get the same, and the kernels skip what is empty; `full` one in which all buffers are
-full; `worst` one in which all go the second way, and all tokens want the experts of one chip.
+an even load, and runs in rounds where a chip's experts get more. `even` is a step in which all get
+the same, and the kernels skip what is empty; `full` one in which all buffers are full; `worst` one
+in which all layers run in rounds, and all tokens choose the experts of one chip.
 """
 
 import argparse

@@ -191,7 +191,7 @@ def sft(config: ConfigDict, *, data: str = "data") -> ConfigDict:
 
 
 def adafactor(config: ConfigDict, *, learning_rate: float) -> None:
-  """Sets the optimizer of the stages behind pre-training: one rate, to 0 along a cosine."""
+  """Sets the optimizer of the stages after pre-training: one rate, to 0 along a cosine."""
   config.optimizer.update(
     name="adafactor",
     learning_rate=learning_rate,

@@ -5,7 +5,7 @@ r"""MM1.5's fine-tuning (arXiv 2409.20566): 80% one picture, 10% several, 10% te
       --config.train.init_from=gs://BUCKET/mm1_3b
 
 23k steps of 256 rows, Adafactor at 2e-5. A picture is cut into 4 to 9 sub-images of 672 pixels and
-an overview behind them, marked by their places; in conversations of more than two pictures none is
+an overview after them, marked by their places; in conversations of more than two pictures none is
 cut. The paper does not say how long its rows are: 4096 positions hold two pictures.
 """
 

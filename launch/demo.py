@@ -4,8 +4,8 @@
   python -m launch.demo --workdir=runs/demo
 
 The main job with `configs/mm1_debug.py:moe` and its SFT on the shipped sample, sized for minutes on
-two CPU cores; at the end `report.png` and `report.html` are in the workdir. Run it again to go on
-where it was stopped.
+two CPU cores; at the end `report.png` and `report.html` are in the workdir. Run it again to
+continue where it was stopped.
 """
 
 import io

@@ -6,8 +6,8 @@
 
 The cluster needs the JobSet controller, one node pool for each slice, and `launch/Dockerfile`'s
 image where it can pull it. A slice is a Job with a pod on each host. When any pod ends before the
-last training step, as when a spot node is taken away, all of them are started again, and go on from
-the newest checkpoint. `--dry-run` prints the manifest and the command instead of applying it.
+last training step, as when a spot node is taken away, all of them are started again, and continue
+from the newest checkpoint. `--dry-run` prints the manifest and the command instead of applying it.
 """
 
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console command `mm1`: one door to all programs; `python -m mm1_jax` is the same.
+"""The console command `mm1`, which runs all programs; `python -m mm1_jax` is the same.
 
   mm1 train --config=mm1_debug
   mm1 plan --config=mm1_30b_moe --topology=v5p-512

@@ -23,7 +23,7 @@ from mm1_jax.models.layers import resize_grid
 
 CONFIG, STEPS = "config.json", "checkpoints"
 GOOD = "good.json"  # the newest step whose params a step of training was accepted from
-REFUSED = ".refused"  # behind a step's name: set aside, and not taken for a checkpoint any more
+REFUSED = ".refused"  # suffix of a step that was set aside: no longer taken for a checkpoint
 TEMPLATE = "chat_template.json"
 # A tokenizer's files by the suffix of its own, which comes first.
 TOKENIZERS = {
@@ -49,9 +49,9 @@ class CheckpointError(UserError):
 class Checkpointer:
   """The checkpoints of one run.
 
-  That a checkpoint is good is known only when a step from its params was accepted. A run saves
-  none right after a refused step, so all but the newest are good; and at least two are kept, so
-  that there is a good one.
+  A checkpoint is known to be good only when a step from its params was accepted. A run saves none
+  right after a refused step, so all but the newest are good; and at least two are kept, so that one
+  of them is good.
   """
 
   def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig):
@@ -80,7 +80,7 @@ class Checkpointer:
     return self._path / str(step)
 
   def prove(self, step: int) -> None:
-    """Remembers, past this process, that a step from the params of `step` was accepted."""
+    """Records on disk that a step from the params of `step` was accepted."""
     if step != self._good:
       self._good = step
       if jax.process_index() == 0:
@@ -101,7 +101,7 @@ class Checkpointer:
 
   def save(self, step: int, *, params: Any, train: Any, data: dict[str, Any]) -> None:
     """Starts saving; arrays may be donated as soon as it returns."""
-    if self._good >= step:  # said of one that never came to be, or was deleted
+    if self._good >= step:  # recorded of one that was never finished, or was deleted
       self.prove(NONE_GOOD)
     self._manager.save(
       step,
@@ -158,7 +158,7 @@ class Checkpointer:
     return self
 
   def __exit__(self, error, *_) -> None:
-    # Closing waits for the other processes, which do not come where this one has failed.
+    # Closing waits for the other processes, which never close where this one has failed.
     if error is None or jax.process_count() == 1:
       self._manager.close()
 

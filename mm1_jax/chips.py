@@ -17,7 +17,7 @@ class Chip:
 
   Bandwidths are the makers' data sheets' and the JAX scaling book's (jax-ml.github.io/scaling-book,
   "TPU specs"). `hbm_gib` is what the compiler lets a program use, as its own out-of-memory message
-  says: a little less than is soldered on.
+  says: a little less than the chip has.
 
   `compiler_options` are those of the train step, each with what it does to a predicted step. They
   go to the compiler with the step itself, so that a plan compiles the very program that a run does,

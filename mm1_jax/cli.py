@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines share: flags, the door for configs, one line for a user's mistake, quiet.
+"""What the command lines share: flags, loading of configs, one line for a user's mistake, logging.
 
 Exit codes, of every command: 0 when it is done, or for --help; 1 for a user's mistake; 130 for
 Ctrl-C; 141 where what reads its output has ended; `--stopped-code` of a training run that a signal
@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
   def parse_known_args(self, args=None, namespace=None):  # pyright: ignore
     """Returns the flags' values, and what is left: nothing, unless this parser `passes_on`."""
     args = list(sys.argv[1:] if args is None else args)
-    if self._subparsers is None:  # else a verb's parser reads the flags behind it
+    if self._subparsers is None:  # else a verb's parser reads the flags after it
       args, overrides = self._split(args)
       if self._takes_config:
         self.set_defaults(overrides=overrides)

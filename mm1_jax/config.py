@@ -78,7 +78,7 @@ def _divides(key: str, value: int, axes: str, size: int) -> None:
 class _Group:
   """Settings that belong together, checked however they are made: by number, then `_check`."""
 
-  _where: str  # what stands before a field's name in messages; names fields in braces
+  _where: str  # prefix of a field's name in messages; names fields in braces
 
   def __init_subclass__(cls, *, where: str):
     cls._where = where
@@ -195,7 +195,7 @@ class RopeScaling(_Group, where="model.decoder.rope_scaling."):
   """Llama 3.1's stretch of RoPE's slow frequencies to longer contexts (arXiv 2407.21783, 3.4.1).
 
   Wavelengths above original_positions / low_freq_factor grow by `factor`, those below
-  original_positions / high_freq_factor stay, and those between go over from one to the other.
+  original_positions / high_freq_factor stay, and those between are interpolated.
   """
 
   factor: Annotated[float, Range(at_least=1)] = 8.0  # of the longest wavelengths

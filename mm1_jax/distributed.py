@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes, one on each host, as one run: they meet, agree, and end together.
 
-JAX's coordination service, which lives in process 0, does the meeting, and ends everyone when one
-is silent for too long. Beside it each process has a watcher, a thread that looks for what another
-one says it failed of: a process that waits in a collective for one that raised would else wait on.
-With one process nothing here does anything.
+JAX's coordination service, which runs in process 0, connects the processes, and ends all of them
+when one is silent for too long. Besides, each process has a watcher, a thread that reads from the
+service whether another one has failed: else a process would wait in a collective for ever for one
+that raised. With one process, all of this does nothing.
 """
 
 import contextlib
@@ -38,15 +38,15 @@ from mm1_jax.sharding import LAYOUT
 
 FAILED, SAME = "mm1_jax/failed", "mm1_jax/same"  # keys in the store
 POLL_SECONDS = 1.0
-GRACE_SECONDS = 3.0  # for the others to say what they know
+GRACE_SECONDS = 3.0  # for the others to report why they failed
 LAST_SECONDS = 10.0  # for what is to be written before the end
 SHARED_SECONDS = 60.0  # network file systems keep listings for up to a minute
-WAIT_MS = 30 * 60_000  # for each other, where one may have more to do
+WAIT_MS = 30 * 60_000  # for each other, where one may have more work
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """Where a process stands among the others of its run."""
+  """A process's number among those of its run, and where they meet."""
 
   coordinator: str  # HOST:PORT of process 0
   num_processes: int
@@ -115,8 +115,8 @@ def joined(
 ) -> Iterator[None]:
   """Joins the other processes for the block. An exception that leaves it ends all of them.
 
-  In a cluster such an exception goes no further: the process says what happened, as do the others,
-  and exits with code 1 at once, for what it would tidy up waits for processes that may be gone.
+  In a cluster such an exception is not raised further: the process says what happened, as do the
+  others, and exits with code 1 at once, for cleaning up would wait for processes that may be gone.
 
   Args:
     cluster: what `find_cluster` returned; None leaves everything as it is.
@@ -128,7 +128,7 @@ def joined(
     return
   _meet(cluster, start_timeout, peer_timeout)
   if cluster.process_id:
-    logging.set_verbosity(logging.WARNING)  # process 0 tells the story
+    logging.set_verbosity(logging.WARNING)  # process 0 logs for all
   ending = _Ending(cluster)
   watcher = _Watcher(ending)
   watcher.start()
@@ -179,7 +179,7 @@ _LAST: list[Callable[[], None]] = []
 
 @contextlib.contextmanager
 def before_exit(call: Callable[[], None]) -> Iterator[None]:
-  """Has `call` made, from another thread, if this process ends itself while in the block.
+  """Calls `call`, from another thread, if this process ends itself while in the block.
 
   Then no `finally` runs: the block may be waiting for a process that is gone.
   """
@@ -191,7 +191,7 @@ def before_exit(call: Callable[[], None]) -> Iterator[None]:
 
 
 def _make_last_calls() -> None:
-  """Makes the calls of all `before_exit`, and waits for each only so long: the end must come."""
+  """Makes the calls of all `before_exit`; waits `LAST_SECONDS` for each, as the exit must come."""
   for call in tuple(_LAST):
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
@@ -199,14 +199,14 @@ def _make_last_calls() -> None:
 
 
 class _Ending:
-  """Ends this process when its run cannot go on, with the reason that the processes agree on."""
+  """Ends this process when its run cannot continue, with the reason that all processes give."""
 
   def __init__(self, cluster: Cluster):
     self._cluster = cluster
     self._once = threading.Lock()
 
   def said(self) -> dict[int, tuple[bool, str]]:
-    """Returns by process whether it is the cause, and what it says."""
+    """Returns, by process, whether it is the cause, and its reason."""
     found = _store().key_value_dir_get(FAILED)
     return {int(key.rsplit("/", 1)[1]): tuple(json.loads(value)) for key, value in found}
 
@@ -290,7 +290,7 @@ def _say(reason: str) -> None:
 
 
 def check_same(what: str, values: Mapping[str, Any]) -> None:
-  """Compares plain nested values over the processes; returns when all have found them the same.
+  """Compares plain nested values over the processes; returns once all have found them equal.
 
   Each `what` can be compared once.
 
@@ -315,7 +315,7 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
 
 
 def code_version() -> dict[str, str]:
-  """Returns what the processes of a run must have in common beside its config."""
+  """Returns what must be equal on all processes of a run besides its config."""
   package = pathlib.Path(__file__).parent
   digest = hashlib.sha256()
   for path in sorted(package.rglob("*.py")):
@@ -333,13 +333,13 @@ def _flatten(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def barrier(name: str) -> None:
-  """Returns when every process has come here; each name can be used once."""
+  """Returns when every process has called it; each name can be used once."""
   if jax.process_count() > 1:
     _store().wait_at_barrier(name, WAIT_MS)
 
 
 def check_shared(folder: epath.PathLike) -> None:
-  """Checks that all processes see one and the same folder, which is made if missing.
+  """Checks that a path is the same folder for all processes; it is made if missing.
 
   Raises:
     ConfigError: this process does not see what process 0 wrote there.
@@ -370,7 +370,7 @@ def check_shared(folder: epath.PathLike) -> None:
 def process_rows(mesh: Mesh) -> tuple[int, int]:
   """Returns (i, n): of n equal shares of a batch's rows, this process's devices hold share i.
 
-  There are fewer shares than processes where `tensor` runs over several hosts: those hold the same
+  There are fewer shares than processes where `tensor` spans several hosts: those hold the same
   rows, and each makes them.
 
   Raises:
@@ -393,7 +393,7 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
 def sum_over_processes(values: np.ndarray, mesh: Mesh) -> jax.Array | np.ndarray:
   """Returns the sums of `float32[K]` over the processes, the same everywhere; does not wait.
 
-  Of processes that hold the same rows of a batch (see `process_rows`) all together count as one.
+  Processes that hold the same rows of a batch (see `process_rows`) count as one.
   All processes must call it in the same order with their other computations.
   """
   if jax.process_count() == 1:

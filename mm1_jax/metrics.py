@@ -34,18 +34,18 @@ class MetricWriter:
   """Writes TensorBoard events and JSON lines under a workdir.
 
   A line is `{"step", "time", "values"}`, or has `texts` or `tables` instead of `values`; numbers
-  that JSON has no word for are the strings "nan", "inf", "-inf". Each writer begins with a line
+  that JSON cannot express are the strings "nan", "inf", "-inf". Each writer begins with a line
   `{"step", "time", "resumed": true}`: what earlier attempts wrote past that step no longer counts.
   Only process 0 writes.
 
   A local workdir has one file, `metrics.jsonl`, which grows with every call. Files of an object
-  store cannot grow: there each `flush` writes what has come since the last one as a segment of its
-  own, `metrics/00000.jsonl` and so on, which is never written again. Segments are newer than the
-  file, so a local workdir that has some gets one more of each writer.
+  store cannot grow: there each `flush` writes the lines since the last one as a new segment,
+  `metrics/00000.jsonl` and so on, which is never written again. Segments are newer than the file,
+  so in a local workdir that has some each writer adds one more.
   """
 
   def __init__(self, workdir: epath.PathLike, *, start_step: int = 0):
-    """Opens the files of `workdir`, which is made if missing, to go on from `start_step`."""
+    """Opens the files of `workdir`, which is made if missing, to continue from `start_step`."""
     self.workdir, self._board = epath.Path(workdir), None
     self._pending = ""
     self._lock = threading.Lock()  # a thread may flush on the way to the process's end
@@ -305,7 +305,7 @@ class StepTimer:
 def progress_line(
   step: int, num_steps: int, scalars: Mapping[str, float], rates: Rates | None
 ) -> str:
-  """Returns one line on where a run stands.
+  """Returns one line on a run's progress.
 
   Of `scalars` it shows `loss`, `lr`, `grad_norm`, `skipped`, and, where a line's steps had them,
   what a save and the start took, those that are there:

@@ -24,7 +24,7 @@ _BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": F
 def merge(values: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
   """Returns a config's plain values with overrides put in, the last of equal keys.
 
-  The keys of a group that is None make it, at its defaults. An entry of a list goes by its name
+  The keys of a group that is None make it, at its defaults. An entry of a list is named by its name
   (`data.sources.captions.weight`), or by its number where it has none (`data.reweight.0.step`).
 
   Raises:

@@ -58,7 +58,7 @@ def outside(group: Any, where: str) -> Iterator[str]:
 
   Args:
     group: its fields may be numbers, None beside them, and tuples; other values are passed over.
-    where: what stands before a field's name in the message, such as "optimizer.".
+    where: prefix of a field's name in the message, such as "optimizer.".
   """
   for name, hint in _hints(type(group)).items():
     yield from _outside(hint, getattr(group, name), f"{where}{name}")

@@ -63,9 +63,9 @@ LAYOUT = Layout()
 
 
 def make_mesh(run: RunConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """Returns the mesh over `devices`, all there are if not given, laid out along their network.
+  """Returns the mesh over `devices` (all if not given), laid out along their network.
 
-  Between slices runs `data`, the axis that needs the fewest bytes.
+  `data`, the axis that needs the fewest bytes, is the one between slices.
 
   Raises:
     ConfigError: the run does not divide over the mesh, or `data` not over the slices.
@@ -91,7 +91,7 @@ def _mesh(sizes: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
 
 
 def arrange(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-  """Returns devices in the order of a mesh of `sizes`, for which they are many enough.
+  """Returns devices in the order of a mesh of `sizes`, which multiply to their number.
 
   Raises:
     ConfigError: the first axis is not a multiple of the slices.
@@ -121,16 +121,17 @@ def gather(weight: jax.Array, dtype: jax.typing.DTypeLike, *, rows: jax.Array) -
   """Casts a stored weight for computing, then all-gathers it over the FSDP axes.
 
   Casting first halves the bytes on the wire. The result is of the type that JAX calls *reduced*
-  over the axes of `rows`: its gradient stays a sum of its own on each chip until it has left all
-  loops, and then comes back as a reduce-scatter over FSDP and, of what is left of it on a chip, an
-  all-reduce over `data` (which `train.step` puts off until all micro-batches are summed). Typed as
-  whole, it would be all-reduced whole, each time it is used.
+  over the axes of `rows`: each chip sums its own part of the gradient until all loops have ended;
+  then follow a reduce-scatter over FSDP and, of the part that is left on a chip, an all-reduce over
+  `data` (which `train.step` defers until all micro-batches are summed). If its type were whole, it
+  would be all-reduced whole, each time it is used.
 
   Args:
     weight: as it is stored.
     dtype: to compute in.
-    rows: what it is to be multiplied with, or picked by; split along anything but width. Where
-      that is over `tensor` too, as pictures are, the weight is gathered over that as well.
+    rows: the activations it is multiplied with, or the ids that select its rows; split along any
+      dims but width. Where these are split over `tensor` too, as pictures are, the weight is
+      gathered over that as well.
   """
   split, done = spec_of(weight).partitions, spec_of(weight).reduced
   over = set(axes_of(*spec_of(rows)))
@@ -150,11 +151,11 @@ def on_each_chip(
 ) -> jax.Array:
   """Returns `f(*weights)`, which each chip computes from its own parts of stored weights.
 
-  For what is made of weights before they meet any row: the result is *reduced* as they are (see
+  For results of weights alone, such as adapters' products: the result is *reduced* as they are (see
   `gather`), where JAX's own rule for a product would sum the gradient over `data` first.
 
   Args:
-    f: needs nothing of other chips.
+    f: needs no data of other chips.
     split: mesh axes that the result is split over, dim by dim.
     weights: all reduced over the same axes.
   """
@@ -234,7 +235,7 @@ def abstract_state(make, mesh: Mesh):
     shapes = jax.eval_shape(make)
 
   def attach(x):
-    # Scalars carry no sharding, and specs come back on an abstract mesh.
+    # Scalars have no sharding, and the specs of the others are on an abstract mesh.
     spec = P() if x.sharding is None else x.sharding.spec
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 

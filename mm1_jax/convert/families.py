@@ -38,10 +38,10 @@ class WeightPiece(NamedTuple):
 
 
 Settings = Mapping[str, Any]
-# Name of ours in a block or layer: name of theirs in it, and how it lies.
+# Our name in a block or layer: their name in it, and the layout.
 Table = Mapping[str, tuple[str, WeightLayout]]
 
-# Decoders: names as `transformers` saves them; a layer's are behind `layers.I.`.
+# Decoders: names as `transformers` saves them; a layer's are prefixed by `layers.I.`.
 LLAMA: Table = {
   "attention_norm.scale": ("input_layernorm.weight", SAME),
   "attention.query": ("self_attn.q_proj.weight", LINEAR),
@@ -188,7 +188,7 @@ def decoder_config(settings: Settings, tensors: Tensors, vocab_size: int) -> Dec
 
 
 def _check_router(settings: Settings, kind: str, top_k: int) -> None:
-  """Refuses experts whose weights are not those of our router, see `models.moe`.
+  """Refuses experts that are weighted otherwise than by our router, see `models.moe`.
 
   Mixtral renormalises the weights of any `top_k`, Qwen 3 MoE as `norm_topk_prob` says.
   """
@@ -362,7 +362,7 @@ def _find(tensors: Tensors, suffix: str) -> list[str]:
 
 
 def _root(tensors: Tensors, suffix: str) -> str:
-  """Returns what stands before `suffix` in the one name that ends in it."""
+  """Returns the prefix before `suffix` in the one name that ends in it."""
   found = _find(tensors, suffix)
   if len(found) != 1:
     raise ConvertError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one array of ours lies in their tensors, and the way back for those that are exported.
+"""How one array of ours is laid out in their tensors, and the inverse for those that are exported.
 
 Theirs are PyTorch's: a linear map is [out, in], and heads are folded into its rows or columns.
 Letters as in `models`: D width, H heads, h head dim, F mlp, E experts, V vocabulary; w x w patches.
@@ -199,7 +199,7 @@ class FusedThird:
 class Rows:
   """[num, D] as the first rows of [V, D]; each of the others is their mean.
 
-  A mean is likelier to be harmless than random rows: it is no likelier as an output than others.
+  A mean is safer than random rows: as an output it is no likelier than the other rows.
   """
 
   num: int

@@ -2,7 +2,7 @@
 """Tensors on disk to params on the mesh, one tensor in host memory at a time.
 
 Files are read one after the other, each tensor once: it is laid out as ours, put on the mesh, and
-written into its place of the stacked array there. What is whole in host memory is one tensor.
+written into its place of the stacked array there. Only one tensor is whole in host memory.
 """
 
 import collections
@@ -52,7 +52,7 @@ def load(
   """
   pieces = list(pieces)
   _check(tensors, pieces, abstract)
-  # By file: the last of its tensors read, a shard's pages may leave the memory.
+  # By file: once all of its tensors are read, a shard's pages may leave the memory.
   order = {file: i for i, file in enumerate(dict.fromkeys(map(tensors.file, tensors)))}
   pieces.sort(key=lambda piece: order[tensors.file(piece.theirs[0])])
   params: dict[str, jax.Array] = {}
@@ -110,7 +110,7 @@ def _report(tensors: Tensors, pieces: list[WeightPiece], abstract: Mapping[str, 
 
 
 def _inner(like: jax.ShapeDtypeStruct, num_leading: int) -> NamedSharding:
-  """Returns the sharding of one block of a stack, whose leading dims are not split."""
+  """Returns the sharding of one block of a stack; the stack's leading dims are not split."""
   assert isinstance(like.sharding, NamedSharding)
   return NamedSharding(like.sharding.mesh, P(*like.sharding.spec[num_leading:]))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run with LoRA adapters to one without: the same model, with the adapters in its matrices.
 
-A run with adapters answers as it is; merged it answers without making the sums anew for every
+A run with adapters can answer unmerged; merged it answers without computing the sums anew for every
 token, can be exported, and can start another stage.
 """
 

@@ -2,8 +2,8 @@
 """A dense run to the start of a sparse one: sparse upcycling (Komatsuzaki et al., 2212.05055).
 
 Every expert begins as a copy of the dense layer's network, and only the router is new. The weights
-of a token's two or more experts sum to 1, so all of them together say what the dense network said:
-the sparse model begins with the dense one's loss, where no token is dropped for want of room.
+of a token's two or more experts sum to 1, so their sum is the output of the dense network: the
+sparse model begins with the dense one's loss, unless tokens are dropped for want of room.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def upcycle_run(
   checkpoint.refuse_run(out)
   mesh = params_mesh(sparse, fsdp)
   with jax.set_mesh(mesh):
-    # What is abstract after reading was not there to be read.
+    # Params that are still abstract after reading are not in the checkpoint.
     read = checkpoint.init_from(path, _abstract(dense.model, mesh))
     params = {k: x for k, x in checkpoint.to_names(read).items() if isinstance(x, jax.Array)}
     if f"{LAYERS}.0.{GATE}" not in params:

@@ -29,7 +29,7 @@ class Drops:
   def count(self, num_examples: int, num_dropped: int) -> None:
     """Takes how many examples are in a batch, and how many were dropped for it.
 
-    Of one process or of all: `reasons`, in the message, are this one's.
+    The counts may be of one process or of all; `reasons`, in the message, are of this process.
 
     Raises:
       DataError: more were dropped so far than the limit allows.

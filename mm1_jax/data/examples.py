@@ -8,9 +8,9 @@ A record is first one sequence of ids t_0 ... t_n:
   item          the ids of a text, or <image_start> <image> x T <image_end>
 
 The example predicts each id from those before it: tokens t_0 ... t_{n-1}, targets t_1 ... t_n.
-The loss is on text and `</s>`; in a conversation, on what the assistant says and the end of it.
-Nothing of a picture is ever predicted. Each item is tokenised on its own, so a prompt has the ids
-that training gave it.
+The loss is on text and `</s>`; in a conversation, on the assistant's words and their end. Ids of a
+picture are never predicted. Each item is tokenised on its own, so a prompt has the same ids as in
+training.
 """
 
 import dataclasses
@@ -45,22 +45,22 @@ class Example:
   targets: np.ndarray  # int32[L]
   loss_mask: np.ndarray  # float32[L]
   images: tuple[bytes | Tile, ...]  # encoded pictures, or parts of them, in order
-  spans: tuple[Span, ...]  # where each of them stands in `tokens`
+  spans: tuple[Span, ...]  # where each of them is in `tokens`
 
   def __len__(self) -> int:
     return len(self.tokens)
 
 
 class Measure(NamedTuple):
-  """How long a record's example is, and where its items stand."""
+  """How long a record's example is, and where its items begin."""
 
   num_positions: int
   image_starts: list[int]  # first positions of its pictures, delimiters included
-  text_starts: list[int]  # of texts right behind another text; of documents with pictures only
+  text_starts: list[int]  # of texts right after another text; of documents with pictures only
 
 
 class Prompt(NamedTuple):
-  """What a model is given to go on from."""
+  """What a model is given to continue."""
 
   ids: list[int]
   images: list[bytes | Tile]  # one for each run of `<image>` ids
@@ -74,7 +74,7 @@ class Encoder:
     tokenizer: text to ids.
     tokens_per_image: positions that the connector's output takes (T).
     image_delimiters: puts `<image_start>` and `<image_end>` around a picture.
-    template: what stands around the turns of a conversation.
+    template: the text around the turns of a conversation.
     tiler: cuts pictures of high resolution; None leaves all whole.
   """
 
@@ -100,7 +100,7 @@ class Encoder:
     return self.tokenizer.encode(item["text"]) if "text" in item else self.image_ids
 
   def encode_prefix(self, items: Items) -> Prompt:
-    """Returns the beginning of a document, for a pre-trained model to go on with."""
+    """Returns the beginning of a document, for a pre-trained model to continue."""
     (items,) = self._cut([items])
     return Prompt([self.tokenizer.bos_id, *self.encode_content(items)], _images(items))
 
@@ -117,7 +117,7 @@ class Encoder:
     return Prompt(ids, images)
 
   def encode_answer(self, items: Items) -> list[int]:
-    """Returns the ids of an assistant's turn behind `ASSISTANT:`, its end included."""
+    """Returns the ids of an assistant's turn after `ASSISTANT:`, its end included."""
     space = self.template.assistant.before.endswith(" ")
     return [*self.encode_content(_after_space(items) if space else items), *self.answer_end]
 
@@ -142,7 +142,7 @@ class Encoder:
       example = self.encode_record(record)
       return Measure(len(example), [span.start for span in example.spans], [])
     (items,) = self._cut([record["content"]])
-    # Behind `<s>` at 0. `</s>` is a target and takes no position.
+    # After `<s>` at 0. `</s>` is a target and takes no position.
     starts = list(itertools.accumulate((len(self._encode_item(i)) for i in items), initial=1))
     images = [start for start, item in zip(starts, items, strict=False) if "image" in item]
     pairs = zip(starts[1:], items, items[1:], strict=False) if images else ()

@@ -24,7 +24,7 @@ from mm1_jax.config import DataConfig
 # setup.py asks for it on the machines that it has a build for.
 HAS_CONVOLUTION = importlib.util.find_spec("cykooz_resizer") is not None
 MAX_PIXELS = DataConfig.max_image_pixels
-# What is not here is not a picture to us. Some of Pillow's other formats start programs (EPS).
+# Other formats are refused. Some that Pillow reads start programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000")
 # CLIP's mean colour: a border of it is 0 to the encoder.
 PAD_COLOR = (123, 117, 104)
@@ -133,7 +133,7 @@ def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
 def _decode_jpeg(data: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray | None:
   """Returns the pixels of an upright RGB or grey JPEG; None for all else, and for damaged ones.
 
-  They stay what they are until this thread decodes the next picture.
+  They are overwritten when this thread decodes the next picture.
   """
   if not _is_upright_jpeg(data):
     return None
@@ -185,7 +185,7 @@ def _decode_any(data: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarr
 
 
 def _check_pixels(height: int, width: int, max_pixels: int) -> None:
-  """Headers tell the size: a bomb is never decoded."""
+  """Checks the size by the header alone, so that a decompression bomb is never decoded."""
   if height * width > max_pixels:
     raise ImageError(TOO_LARGE)
 

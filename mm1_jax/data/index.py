@@ -30,7 +30,7 @@ from mm1_jax.config import ConfigError, SourceConfig
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.sources import DataError, RecordError, Source
 
-# Raise it when `examples.py` makes other ids or lengths: indexes made before are then not used.
+# Raise it when `examples.py` makes other ids or lengths: older indexes are then not used.
 VERSION = 4
 MIN_RECORDS_TO_JUDGE = 100  # a share of unreadable records means little below this many
 # Starting processes takes as long as indexing so many bytes does.
@@ -51,7 +51,7 @@ class Index:
   records: np.ndarray  # int64[E], number of the record in its source
   num_positions: np.ndarray  # int32[E]
   splittable: np.ndarray  # bool[E]: documents; an answer needs its question in the same row
-  # First positions of the pictures, delimiters included, and of texts right behind another text.
+  # First positions of the pictures, delimiters included, and of texts right after another text.
   breaks: np.ndarray  # int32[K]
   is_image: np.ndarray  # bool[K]
   break_offsets: np.ndarray  # int64[E + 1]: example e has breaks [e] to [e + 1]
@@ -72,14 +72,14 @@ class Index:
   def cuts(self, example: int, image_positions: int) -> list[int] | None:
     """Returns where an example may be cut: between items; None is anywhere, in a text.
 
-    A picture keeps what stands behind it: with nothing to predict, it would teach nothing.
+    There is no cut right after a picture: with no text to predict, it would teach nothing.
     """
     if not self.splittable[example]:
       return []
     at = slice(self.break_offsets[example], self.break_offsets[example + 1])
     if at.start == at.stop:
       return None
-    cuts, image_end = [], 1  # nothing but `<s>` stands before position 1
+    cuts, image_end = [], 1  # only `<s>` is before position 1
     for start, is_image in zip(self.breaks[at].tolist(), self.is_image[at].tolist(), strict=True):
       if start != image_end:
         cuts.append(start)
@@ -110,7 +110,7 @@ def load_index(
   """Returns a source's index; its shards' come from the cache where they have been made before.
 
   The cache is `$MM1_JAX_CACHE/index`, or `~/.cache/mm1_jax/index`; it may be a gs:// path that many
-  hosts share. Each starts with another shard, so that they share the work too.
+  hosts share. Each host starts with another shard, so that they divide the work.
 
   Raises:
     ConfigError: a record has images and `max_images` is 0.
@@ -151,7 +151,7 @@ def _drop_unfit(index: Index, seq_len: int, max_images: int) -> Index:
   whole = ~index.splittable
   too_long = whole & (index.num_positions > seq_len)
   images = np.add.reduceat(np.append(index.is_image, False), index.break_offsets[:-1], dtype=int)
-  images[np.diff(index.break_offsets) == 0] = 0  # reduceat has the next one's there
+  images[np.diff(index.break_offsets) == 0] = 0  # where reduceat returns the next one's
   too_many = whole & ~too_long & (images > max_images)
   drops = index.drops + collections.Counter(
     {TOO_LONG: int(too_long.sum()), TOO_MANY_IMAGES: int(too_many.sum())}
@@ -192,7 +192,7 @@ def _check(index: Index, source: Source, max_drop_fraction: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-  """The index of one shard, whatever the rows are; `records` count from its first."""
+  """The index of one shard, independent of the row's shape; `records` count from its first."""
 
   num_records: int
   index: Index
@@ -346,7 +346,7 @@ def _read(file: epath.Path) -> _Shard | None:
 
 
 def _write(file: epath.Path, shard: _Shard) -> bool:
-  """Writes next to the final name first: several processes may make the same index at once."""
+  """Writes a temporary file and renames it: several processes may make the same index at once."""
   arrays = {f.name: getattr(shard.index, f.name) for f in dataclasses.fields(Index)}
   arrays["drops"] = np.array(json.dumps(shard.index.drops))
   data = io.BytesIO()
@@ -393,7 +393,7 @@ def _map(folder: pathlib.Path) -> _MappedIndex:
 
 
 def _keep_mapped(index: Index, folder: pathlib.Path | None) -> Index:
-  """Returns a large index mapped from `folder`, and any other, or where that fails, as it is."""
+  """Returns a large index mapped from `folder`; a small one, or where that fails, unchanged."""
   arrays = {name: value for name, value in vars(index).items() if name != "drops"}
   if folder is None or sum(array.nbytes for array in arrays.values()) < MIN_BYTES_TO_MAP:
     return index

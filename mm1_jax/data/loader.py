@@ -23,7 +23,7 @@ from mm1_jax.data.planned import PlannedRow
 from mm1_jax.data.sources import DataError, RecordError, Source
 from mm1_jax.data.tiling import decode_pictures
 
-# A long document is cut over rows near each other; it is tokenised once for all of them.
+# A long document is cut over nearby rows; it is tokenised once for all of them.
 CACHED_DOCUMENTS = 64
 
 
@@ -41,7 +41,7 @@ class _BatchImages:
   def __init__(self, shape: tuple[int, ...]):
     self._shape = shape
     self._lock = threading.Lock()
-    self._open: dict[int, tuple[np.ndarray, int]] = {}  # and how many rows are still to come
+    self._open: dict[int, tuple[np.ndarray, int]] = {}  # and how many of its rows are missing
 
   def row(self, batch: int, row: int) -> np.ndarray:
     """Returns uint8[1, N, H, W, 3] of zeros; to be asked for once for each row."""
@@ -97,7 +97,7 @@ class RowLoader:
     return LoadedRow(batch, json.dumps(drops), json.dumps(state))
 
   def _segment(self, piece: Piece, drops: collections.Counter) -> Segment | None:
-    """Returns what a piece stands for; None, and the reason in `drops`, if it cannot be read."""
+    """Returns the segment of a piece; None, and the reason in `drops`, if it cannot be read."""
     num_positions = self._indexes[piece.source].num_positions[piece.example]
     whole = piece.stop - piece.start == num_positions
     encode = self._encode if whole else self._encode_cached
@@ -110,7 +110,7 @@ class RowLoader:
     return Segment(piece.source, cut(example, piece.start, piece.stop))
 
   def _room_for(self, num_images: int, place: tuple[int, int]) -> np.ndarray:
-    """Returns memory for a row's pictures, [1, n, H, W, 3]; from it they need no pipe or copy."""
+    """Returns memory for a row's pictures, [1, n, H, W, 3], that needs no pipe and no copy."""
     if self._batches:
       return self._batches.row(*place)
     shape = 1, num_images, *self._image_size, 3
@@ -132,7 +132,7 @@ class RowLoader:
       else:
         kept.append(segment)
         slot += len(images)
-    pictures[0, slot:used] = 0  # what came before a picture that cannot be decoded
+    pictures[0, slot:used] = 0  # written for segments that were then dropped
     return kept
 
   def _encode(self, source: int, example: int) -> Example:

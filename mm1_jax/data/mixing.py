@@ -4,9 +4,9 @@
 It is a function of the config and n alone, whatever the number of processes and workers.
 
 Rows are planned a window at a time. A window draws examples until it could fill its rows, each from
-the source that is furthest behind its share of all positions; packs them; and shuffles the rows.
-What finds no room opens the next window, so that nothing is lost. Between two windows there is
-little to remember, and that is what a checkpoint holds: going on costs the same at every step.
+the source that is furthest below its share of all positions; packs them; and shuffles the rows.
+Examples without room are the first of the next window, so that none is lost. The state between two
+windows is small, and is what a checkpoint holds: resuming costs the same at every step.
 
 Weights that are shares of examples (`data.weight_by`) become shares of positions by the mean length
 of each source's examples; all else is the same.
@@ -28,16 +28,17 @@ from mm1_jax.data.packing import Item, ItemSpan, RowShape, pack
 from mm1_jax.data.sources import DataError
 
 STATE_VERSION = 3  # raise it when the same settings plan other rows
-# A window draws this much more than its rows hold. With more to choose from, rows fill better; what
-# is left over waits, so never more than this share of a window does.
+# A window draws this much more than its rows hold: with more to choose from, rows fill better. What
+# is left over waits for the next window, and is never more than this share of one.
 SURPLUS = 0.125
 # How much of what waits counts as placed when a window draws. With none of it, a source that had
-# too little room gives too much the next time, and shares swing; with all of it, a source that the
-# packer favours stays ahead. A quarter has them within 0.22% after 2,048 rows, for five seeds each
-# at 45:45:10 and at 50:10:40, with texts of up to 74 rows; none within 0.62%, half within 0.28%.
+# too little room gives too much the next time, and shares oscillate; with all of it, a source that
+# the packer favours stays ahead. With a quarter, shares are within 0.22% after 2,048 rows, for five
+# seeds each at 45:45:10 and at 50:10:40, with texts of up to 74 rows; with none within 0.62%, with
+# half within 0.28%.
 COUNTED_WAITING = 0.25
-# The mean length of a source with a `limit` is that of so many of its examples at most: each takes
-# some 10 us to find. It is then off by 1/256 of the lengths' standard deviation.
+# The mean length of a source with a `limit` is taken over at most so many of its examples: each
+# takes some 10 us to find. It is then off by 1/256 of the lengths' standard deviation.
 MAX_MEASURED = 1 << 16
 
 
@@ -50,7 +51,7 @@ class Rest(NamedTuple):
 
 
 class Piece(NamedTuple):
-  """Positions `start` to `stop` of an example: what stands in a row as one segment."""
+  """Positions `start` to `stop` of an example: one segment of a row."""
 
   source: int
   example: int
@@ -173,11 +174,11 @@ class Mixer:
     cursors, placed = list(state.cursors), list(state.placed)
     pool = _Pool(self._data, self._shape, self.indexes)
     for rest in state.carried:
-      if shares[rest.source]:  # else it waits until the source has some weight again
+      if shares[rest.source]:  # else it waits until the source's weight is above 0 again
         pool.add(rest)
     counted = COUNTED_WAITING
     if any(change.step == state.batch for change in self._data.reweight):
-      # New shares begin here. What waits counts as drawn for once, so that they hold at once.
+      # New shares begin here. What waits counts in full this once, so that they hold at once.
       placed, counted = [0] * len(shares), 1.0
     ahead = [there + counted * n for there, n in zip(placed, pool.positions, strict=True)]
     self._draw(pool, shares, cursors, ahead, (1 + SURPLUS) * num_rows)
@@ -220,8 +221,8 @@ class Mixer:
       pool: what is there already.
       shares: of the sources.
       cursors: how many examples each source has given.
-      placed: positions that sources are ahead with.
-      num_rows: when to stop.
+      placed: positions that count as placed already, by source.
+      num_rows: that the pool should fill.
     """
     drawn = list(placed)
     nexts = {s: self._next(s, cursors[s]) for s, share in enumerate(shares) if share}
@@ -238,7 +239,7 @@ class Mixer:
       nexts[source] = self._next(source, cursors[source])
 
   def _next(self, source: int, cursor: int) -> tuple[int, int]:
-    """Returns the example that comes next, and its positions; 0 of these if there is none."""
+    """Returns a source's next example and its number of positions, which is 0 if there is none."""
     if cursor >= self.orders[source].length:
       return 0, 0
     example = self.orders[source][cursor]
@@ -258,7 +259,7 @@ class _Pool:
     self.size = 0.0
     self._shape = shape
     self._indexes = indexes
-    # Sources whose examples share rows have the same number here.
+    # The group of each source; sources of one group share rows.
     self._groups = [s if data.packing == "per_source" else 0 for s in range(len(indexes))]
     self._group_positions = [0] * len(indexes)
     self._group_images = [0] * len(indexes)
@@ -361,7 +362,7 @@ def fingerprint(data: DataConfig, image_positions: int, indexes: Sequence[Index]
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], batch: int) -> None:
   """Raises a ConfigError that names what has changed since a state was saved.
 
-  Weights may still change from a step on that no window has reached; `batch` is the first of the
+  Weights may change from steps on that no window has reached yet; `batch` is the first of the
   state's window.
   """
   end = batch + math.ceil(now["window_rows"] / now["batch_size"])

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows out of examples: what goes together, and what a row then holds.
+"""Packing: which examples share a row, and the arrays of that row.
 
 A row has room for S positions and N images, and an example needs some of both. A row of captions
 runs out of image slots, a row of text leaves them empty. So each row gets some of all: parts of
 long documents up to their share of a row, then captions and other short examples, such that
-positions and slots come to an end together, and last the text that may be cut to any length.
-All of this looks at lengths alone; examples are read when a batch is made.
+positions and slots are used up together, and last the text that may be cut to any length.
+All of this uses lengths alone; examples are read when a batch is made.
 """
 
 import bisect
@@ -19,22 +19,22 @@ import numpy as np
 from mm1_jax.batch import Batch
 from mm1_jax.data.examples import Example
 
-# Examples longer than this share of a row get their place first, and documents may be cut there;
-# shorter ones stay whole.
+# Examples longer than this share of a row are placed first, and documents may be cut; shorter ones
+# stay whole.
 LONG = 0.25
-# A document is not cut into parts shorter than this share of a row, where it can be helped ...
+# A document is not cut into parts shorter than this share of a row, where that can be avoided ...
 SHORTEST_CUT = 0.125
 # ... but a text may give a part of this share to a row that would else stay unfilled.
 SHORTEST_FILL = 1 / 32
-# The share of short examples that rows are prepared with. The rest is to choose from, when a row is
-# nearly full and one of just the right length is needed.
+# The share of short examples that rows are filled with first. Of the rest one of the right length
+# is chosen when a row is nearly full.
 PREPARED = 0.9
-# How many documents are looked at for the one that fills a row best.
+# How many documents are compared to find the one that fills a row best.
 LOOK_AHEAD = 16
 
 
 class Item(NamedTuple):
-  """What there is to know of an example, or of the rest of one, to pack it."""
+  """What packing needs of an example, or of the rest of one."""
 
   num_positions: int
   image_starts: Sequence[int]  # first positions of its pictures, ascending
@@ -50,7 +50,7 @@ class ItemSpan(NamedTuple):
 
 
 class Packing(NamedTuple):
-  """The parts in each row, and from where on the items without room are left over."""
+  """The parts in each row, and what is left over of the items without room."""
 
   rows: list[list[ItemSpan]]
   left: list[tuple[int, int]]  # item, first position that is in no row
@@ -67,7 +67,8 @@ class RowShape(NamedTuple):
 def pack(items: Sequence[Item], num_rows: int, shape: RowShape) -> Packing:
   """Packs items into rows, so that positions and image slots both fill up.
 
-  Where there are more items than room, the first go first, and of each kind about its share.
+  Where there are more items than room, earlier items take precedence, and each kind gets about its
+  share.
 
   Args:
     items: those that cannot be cut fit a row.
@@ -83,7 +84,7 @@ def pack(items: Sequence[Item], num_rows: int, shape: RowShape) -> Packing:
   short = np.flatnonzero(~long)
   total = max(int(positions.sum()), 1)
   room = min(1.0, num_rows * shape.seq_len / total)  # there is room for this share of all
-  # So much of a row is for long ones: a part of that length leaves the short ones their share.
+  # The share of a row that is for long ones: a part of that length leaves short ones their share.
   best = max(int(shape.seq_len * positions[long].sum() / total), 1)
   before = np.cumsum(positions[short]) - positions[short]
   prepared = before < PREPARED * room * positions[short].sum()
@@ -101,7 +102,7 @@ def pack(items: Sequence[Item], num_rows: int, shape: RowShape) -> Packing:
 
 
 class _Rows:
-  """Rows that are being filled, and how far each item has got."""
+  """Rows that are being filled, and how much of each item is in rows."""
 
   def __init__(self, items: Sequence[Item], num_rows: int, shape: RowShape):
     self.parts: list[list[ItemSpan]] = [[] for _ in range(num_rows)]
@@ -112,7 +113,7 @@ class _Rows:
     self._free_images = np.full(num_rows, shape.images_per_row)
 
   def left(self) -> list[tuple[int, int]]:
-    """Returns the items that are not in rows up to their end, and how far they are."""
+    """Returns the items that are not in rows up to their end, and how much of each is."""
     return [(i, n) for i, n in enumerate(self._reached) if n < self._items[i].num_positions]
 
   def reserve(self, best: int, num_positions: float) -> np.ndarray:
@@ -132,15 +133,15 @@ class _Rows:
     self._free_positions += reserved
 
   def place(self, documents: Sequence[int], best: int, num_positions: float) -> None:
-    """Puts parts of documents into rows, of the next parts always the longest.
+    """Puts parts of documents into rows: of each document's next part, the longest goes first.
 
-    Each goes into the emptiest row, so that short ones find about the same everywhere. If there are
+    Each goes into the emptiest row, so that rows have about equal room for short ones. If there are
     hardly any short ones, each goes where it leaves least room.
 
     Args:
-      documents: the first have their turn before the last, if not all do.
+      documents: in order of precedence, if there is no room for all.
       best: how long a part should be.
-      num_positions: when to stop.
+      num_positions: of all parts together, at most.
     """
     level = best <= (1 - SHORTEST_CUT) * self._shape.seq_len
     ends, queue = {}, []
@@ -166,8 +167,8 @@ class _Rows:
   def spread(self, short: Sequence[int]) -> list[int]:
     """Puts items where there is most room for each free slot; returns those without room.
 
-    So positions and slots of a row come to an end together: rows that are short of positions get
-    short captions. A row's last slot is left to `fit`.
+    So positions and slots of a row are used up together: rows with few free positions get short
+    captions. A row's last slot is left to `fit`.
     """
     left = []
     for i in short:
@@ -188,7 +189,7 @@ class _Rows:
       item = self._items[i]
       by_images.setdefault(len(item.image_starts), []).append((item.num_positions, i))
     for group in by_images.values():
-      group.sort(key=lambda entry: (entry[0], -entry[1]))  # of equals, the first goes first
+      group.sort(key=lambda entry: (entry[0], -entry[1]))  # of equal ones, the first is taken first
     for row in np.argsort(self._free_positions, kind="stable").tolist():
       while True:
         room = int(self._free_positions[row])
@@ -262,7 +263,7 @@ class _Rows:
     return row if fits[row] else None
 
   def _put(self, row: int, i: int, stop: int) -> None:
-    """Puts item `i`, from where it has got to up to `stop`, into a row."""
+    """Puts item `i`, from its first position that is in no row up to `stop`, into a row."""
     part = ItemSpan(i, self._reached[i], stop)
     self.parts[row].append(part)
     self._free_positions[row] -= part.stop - part.start
@@ -276,7 +277,7 @@ def _count(item: Item, start: int, stop: int) -> int:
 
 
 def next_cut(item: Item, stop: int) -> int:
-  """Returns the first place behind `stop` where an item may be cut, or its end."""
+  """Returns the first place after `stop` where an item may be cut, or its end."""
   at = bisect.bisect_right(item.cuts or (), stop)
   return item.cuts[at] if item.cuts and at < len(item.cuts) else item.num_positions
 
@@ -284,10 +285,10 @@ def next_cut(item: Item, stop: int) -> int:
 def furthest_cut(
   item: Item, start: int, max_positions: int, max_images: int, shape: RowShape
 ) -> int:
-  """Returns where a part from `start` on must end to keep within both limits; `start` for nowhere.
+  """Returns where a part from `start` on must end to keep within both limits; `start` if none fits.
 
-  That is at one of the item's cuts. But what no whole row could hold from here to its next cut is
-  cut at the limit, or in front of the picture that stands there.
+  That is at one of the item's cuts. But where not even an empty row could hold the positions up to
+  the next cut, the part ends at the limit, or before the picture that is there.
   """
   stop = min(start + max_positions, item.num_positions)
   first = bisect.bisect_left(item.image_starts, start)
@@ -322,12 +323,12 @@ def assemble(
   images_per_row: int,
   pad_id: int,
 ) -> Batch:
-  """Lays segments out in a row, one after another, with padding behind.
+  """Lays segments out in a row, one after another, with padding at the end.
 
   Args:
     segments: examples that fit `seq_len` and `images_per_row`.
-    pictures: uint8[1, n, H, W, 3], theirs in order. If there are more, the last mean nothing, or
-      must be 0 where `stack` is to leave them where they are.
+    pictures: uint8[1, n, H, W, 3], theirs in order. Further ones mean nothing; they must be 0 where
+      `stack` is to use this memory as it is.
     seq_len: S.
     images_per_row: N.
     pad_id: the id at padding positions.

@@ -33,8 +33,8 @@ from mm1_jax.data.tokenizer import Tokenizer
 
 # Where slots are this many times the images of a full row, all rows find room for theirs.
 SLOTS_TO_SPARE = 1.05
-# Threads that make rows in each process. Reading and decoding let go of Python's lock, but what is
-# around them does not: more than a few cores are for worker processes.
+# Threads that make rows in each process. Reading and decoding release Python's lock, but the code
+# around them does not: to use more than a few cores, use worker processes.
 NUM_THREADS = 2
 
 # Smaller arrays come from a worker through a pipe: each shared one is a file to open and remove.
@@ -53,7 +53,7 @@ class BatchStats(NamedTuple):
 
 
 class PipelineError(RuntimeError):
-  """Making a batch failed, for no reason that we know of."""
+  """Making a batch failed for another reason than the data or the config."""
 
 
 class Pipeline:
@@ -83,8 +83,8 @@ class Pipeline:
     self._lengths = lengths
     self._state = state
     self._error: Exception | None = None
-    # Also at exit: Grain's threads and workers do not survive the interpreter's own clean-up. The
-    # list lets go of the iterator with that, which would else try to close itself once more.
+    # Also at exit: Grain's threads and workers do not survive the interpreter's own clean-up. This
+    # clears the list, so that the iterator is not closed a second time.
     self._finalizer = weakref.finalize(self, _close, self._loaded)
 
   @property
@@ -135,7 +135,7 @@ class Pipeline:
     return batch, stats
 
   def state(self) -> dict[str, Any]:
-    """Returns what `make_pipeline` needs to go on with the batch that comes next, as plain JSON.
+    """Returns what `make_pipeline` needs to continue with the next batch, as plain JSON.
 
     It is the same on every process, and for any number of processes and workers.
     """
@@ -230,7 +230,7 @@ def make_pipeline(
     indexes={config.name: index for config, index in zip(data.leaves, indexes, strict=True)},
     lengths=[order.length for order in mixer.orders],
     state=state,
-    # Of several processes each sees a part; `train.loop` adds them up.
+    # Each of several processes counts a part; `train.loop` adds them up.
     max_drop_fraction=data.max_drop_fraction if process_count == 1 else 1.0,
   )
 
@@ -240,7 +240,7 @@ def _log_slots(data: DataConfig, mixer: Mixer) -> None:
   for step in (0, *(change.step for change in data.reweight)):
     images = mixer.expected_images(step)
     if not images or data.packing != "joint":
-      continue  # rows of one source need what that source needs
+      continue  # rows of a single source need as many slots as that source, not the mixture
     enough = min(math.ceil(SLOTS_TO_SPARE * images), data.seq_len // mixer.image_positions)
     if data.images_per_row < images:
       used = f"too few: rows will be about {data.images_per_row / images:.0%} full"

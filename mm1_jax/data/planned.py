@@ -21,8 +21,8 @@ class PlannedRow(NamedTuple):
 class PlannedBatches:
   """Random access to the pieces of batches `first`, `first + 1`, ...; rows of one process.
 
-  Windows follow from each other, so going on is cheap, and going back before the two latest windows
-  plans again from the beginning. Pickles without what it has planned.
+  Each window follows from the one before, so the next one is cheap, while access before the two
+  latest windows plans again from the beginning. Pickles without what it has planned.
   """
 
   def __init__(self, mixer: Mixer, state: WindowState, first: int, rows: range):
@@ -70,8 +70,8 @@ class PlannedBatches:
 class PlannedRows:
   """The rows of planned batches one by one; the last of a batch with the state for the next batch.
 
-  A row is what one thread makes at a time: the first batch is there after the time of a few rows,
-  and what is in memory does not grow with the number of workers.
+  A thread makes one row at a time: the first batch is ready after the time of a few rows, and
+  memory does not grow with the number of workers.
   """
 
   def __init__(self, batches: PlannedBatches, num_rows: int):

@@ -39,7 +39,7 @@ class RecordError(DataError):
 
 
 class Source:
-  """Random access to the records behind one `SourceConfig`.
+  """Random access to the records of one `SourceConfig`.
 
   Pickles to its paths alone, so worker processes open the shards themselves.
 
@@ -166,7 +166,7 @@ def _check_items(items: Any, where: str) -> None:
 
 
 def _open(name: str, paths: tuple[str, ...]) -> Any:
-  """Opens all shards at once; when that fails, finds the one to blame."""
+  """Opens all shards at once; when that fails, finds the one that cannot be opened."""
   try:
     return grain_sources.ArrayRecordDataSource(paths)
   except Exception as all_error:

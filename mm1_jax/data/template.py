@@ -12,8 +12,8 @@
 A conversation is `<s>` if `bos` says so, then each turn as `before`, what is said, `end`, `after`.
 Trained on are the assistant's words and their `end`, nothing else. `default_system` (none if left
 out) begins conversations without a system turn of their own. A space at the end of `before` is
-tokenised with the text behind it. Control symbols of the tokenizer, such as `</s>`, take their
-one id where a template has them; no text that a user types ever does.
+tokenised with the text after it. Control symbols of the tokenizer, such as `</s>`, take their one
+id where a template has them; the same characters in a user's text do not.
 
 Templates that are shipped lie in `templates/`: `default`, `vicuna`, `llama3`, `chatml`.
 """
@@ -33,11 +33,11 @@ SHIPPED = pathlib.Path(__file__).parent / "templates"
 
 @dataclasses.dataclass(frozen=True)
 class Markup:
-  """What stands around one role's words."""
+  """The text around one role's words."""
 
   before: str
   end: str = ""  # of an answer: said by the assistant, so trained on
-  after: str = ""  # left out behind the last answer, where nothing follows
+  after: str = ""  # left out after the last answer, where nothing follows
 
 
 @dataclasses.dataclass(frozen=True)

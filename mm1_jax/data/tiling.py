@@ -3,7 +3,7 @@
 
 MM1 (section 4.1) cuts every picture alike: 1344 x 1344 pixels are 2 x 2 sub-images of 672 and the
 whole, 5 x 144 = 720 tokens. MM1.5 (arXiv 2409.20566, section 4.5) chooses the grid that suits the
-picture. To the rest of the pipeline each sub-image is a picture of its own, one behind the other.
+picture. To the rest of the pipeline each sub-image is a picture of its own, one after another.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ class Tiler:
     ]
 
   def _cut_item(self, item: Any, numbers: Any, first: int) -> list[Any]:
-    """Returns what stands for an item: of a picture from the `first` to be cut on, its parts."""
+    """Returns the items that replace one: of pictures from number `first` on, their parts."""
     if "image" not in item:
       return [item]
     number = next(numbers)
@@ -128,7 +128,7 @@ def _index(number: int, at: tuple[int, int], _: tuple[int, int] | None) -> str:
 
 
 def _separator(_: int, at: tuple[int, int], before: tuple[int, int] | None) -> str:
-  """Returns what parts a sub-image from the one before: columns, rows, the overview."""
+  """Returns the separator between a sub-image and the one before: of column, row or overview."""
   if before is None:
     return ""
   if (0, 0) in (at, before):

@@ -74,7 +74,7 @@ class Tokenizer:
 
   @property
   def model(self) -> bytes:
-    """All that ids depend on; what is made with a tokenizer is kept under its hash."""
+    """All that ids depend on; caches of what is made with a tokenizer are named by its hash."""
     return self._files.model + self._files.config
 
   def encode(self, text: str) -> list[int]:
@@ -82,9 +82,9 @@ class Tokenizer:
     return self._backend.encode(text)
 
   def encode_markup(self, text: str) -> list[int]:
-    """Returns the ids of what a template says: control symbols in it take their own ids.
+    """Returns the ids of a template's text: control symbols in it take their own ids.
 
-    Only for templates: of what comes from data or users, `encode` makes text.
+    Only for templates: in text of data or users, `encode` makes ordinary characters of them.
     """
     if not self.symbols:
       return self.encode(text)

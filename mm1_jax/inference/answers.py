@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model may say, and what ends its answers: the same wherever it answers."""
+"""Tokens that a model may generate, and those that end an answer: one rule for all programs."""
 
 from typing import NamedTuple
 
@@ -12,13 +12,13 @@ from mm1_jax.data.examples import Encoder
 class Answers(NamedTuple):
   """The tokens of answers."""
 
-  allowed: Bool[np.ndarray, " V"]  # those that may be said: all words, and the `ends`
+  allowed: Bool[np.ndarray, " V"]  # those that may be drawn: all of text, and the `ends`
   ends: tuple[int, ...]  # any of them ends an answer; the first is `</s>`
   stop: tuple[str, ...]  # texts that end a turn, where the template's end is no symbol
 
 
 def answers(encoder: Encoder, vocab_size: int) -> Answers:
-  """Returns what a model of `vocab_size` tokens may say, which may be more than words are."""
+  """Returns the tokens that a model may generate; `vocab_size` may exceed the tokenizer's."""
   tokenizer, end = encoder.tokenizer, encoder.answer_end
   ends, stop = (tokenizer.eos_id,), ()
   if len(end) == 1:

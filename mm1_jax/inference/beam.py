@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search: of all continuations of a prompt, the K likeliest are followed side by side.
+"""Beam search: of all continuations of a prompt, the K likeliest are kept at each step.
 
 A finished answer scores log p / length ** penalty, its end token counted: Wu et al. (arXiv
 1609.08144, section 7) divide by ((5 + length) / 6) ** penalty, transformers as here. A row is
@@ -26,12 +26,12 @@ from mm1_jax.sharding import LAYOUT
 class BeamSearch(NamedTuple):
   """Searches for the likeliest answer, instead of drawing one."""
 
-  num_beams: int = 4  # answers that are followed side by side
+  num_beams: int = 4  # continuations that are kept at each step
   length_penalty: float = 1.0  # 0 compares sums of log p; the larger, the longer the answers
 
 
 class Search(NamedTuple):
-  """How all rows go on."""
+  """Settings of the search, for all rows."""
 
   penalty: Float[Array, ""]
   limit: Int[Array, ""]  # new tokens, the end token included
@@ -40,12 +40,12 @@ class Search(NamedTuple):
 
 
 class Beams(NamedTuple):
-  """Where the rows stand; on every device whole, but for the cache."""
+  """The state of the rows; on every device whole, but for the cache."""
 
-  tokens: Int[Array, "B K C"]  # new ones of what grows, from slot 0
-  scores: Float[Array, "B K"]  # log p; -inf where nothing grows
-  best: Int[Array, "B C"]  # of what has ended
-  best_score: Float[Array, " B"]  # -inf before anything has
+  tokens: Int[Array, "B K C"]  # new ones of unfinished beams, from slot 0
+  scores: Float[Array, "B K"]  # log p; -inf for a beam that is not in use
+  best: Int[Array, "B C"]  # of the finished answers
+  best_score: Float[Array, " B"]  # -inf before there is one
   best_length: Int[Array, " B"]  # of `best`, its end token left out
   step: Int[Array, ""]  # tokens of every beam
   cache: KVCache  # B * K rows, those of a prompt side by side
@@ -69,7 +69,7 @@ def prefill(
   hidden, cache = read_prompts(model, tokens, images, lengths, num_slots)
   logits = next_logits(model, hidden)
   num_rows = len(tokens)
-  # All beams are the same yet: the first one has all the probability.
+  # All beams are still equal: the first one has all the probability.
   first = jnp.where(jnp.arange(num_beams)[None] == 0, 0.0, -jnp.inf)
   begun = reshard(lengths, LAYOUT.replicated) > 0
   start = Beams(
@@ -93,14 +93,14 @@ def decode(
   stopped: Bool[Array, "B K"],
   until: Int[Array, ""] | int,
 ) -> Beams:
-  """Goes on until no row can become better, or every beam has `until` tokens.
+  """Decodes until no row's best answer can improve, or every beam has `until` tokens.
 
   Args:
     model: as in `prefill`.
     beams: from `prefill` or `decode`; its memory is used up.
     lengths: positions of each prompt.
     search: as in `prefill`.
-    stopped: beams that end here, whatever they last said.
+    stopped: beams that end here, whatever their last token.
     until: at most C less the prompts' S positions.
   """
 
@@ -122,7 +122,7 @@ def decode(
 
 
 def finished(beams: Beams, search: Search) -> Bool[Array, " B"]:
-  """Returns which rows nothing can improve: log p only falls, and a length is at most `limit`."""
+  """Returns which rows cannot improve: log p only falls, and a length is at most `limit`."""
   length = jnp.where(search.penalty > 0, search.limit, beams.step + 1)
   return jnp.max(beams.scores, axis=1) / length**search.penalty <= beams.best_score
 
@@ -142,7 +142,7 @@ def _grow(beams: Beams, logits: Float[Array, "B*K V"], search: Search) -> Beams:
   length = jnp.full_like(token, beams.step + 1)
   said_end = jnp.any(token[..., None] == search.ends[None, None], axis=-1)
   ended = said_end | (length >= search.limit)
-  # What ends must be among the K best as it does; the others are there to go on with.
+  # A candidate that ends counts only if it is among the K best; the others are for the next step.
   counts = ended & (jnp.arange(num)[None] < num_beams)
   beams = _keep_best(beams, tokens, scores, length, length - said_end, counts, search)
 
@@ -164,7 +164,7 @@ def _keep_best(
   ended: Bool[Array, "B N"],
   search: Search,
 ) -> Beams:
-  """Returns beams whose `best` is the best of the old one and of what has `ended`."""
+  """Returns the beams, with `best` the best of the old one and of those that have `ended`."""
   scores = jnp.where(ended, scores / lengths**search.penalty, -jnp.inf)
   at = jnp.argmax(scores, axis=1)[:, None]
   score, length = (jnp.take_along_axis(x, at, axis=1)[:, 0] for x in (scores, said))
@@ -178,9 +178,9 @@ def _keep_best(
 
 
 def _follow(cache: KVCache, parents: Int[Array, "B K"]) -> KVCache:
-  """Returns the cache of beams that go on from their `parents`, a row's on the device they are on.
+  """Returns the cache of beams that continue their `parents`; no row changes its device.
 
-  A cache has a row for each beam, or the prompt's alone, which all go on from.
+  A cache has a row for each beam, or one row for the prompt, which all beams continue.
   """
 
   def take(layers, segment_ids, parents):

@@ -11,18 +11,18 @@ from mm1_jax.inference.sampler import GREEDY, Sampling
 
 
 class Conversation:
-  """Turns by turns; a question that fails, or is not answered by a word, leaves it as it was.
+  """A conversation; a question that fails, or gets an empty answer, leaves it unchanged.
 
   Args:
-    model: who answers.
+    model: gives the answers.
     max_new_tokens: of an answer; fewer where the conversation leaves less room.
     sampling: how answers are drawn.
     stop: texts that end an answer.
     seed: of what is drawn.
 
   Attributes:
-    turns: what has been said, as `Model.generate` takes it.
-    images: they come with the next question.
+    turns: the turns so far, as `Model.generate` takes them.
+    images: pictures for the next question.
     max_new_tokens: as above; may be changed between questions.
     sampling: the same.
   """
@@ -62,7 +62,7 @@ class Conversation:
   def ask(self, text: str) -> Generator[str]:
     """Yields the answer to a question as it grows.
 
-    What was said when the caller stops listening, or Ctrl-C comes, counts as the answer.
+    When the caller stops iterating, or at Ctrl-C, the text so far counts as the answer.
 
     Raises:
       PromptError: the question cannot be used, or the conversation has no room for an answer.

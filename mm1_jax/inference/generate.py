@@ -32,7 +32,7 @@ if TYPE_CHECKING:
   from mm1_jax.inference.model import Model
   from mm1_jax.inference.prompts import Item
 
-# What answers is imported where it is used: --help needs none of it, and it takes seconds.
+# The model's code is imported where it is used: --help does not need it, and it takes seconds.
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

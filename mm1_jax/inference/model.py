@@ -30,7 +30,7 @@ from mm1_jax.models.mm1 import IN_FLOAT32, MM1
 from mm1_jax.sharding import LAYOUT, abstract_state, make_params_mesh
 
 SHORTEST = 64  # positions that any prompt gets room for
-# Tokens between two looks of the host at what was said: a stop string, a listener, Ctrl-C.
+# Tokens between two reads by the host, which checks stop strings, streams, and notices Ctrl-C.
 TOKENS_AT_ONCE = 8
 MOST_BEAMS = 64
 
@@ -44,7 +44,7 @@ class Model:
     mesh: devices that it runs on.
 
   Attributes:
-    answers: what it may say, and what ends it.
+    answers: tokens that may be drawn, and those that end an answer.
   """
 
   def __init__(self, params: MM1, run: RunConfig, mesh: Mesh):
@@ -128,7 +128,7 @@ class Model:
       chat: whether a prompt of texts and pictures is a user's turn that the assistant answers, or
         the beginning of a document to continue; None goes by what the run was trained on,
         `data.chat`.
-      seed: of what is drawn; or one for each prompt, whose place then does not matter.
+      seed: of what is drawn; or one for each prompt: then its place does not matter.
       batch_size: prompts that are read at once.
 
     Raises:
@@ -163,8 +163,8 @@ class Model:
   ) -> Iterator[str]:
     """Yields one answer as it grows, each time all of it so far; for the rest see `generate`.
 
-    What may turn out to be the beginning of a stop text, or half a character, waits. An answer that
-    is searched for comes whole.
+    Text that may be the beginning of a stop text, or of half a character, is held back. An answer
+    that is searched for comes whole.
 
     Raises:
       PromptError: as in `generate`; at once, not with the first token.
@@ -293,7 +293,7 @@ class _Says:
     self._text = ""
 
   def __call__(self, ids: list[int], *, last: bool) -> str:
-    """Returns the text of all tokens so far, that may not grow any more if it is the `last`."""
+    """Returns the text of all tokens so far; `last` says that no more will follow."""
     if self.stopped:
       return self._text
     text = self._decode(ids).removeprefix(self._space)

@@ -41,7 +41,7 @@ class Visit:
   stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
 
   def messages(self, answer: str = "") -> list[dict[str, Any]]:
-    """Returns what a chatbot shows: all turns, the question, and what was said of its answer."""
+    """Returns what a chatbot shows: all turns, the question, and its answer so far."""
     turns = [*self.conversation.turns]
     if self.question is not None:
       turns.append({"role": "user", "content": [*self.conversation.images, self.question]})
@@ -59,7 +59,7 @@ class Page:
   """What the events of the page do.
 
   Args:
-    model: who answers.
+    model: gives the answers.
     max_new_tokens: of an answer, where the visitor does not change it.
     sampling: how answers are drawn, of which the visitor changes temperature and top-p.
     stop: texts that end an answer.
@@ -80,7 +80,7 @@ class Page:
     self._how = {"stop": stop, "seed": seed}
 
   def new(self, visit: Visit | None) -> tuple[Visit, list[dict[str, Any]]]:
-    """Ends a conversation, and what is being said in it, and begins another."""
+    """Ends a conversation, and any answer that is being generated, and begins another."""
     if visit is not None:
       visit.stopped.set()
     visit = Visit(Conversation(self._model, **self._defaults, **self._how))
@@ -126,7 +126,7 @@ class Page:
       conversation.sampling = conversation.sampling._replace(temperature=temperature, top_p=top_p)
     num_turns = len(conversation.turns)
     try:
-      # Closed, so that what was said is in the conversation before the page goes on.
+      # Closed, so that the text so far is in the conversation before the page continues.
       with contextlib.closing(conversation.ask(question)) as answers:
         for text in answers:
           if visit.stopped.is_set():
@@ -184,7 +184,7 @@ class Page:
     return page.queue(max_size=MOST_WAITING, default_concurrency_limit=1)
 
   def _settings(self) -> list[Any]:
-    """Returns the controls whose values `answer` takes."""
+    """Returns the controls that give `answer` its arguments."""
     sampling = self._defaults["sampling"]
     drawn = isinstance(sampling, Sampling)  # a search draws nothing
     temperature, top_p = (sampling.temperature, sampling.top_p) if drawn else (0.0, 1.0)
@@ -200,9 +200,9 @@ class Page:
     ]
 
   def _connect(self, visit, chatbot, box, new, system, settings) -> None:
-    """Lets the events do what the methods above do.
+    """Connects the page's events to the methods above.
 
-    One answer at a time is drawn, whoever asks; the others wait. Stopping waits for nothing.
+    One answer at a time is generated over all visitors; other questions wait. Stop does not wait.
     """
     # A badge of progress, or of an error, would cover the conversation.
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}

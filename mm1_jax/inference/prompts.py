@@ -87,7 +87,7 @@ def read_prompt(
 
 
 def check_room(num_positions: int, num_images: int, run: RunConfig, max_new_tokens: int) -> None:
-  """Raises a PromptError if an answer does not fit behind a prompt."""
+  """Raises a PromptError if an answer does not fit after a prompt."""
   longest = run.data.seq_len
   room = longest - num_positions
   if max_new_tokens > room:
@@ -138,7 +138,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _turn(turn: Any) -> dict[str, Any]:
-  """Returns a turn whose content is a list of items."""
+  """Returns a turn with its content as a list of items."""
   role, content = (turn.get(k) if isinstance(turn, Mapping) else None for k in ("role", "content"))
   if role not in ROLES or not isinstance(content, str | Iterable):
     raise PromptError(

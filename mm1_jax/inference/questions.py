@@ -13,8 +13,8 @@ become
 
 `id` is the line's number where it is missing. Pictures fill the `<image>` slots of a prompt, or of
 the turns, in order; a prompt without slots has its pictures in front. Answers are written as they
-come. The same command goes on where it was stopped: what has an answer is not asked again, what
-failed is.
+come. The same command continues where it was stopped: questions with an answer are not asked again,
+those that failed are.
 """
 
 import concurrent.futures
@@ -40,7 +40,7 @@ SECONDS_BETWEEN_NEWS = 10.0
 
 class Question(NamedTuple):
   id: str
-  row: Any  # as it stands in the file
+  row: Any  # as it is in the file
 
 
 class AnswerCounts(NamedTuple):
@@ -66,7 +66,7 @@ def answer_file(
   """Answers the questions of a file that have no answer yet.
 
   Args:
-    model: who answers.
+    model: gives the answers.
     input: JSON lines, as above.
     output: JSON lines; those with an answer stay.
     images: folder of pictures with relative paths; None is the one of `input`.
@@ -172,7 +172,7 @@ def read_question(row: Any, folder: epath.Path) -> Prompt:
 
 
 def _turns(turns: Any, images: list[epath.Path]) -> Prompt:
-  """Returns turns whose contents are items; each slot takes the next of the pictures."""
+  """Returns turns with their contents as items; each slot takes the next of the pictures."""
   if not isinstance(turns, list) or not turns:
     raise PromptError(f"'turns' is {turns!r}; it must be a list with at least one turn.")
   filled = []
@@ -191,7 +191,7 @@ def _turns(turns: Any, images: list[epath.Path]) -> Prompt:
 def _keep_answers(output: epath.Path) -> set[str]:
   """Returns which questions have an answer, and leaves only those in the file.
 
-  What failed will be asked again; what a crash left of a last line goes.
+  Questions that failed will be asked again; a last line that a crash cut off is removed.
   """
   if not output.exists():
     return set()

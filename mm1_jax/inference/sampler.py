@@ -3,10 +3,11 @@
 
   1. prefill:  the prompts, left-padded so that all end at the same slot, go through once.
   2. sample:   the next token of each row, from the logits of its last one.
-  3. decode:   that token goes through alone, seeing the cache; then 2. again, in a `while_loop`.
+  3. decode:   that token goes through alone and attends to the cache; then 2. again, in a
+               `while_loop`.
 
-`decode` may be called in parts: between them the host looks at what has been said, for stop strings
-and streaming. That compiles nothing anew.
+`decode` may be called in parts: between them the host reads the new tokens, for stop strings and
+streaming. That compiles nothing anew.
 
 Letters: B rows, S prompt positions, C cache slots, N image slots a row, V vocabulary.
 """
@@ -36,7 +37,7 @@ GREEDY = Sampling()
 
 
 class Draw(NamedTuple):
-  """How all rows go on."""
+  """How tokens are drawn, for all rows."""
 
   sampling: Sampling
   allowed: Bool[Array, " V"]  # tokens that may be drawn, `ends` among them
@@ -45,7 +46,7 @@ class Draw(NamedTuple):
 
 
 class Decoding(NamedTuple):
-  """Where the rows stand."""
+  """The state of the rows."""
 
   tokens: Int[Array, "B C"]  # new ones from slot 0; `ends[0]` from the end of a row on
   lengths: Int[Array, " B"]  # new tokens before the end
@@ -77,7 +78,7 @@ def sample(
     ranked = jnp.where(rank < top_k, ranked, -jnp.inf)
     probs = jax.nn.softmax(ranked)
     before = jnp.cumsum(probs, axis=-1) - probs
-    # Rounding may bring `before` to 1 in front of the last tokens; a top_p of 1 keeps them.
+    # Rounding may bring `before` to 1 ahead of the last tokens; a top_p of 1 keeps them.
     ranked = jnp.where((before < sampling.top_p) | (sampling.top_p >= 1), ranked, -jnp.inf)
     choice = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
@@ -103,7 +104,7 @@ def read_prompts(
 
 
 def next_logits(model: MM1, hidden: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
-  """Returns what may come next, on every device for all rows.
+  """Returns the logits of the next tokens, of all rows on every device.
 
   Ranking tokens along a vocabulary that is split would cost more.
   """
@@ -130,7 +131,7 @@ def prefill(
     tokens: prompts, left-padded with anything but image placeholders; it changes nothing.
     images: the rows' pictures in order; a slot beyond a row's last picture changes nothing.
     lengths: positions of each prompt; 0 marks a row that only fills the batch.
-    draw: how rows go on.
+    draw: how tokens are drawn.
     num_slots: of the cache (C): room for S and for the new tokens.
   """
   hidden, cache = read_prompts(model, tokens, images, lengths, num_slots)
@@ -145,7 +146,7 @@ def prefill(
 def decode(
   model: MM1, state: Decoding, draw: Draw, stopped: Bool[Array, " B"], until: Int[Array, ""] | int
 ) -> Decoding:
-  """Goes on until every row has ended, or `until` tokens are there.
+  """Decodes until every row has ended, or has `until` tokens.
 
   Compiles once for each number of rows and of cache slots.
 
@@ -153,7 +154,7 @@ def decode(
     model: as in `prefill`.
     state: from `prefill` or `decode`; its memory is used up.
     draw: as in `prefill`.
-    stopped: rows that end here, whatever they last said.
+    stopped: rows that end here, whatever their last token.
     until: at most C less the prompts' S positions.
   """
 
@@ -170,7 +171,7 @@ def decode(
 
 
 def _write(model: MM1, state: Decoding, hidden: Float[Array, "B 1 D"], draw: Draw) -> Decoding:
-  """Draws each row's next token from the last hidden state, and writes it down."""
+  """Draws each row's next token from the last hidden state, and writes it to the state."""
   keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys, state.step)
   drawn = sample(next_logits(model, hidden), draw.sampling, draw.allowed, keys)
   token = jnp.where(state.done, draw.ends[0], reshard(drawn, LAYOUT.act_b))

@@ -40,7 +40,7 @@ class Chat:
     }
 
   def read(self, line: str) -> bool:
-    """Does what a line says; returns whether to go on. Mistakes are told, and change nothing."""
+    """Does what a line says; returns whether to continue. Mistakes are told and change nothing."""
     line = line.strip()
     try:
       if line in ("/quit", "/exit"):
@@ -108,7 +108,7 @@ class Chat:
 def _noted_interrupts() -> Iterator[threading.Event]:
   """Notes Ctrl-C instead of raising it: raised in a callback of JAX's, it would be lost.
 
-  The second one is raised: what is compiled or searched for may yield nothing for long.
+  The second one is raised: compiling and beam search may yield nothing for long.
   """
   interrupted = threading.Event()
 

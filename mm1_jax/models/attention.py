@@ -26,7 +26,7 @@ from mm1_jax.sharding import LAYOUT, gather, spec_of
 class KV(NamedTuple):
   """The keys and values of a stack of layers.
 
-  A head's slots lie side by side, as its products want them: with the heads of a slot side by side,
+  A head's slots are contiguous, as its products need them: with the heads of a slot contiguous,
   XLA:CPU transposed the whole cache for every new token.
   """
 
@@ -44,9 +44,9 @@ class Place(NamedTuple):
 def packed_causal_mask(
   query_segments: Int[Array, "B S"], key_segments: Int[Array, "B C"], offset: Int[Array, ""] | int
 ) -> Bool[Array, "B 1 S C"]:
-  """Returns who attends to whom: the same segment, at its own slot or before.
+  """Returns the mask of packed rows: keys of the query's segment, at its slot or before.
 
-  Query i sits at slot `offset + i`. Two examples of a row never see each other:
+  Query i is at slot `offset + i`. Examples of one row do not attend to each other:
 
     segments 1 1 2 2 -> [[1 0 0 0]
                          [1 1 0 0]
@@ -99,19 +99,19 @@ def attend(
 ) -> Float[Array, "B S H h"]:
   """Softmax attention with float32 logits; K divides H (grouped queries).
 
-  Everyone sees everyone, or whom `mask` lets them see; or `segment_ids` are given, S is C, and who
-  is of one segment sees each other, with `causal` only at its own slot or before.
+  Every query attends to every key, or to those that `mask` allows. If `segment_ids` are given, S is
+  C, and positions attend only within their segment, with `causal` at their own slot or before.
 
   On TPUs, rows of whole blocks with segments go through splash attention; on GPUs, rows in 16 bits
   through cuDNN's kernel. All else is plain XLA, which leaves out what it can of causal rows
   (`models.blocked`).
 
-  Where the positions of a row are split over `sequence`, the queries stay so, and see the keys and
-  values of the whole row, which are few with grouped queries. The device with a row's end has more
-  to see than that with its beginning: of n devices, it does 2 - 1/n times the mean.
+  Where the positions of a row are split over `sequence`, the queries stay split, and the keys and
+  values of the whole row are gathered; with grouped queries these are few. The device with a row's
+  end has more keys than that with its beginning: of n devices, it does 2 - 1/n times the mean.
   """
   fused = has_kernel(queries, keys)
-  in_order = False  # whether the order of positions is kept without the mask
+  in_order = False  # whether causality is left to the attention function, not to the mask
   if segment_ids is not None:
     rows, parts, *_ = spec_of(queries)
     whole = jax.sharding.reshard(segment_ids, P(rows))
@@ -138,7 +138,7 @@ def attend(
 
 
 class Attention(nnx.Module):
-  """Attention with per-head projections; the ViT's has biases, the decoder's rotates and caches."""
+  """Attention with per-head projections: biases in the ViT, rotary positions in the decoder."""
 
   def __init__(
     self,

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention in plain XLA: of any mask, and of packed rows without most of what is not causal.
+"""Attention in plain XLA: for any mask, and for packed rows without most non-causal blocks.
 
 Each chip runs it on its own rows, heads and queries. Outside of `shard_map`, the heads' split over
 `tensor` would be a part of the types, and JAX's grouping of heads by kv heads cannot keep it where
 there is one kv head.
 
-Of packed rows, a quarter of a row's positions at a time asks only the positions up to its end:
+In packed rows, each quarter of the queries is multiplied only with the keys up to its own end:
 
   queries 1  x . . .
-          2  x x . .      10 of 16 blocks are computed; in those on the diagonal, and where another
-          3  x x x .      example begins, a mask does the rest
+          2  x x . .      10 of 16 blocks are computed; the mask applies within blocks, on the
+          3  x x x .      diagonal and where another example begins
           4  x x x x
 
 Letters: B rows, S positions, H heads, K kv heads, G heads a kv head, h head dim, T queries of a
-part, C keys they may see.
+part, C keys up to its end.
 """
 
 import functools
@@ -26,8 +26,8 @@ from jaxtyping import Array, Bool, Float
 
 from mm1_jax.sharding import axes_of, spec_of
 
-PARTS = 4  # of a row; more save less and less, and are more programs to compile
-MIN_POSITIONS = 128  # in a row; less is too small for parts to pay
+PARTS = 4  # of a row; each further one saves less, and is one more program to compile
+MIN_POSITIONS = 128  # in a row; in shorter ones parts save no time
 
 
 def has_parts(num_positions: int) -> bool:
@@ -73,14 +73,14 @@ def blocked_attention(
 ) -> Float[Array, "B S H h"]:
   """Softmax attention where `mask` and the order of positions allow it, with float32 logits.
 
-  Each chip runs it on its rows and heads. Heads stand before positions throughout, so that the
+  Each chip runs it on its rows and heads. Heads come before positions throughout, so that the
   probabilities, the largest of its arrays, are nowhere transposed: on a CPU, forward and backward
   took 46 ms where `jax.nn.dot_product_attention` took 78 (16 rows of 256, 4 heads of 32).
   """
   spec = spec_of(keys)
   rows = P(spec[0])
-  # Positions are whole. Where they are said to be split over an axis of one device, shard_map would
-  # sum the gradients of keys and values over it.
+  # Positions are whole. If their spec names an axis, even of one device, shard_map would sum the
+  # gradients of keys and values over it.
   arrays = (jax.sharding.reshard(queries, spec), keys, values, jax.sharding.reshard(mask, rows))
 
   @functools.partial(jax.shard_map, in_specs=tuple(spec_of(x) for x in arrays), out_specs=spec)
@@ -108,7 +108,7 @@ def _attend_part(
   values: Float[Array, "B K C h"],
   mask: Bool[Array, "B 1 T C"],
 ) -> Float[Array, "B K G T h"]:
-  """Returns what a part's queries read from the keys and values up to its end, by `mask`."""
+  """Returns the attention of a part's queries to the keys and values up to its end, by `mask`."""
   rows = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])  # heads of a kv head as rows
   logits = jnp.einsum("bkqh,bkch->bkqc", rows, keys, preferred_element_type=jnp.float32)
   logits = logits.reshape(*queries.shape[:4], keys.shape[2])

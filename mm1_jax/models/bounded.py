@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts with a bounded number of rows: `capacity` slots for each expert in each batch row.
 
-  sequence   the chips of a row gather it, so that its tokens queue along the whole row
+  sequence   the chips of a row gather it, so that places are counted along the whole row
   slots      all first choices before any second; a choice past the capacity has no slot
-  expert     buffers of equal size for all experts cross the mesh by all-to-all, and come back
+  expert     buffers of equal size for all experts cross the mesh by all-to-all, and return
 
 Every array here is a chip's own part. Letters as in `models.moe`.
 """
@@ -24,9 +24,9 @@ def run_bounded(
 ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S k"]]:
   """Runs a chip's rows (x, weights, experts) through buffers of equal size for all experts.
 
-  In each batch row an expert's slots go to all first choices before any second. Where positions are
-  split over `sequence`, they queue along their whole row all the same: its chips gather it, and
-  each of them does its share of every expert's slots.
+  In each batch row an expert's slots go to all first choices before any second, also where
+  positions are split over `sequence`: the chips of a row gather it, and each of them runs its share
+  of every expert's slots.
 
   Returns:
     The output, and which choices got a slot.
@@ -48,7 +48,7 @@ def run_bounded(
 
 
 def _places_in_row(experts: Int[Array, "B S k"], num_experts: int) -> Int[Array, "B S k"]:
-  """Returns how many of a row's choices are ahead of each one in its expert's queue."""
+  """Returns each choice's place among those of its row and expert, first choices first."""
   num_rows, num_positions, top_k = experts.shape
   queue = experts.transpose(0, 2, 1).reshape(num_rows, top_k * num_positions)
   place, _ = jax.vmap(functools.partial(places, num_experts=num_experts))(queue)
@@ -60,8 +60,8 @@ def _run_slots(tokens, matrices, num_slots: int) -> Float[Array, "n D"]:
   x, weights, slots = tokens
   owners = invert(slots, num_slots)
 
-  # Chips lead in both directions, so that what crosses is never taken apart: with experts in front
-  # of them, XLA for TPUs transposed the results through tiles of two rows, in a tenth of the step.
+  # Chips are the first dim in both directions, so that each part is contiguous: with experts first,
+  # XLA for TPUs transposed the results through tiles of two rows, which took a tenth of the step.
   def exchange(rows):  # [chips, ...], a part for each chip -> a part from each
     return jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=0, tiled=True)
 

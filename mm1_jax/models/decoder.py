@@ -86,7 +86,7 @@ class Layer(nnx.Module):
   def __call__(self, x, *, valid, dropless: bool, cache: KV | None, **kwargs):
     """Returns the residual stream, the layer's MoE statistics (None if dense), and its cache.
 
-    `kwargs` are the attention's: positions, and who sees whom.
+    `kwargs` are the attention's: positions, and its mask or segments.
     """
     y, cache = self.attention(self.attention_norm(x), cache=cache, **kwargs)
     x = checkpoint_name(x + y, "residual")
@@ -165,9 +165,10 @@ class Decoder(nnx.Module):
   ) -> DecoderOutput:
     """Runs the units over embedded positions.
 
-    With a `cache`, the S positions take its next slots and see the ones before; without, the row is
-    all there is. Segment 0 is padding: it is seen by no real position and routed to no expert. With
-    `dropless`, and always with a cache, experts take every token whatever their capacity.
+    With a `cache`, the S positions take its next slots and attend to the ones before; without one,
+    to the row alone. Segment 0 is padding: no real position attends to it, and it is routed to no
+    expert. With `dropless`, and always with a cache, experts take every token whatever their
+    capacity.
     """
     dropless |= cache is not None
     kwargs = {"positions": positions, "valid": segment_ids > 0, "dropless": dropless}
@@ -186,8 +187,8 @@ class Decoder(nnx.Module):
     key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, slot))
     kwargs |= {"mask": packed_causal_mask(segment_ids, key_segments, slot)}
 
-    # The caches of all units go from one to the next, and each writes its slots where they are.
-    # Taken apart and put together again, as the units are, they would be copied for each token.
+    # The caches of all units are carried through the scan, and each unit writes its slots in place.
+    # Unstacked and stacked again, as the units are, they would be copied for each token.
     def cached_body(x_and_caches, unit_and_number):
       unit, number = unit_and_number
       x, stats, caches = unit(*x_and_caches, place=Place(number, slot), **kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of fewer bits, for inference: they become numbers again where a block runs.
+"""Weights of fewer bits, for inference: they are dequantised where a block runs.
 
 One block at a time, so all others stay small. `inference/quantize.py` makes them.
 """
@@ -45,7 +45,7 @@ class Quantized(NamedTuple):
 
 
 def dequantize(tree: Any) -> Any:
-  """Returns a module whose weights are all numbers; as it is if they are."""
+  """Returns the module with its quantised weights in float32; unchanged if it has none."""
   return jax.tree.map(
     lambda x: x.dequantize() if isinstance(x, Quantized) else x,
     tree,

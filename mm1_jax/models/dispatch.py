@@ -5,7 +5,7 @@ A *choice* is one of a token's k experts; flat, choice j of token i is number i 
 a *slot*, the buffer's row it goes to, and a row has an *owner*, the choice that it holds:
 
   slots [n, k]   row of each choice; m where it has none (padding, or no room)
-  owners [m]     choice of each row; n k where nobody owns it
+  owners [m]     choice of each row; n k where it holds none
 
 Each map is the other one's inverse, so the gradient of a gather by one is a gather by the other:
 the scatter-add that JAX would use is far slower on every backend.
@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 
 
 def places(queue: Int[Array, " q"], num_experts: int) -> tuple[Int[Array, " q"], Int[Array, " E"]]:
-  """Returns how many of the same expert are ahead of each in the queue, and of each in all.
+  """Returns each entry's place among those of its expert, and how many each expert has in all.
 
-  Who waits for expert E or above waits for none: its place means nothing.
+  Places count from 0. Entries of E or more belong to no expert; their places mean nothing.
   """
   # The queue along the last dim: a TPU pads a last dim of E experts to 128.
   chosen = queue[None] == jnp.arange(num_experts)[:, None]
@@ -40,7 +40,7 @@ def invert(slots: Int[Array, "n k"], num_rows: int) -> Int[Array, " m"]:
 def spread(
   x: Float[Array, "n D"], slots: Int[Array, "n k"], owners: Int[Array, " m"]
 ) -> Float[Array, "m D"]:
-  """Copies each token to the rows of its choices; an unowned row copies some token or other."""
+  """Copies each token to the rows of its choices; rows without an owner copy an arbitrary one."""
   return x.at[owners // slots.shape[1]].get(mode="clip")
 
 
@@ -59,7 +59,7 @@ def collect(
 def spread_weights(
   weights: Float[Array, "n k"], slots: Int[Array, "n k"], owners: Int[Array, " m"]
 ) -> Float[Array, "m 1"]:
-  """Returns each row's weight; 0 where nobody owns it, so that what it holds counts nowhere."""
+  """Returns each row's weight; 0 for rows without an owner, so that they contribute nothing."""
   rows = spread(weights.reshape(-1, 1), slots.reshape(-1, 1), owners)
   return jnp.where((owners < slots.size)[:, None], rows, 0.0)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts that drop no token: as many rows for each as choose it, one expert after the other.
+"""Experts that drop no token: for each as many rows as choices fell on it, sorted by expert.
 
-  expert     the tokens of all its chips come to each, which runs its own experts on them
+  expert     each chip gathers the tokens of all chips, and runs its own experts on them
   rows       sorted by expert, multiplied by group
-  back       the sums of each token go to its chip
+  back       the sums of each token are scattered to its chip
 
 Every array here is a chip's own part. Letters as in `models.moe`.
 """
@@ -24,8 +24,8 @@ def run_dropless(tokens, matrices, exchange_factor: float) -> Float[Array, "n D"
   """Runs one chip's tokens, and drops none.
 
   Each chip of the `expert` axis holds a part of the experts, and has room for `exchange_factor`
-  times the rows of an even load. Where any chip of the mesh would get more, all of them take their
-  tokens in so many rounds that even all tokens of a round would fit on one chip.
+  times the rows of an even load. Where any chip of the mesh would get more, all of them split their
+  tokens into so many rounds that even all tokens of a round would fit on one chip.
   """
   num_chips, num_here = jax.lax.axis_size("expert"), matrices[0].shape[0]
   num_tokens, top_k = tokens[2].shape
@@ -43,7 +43,7 @@ def run_dropless(tokens, matrices, exchange_factor: float) -> Float[Array, "n D"
     return _exchange(tokens, matrices, num_rows)
 
   def in_rounds(tokens, matrices):
-    # Nothing of this way is kept: every layer has memory for both, whichever it goes.
+    # The backward pass keeps nothing of the rounds: both branches of the conditional have memory.
     @jax.checkpoint
     def run(tokens):
       return _exchange(tokens, matrices, num_chips * tokens[2].size, named=False)
@@ -61,12 +61,12 @@ def _exchange(tokens, matrices, num_rows: int, named: bool = True) -> Float[Arra
   """Gathers the tokens of the `expert` axis, runs this chip's experts, and scatters the sums.
 
   With two choices a token, gathering moves no more than an all-to-all whose parts have room for
-  uneven loads, up to about 8 chips; and there is no room on the way that could run out.
+  uneven loads, up to about 8 chips; and it has no buffer that an uneven load could overflow.
   """
   x, weights, experts = (jax.lax.all_gather(a, "expert", tiled=True) for a in tokens)
   num_here = matrices[0].shape[0]
   experts -= jax.lax.axis_index("expert") * num_here
-  experts = jnp.where(experts < 0, num_here, experts)  # others' experts count as past the last
+  experts = jnp.where(experts < 0, num_here, experts)  # other chips' count as past the last
   y = _run_experts((x, weights, experts), matrices, num_rows, named)
   return jax.lax.psum_scatter(y, "expert", tiled=True)
 

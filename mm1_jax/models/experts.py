@@ -5,8 +5,8 @@
 
 The weight is applied before the last product and not to its result, so that no gradient needs the
 result: a rematerialised layer multiplies by W_gate and W_up again, never by W_down. What lies
-between the products goes through memory once each way, in float32: left to itself, the compiler
-makes four passes of the backward one.
+between the products goes through memory once each way, in float32: without the barrier, the
+compiler makes four passes of the backward one.
 
 Letters: E experts, m rows, D width, F mlp.
 """
@@ -32,7 +32,7 @@ def swiglu(
   sizes: Int[Array, " E"] | None = None,
   named: bool = True,
 ) -> Float[Array, "... D"]:
-  """Runs rows through their experts, and weighs them.
+  """Runs rows through their experts, and multiplies them by their weights.
 
   Args:
     x: [m, D], sorted by expert, with `sizes`; or [E, m, D], equally many for each.
@@ -58,8 +58,8 @@ def _backward(named, residuals, dy):
   del named
   x, weights, (gate, up, down), sizes, g, u = residuals
   dh = _matmul(dy, down, sizes, transpose=True)
-  # The barrier keeps the four in one pass. Of the layout, XLA for TPUs chose one that the products
-  # by weights like, and transposed what goes into this pass and two of what comes out of it.
+  # The barrier keeps the four in one pass. With no layout given, XLA for TPUs chose that of the
+  # products by weights, and transposed the inputs of this pass and two of its outputs.
   h, dg, du, dweights = jax.lax.optimization_barrier(_between(g, u, weights, dh))
   h, dg, du = (with_layout_constraint(a, Layout(tuple(range(a.ndim)))) for a in (h, dg, du))
   dx = _matmul(dg, gate, sizes, transpose=True) + _matmul(du, up, sizes, transpose=True)

@@ -4,10 +4,10 @@
   rows  [ a a a | b | c c ]     sizes [3, 1, 2]
   out   [ a A   |b B| c C ]     out[i] = rows[i] . weights[group of i]
 
-The work is that of the rows there are, however they fall on the groups: nothing is padded to the
-largest group. Rows past the last group belong to nobody: what comes out there is not to be read.
+The work depends on the number of rows alone, however they are divided: nothing is padded to the
+largest group. Rows past the last group belong to none: their output is undefined.
 
-Each platform does it its own way, chosen when the program is lowered, so that one traced step also
+Each platform has its own kernel, chosen when the program is lowered, so that one traced step also
 compiles for a TPU on a machine without one:
 
   TPU    the megablox Pallas kernels. XLA's own `ragged_dot` takes every row through every group's
@@ -128,7 +128,7 @@ def _has_mosaic(rows: Array, other: Array) -> bool:
 
 
 def mosaic_product(rows, weights, sizes, *, transpose: bool = False):
-  # Imported here: it brings the flags of JAX's own tests along.
+  # Imported here: it defines the flags of JAX's own tests.
   from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
   out = ragged_dot(
@@ -142,7 +142,7 @@ def mosaic_product(rows, weights, sizes, *, transpose: bool = False):
     grid_block_n=4,
     transpose_rhs=transpose,
   )
-  # Rows of nobody are not written, and what memory holds may be no number: 0 x NaN would reach the
+  # Rows of no group are not written, and uninitialised memory may hold NaN: 0 x NaN would reach the
   # gradient of the weights.
   return jnp.where(jnp.arange(rows.shape[0])[:, None] < jnp.sum(sizes), out, 0)
 

@@ -121,8 +121,8 @@ def multiply(
 ) -> Float[Array, "..."]:
   """Returns `jnp.einsum(subscripts, x, weight, ...)` for positions of rows: "bsd,df->bsf".
 
-  The letters that x and the result begin with are not the weight's. Where one device, no TPU, has
-  them all, they are one dim meanwhile: else XLA makes one of them in the weight's gradient, by a
+  The leading letters of x and the result are not the weight's. On a single device that is no TPU,
+  they are merged into one dim for the product: else XLA merges them in the weight's gradient, by a
   transposition that it computes element by element, with all that comes before it.
   """
   if jax.sharding.get_abstract_mesh().size != 1 or tpu_kind() is not None:

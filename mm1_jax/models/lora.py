@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA (arXiv 2106.09685): W + alpha / rank * A B, where A and B are trained and W is fixed.
 
-The sum is made where a layer runs, one layer at a time, so the layers know nothing of it:
+The sum is made where a layer runs, one layer at a time, so the layers' code has no part in it:
 attention, dense and sparse networks, on any mesh. What it saves is the optimizer's state, and all
 but one layer's gradient of W. It saves no time: A's and B's gradients are made of that of W.
 
@@ -43,7 +43,7 @@ class Adapter(nnx.Module):
     )
 
   def product(self) -> Float[Array, "..."]:
-    """Returns A B, of the shape and sharding of W. Nothing crosses: no chip splits r."""
+    """Returns A B, of the shape and sharding of W. No collective: r is not split over chips."""
     a, b = self.a[...], self.b[...]
     w = "ijkl"[: a.ndim + b.ndim - 2 - self.lead]
     subscripts = f"{w[: self.split]}r,{w[: self.lead]}r{w[self.split :]}->{w}"

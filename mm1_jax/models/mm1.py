@@ -52,8 +52,8 @@ class MM1(nnx.Module):
   ) -> Float[Array, "B N*T D"]:
     """Returns the tokens of a row's pictures, in slot order.
 
-    The pictures are spread over all chips: over the ones that share a row, too. `mask` says which
-    slots hold one; with it, `ModelConfig.image_group` may leave out slots that do not.
+    The pictures are split over all chips, also over those that share a row. `mask` says which slots
+    hold one; with it, `ModelConfig.image_group` may leave out slots that do not.
     """
     num_rows, num_images = images.shape[:2]
     mesh = jax.sharding.get_abstract_mesh().shape
@@ -86,7 +86,7 @@ class MM1(nnx.Module):
     tokens: Int[Array, "B S"],
   ) -> Float[Array, "B S D"]:
     """Puts the i-th image token of a row at its i-th placeholder."""
-    # Counted over whole rows, picked where the positions live.
+    # Counted over whole rows, then gathered where the positions are split.
     spec = spec_of(tokens)
     placeholder = jax.sharding.reshard(tokens, LAYOUT.act_b) == self.cfg.image_token_id
     index = jnp.maximum(jnp.cumsum(placeholder, axis=1) - 1, 0)

@@ -13,11 +13,11 @@ Two paths do 2 to 4 and agree where both have room:
   `models.bounded`   `capacity_factor` slots for each expert in each batch row. Tokens queue, all
                      first choices before any second; a token beyond the capacity is dropped (it
                      passes by the residual alone). The buffers cross the mesh to their experts by
-                     all-to-all. What a token gets depends on all of its row: with k > 1 also on
-                     what comes after it.
-  `models.dropless`  as many rows for each expert as choose it, one after the other, and matrix
-                     products that go by group. Over an `expert` axis the tokens of all its chips
-                     come to each, which does its own experts' rows, and the sums go back.
+                     all-to-all. A token's output depends on its whole row: with k > 1 also on the
+                     tokens after it.
+  `models.dropless`  for each expert as many rows as choices fell on it, and grouped matrix
+                     products. Over an `expert` axis each chip gathers the tokens of all chips, runs
+                     the rows of its own experts, and the sums are scattered back.
 
 Padding is not routed: it takes no row and counts in no loss and no statistic.
 Letters: B rows, S positions, k choices, E experts, C capacity, D width, F mlp; and where all of a
@@ -97,8 +97,8 @@ class MoE(nnx.Module):
     return min(num_positions, max(1, math.ceil(share)))
 
   def _route(self, x, valid) -> tuple[Routing, Float[Array, "B S E"], Float[Array, "B S E"]]:
-    # Float32 throughout: in bfloat16 near ties change sides, and the losses lose their gradient. A
-    # TPU multiplies float32 in bfloat16 unless it is asked not to.
+    # Float32 throughout: in bfloat16 near ties are decided otherwise, and the losses lose their
+    # gradient. A TPU multiplies float32 in bfloat16 unless the precision is set.
     logits = jnp.einsum(
       "bsd,de->bse",
       x.astype(jnp.float32),
@@ -143,8 +143,8 @@ def _run(
   Returns:
     The output, and which choices got a row.
   """
-  # Here, inside the rematerialised block: gathered outside of the scan, all layers' experts would
-  # be whole at once. The gradient of the gather is a reduce-scatter in the compute dtype.
+  # Gathered here, inside the rematerialised block: outside of the scan, the whole experts of all
+  # layers would be in memory at once. The gradient is a reduce-scatter in the compute dtype.
   stored = ((gate, LAYOUT.expert_edf), (up, LAYOUT.expert_edf), (down, LAYOUT.expert_efd))
   matrices = tuple(_gather_fsdp(w.astype(x.dtype), spec) for w, spec in stored)
   if capacity is not None:

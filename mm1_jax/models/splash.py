@@ -19,7 +19,7 @@ from mm1_jax.chips import attention_block
 from mm1_jax.sharding import spec_of
 
 LANES = 128  # positions are cut into blocks of a multiple of this
-PICTURE_BLOCK = 1024  # nothing is skipped where all see each other: the 768 of 378 pixels are one
+PICTURE_BLOCK = 1024  # without `causal` nothing is skipped: the 768 of 378 pixels are one block
 
 
 def tpu_kind() -> str | None:
@@ -55,10 +55,10 @@ def splash_attention(
 ) -> Float[Array, "B S H h"]:
   """Softmax attention within segments; with `causal`, to a position's own slot and before.
 
-  Each chip runs the kernel on its rows, heads and (where they are split) queries, which see the
-  keys and values of whole rows: these are gathered here, so that their gradients leave as
-  reduce-scatters. What the backward pass needs is named, so that a remat policy may
-  keep it: "qkv", and "attention", the output with its softmax's normaliser.
+  Each chip runs the kernel on its rows, heads and (where they are split) queries. The keys and
+  values of whole rows are gathered here, so that their gradients are reduce-scattered. What the
+  backward pass needs is named, so that a remat policy may keep it: "qkv", and "attention", the
+  output with its softmax's normaliser.
 
   Args:
     block: positions in a block; divides those of a chip.

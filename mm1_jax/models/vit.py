@@ -94,7 +94,7 @@ class ViT(nnx.Module):
     self.blocks = stack(lambda key: Block(key, vision), blocks, vision.num_blocks)
 
   def __call__(self, images: UInt8[Array, "I H W 3"]) -> Float[Array, "I h w D"]:
-    """Returns features on the patch grid of the images, whatever grid the positions have."""
+    """Returns features on the patch grid of the images, whatever grid the position table has."""
     cfg = self.cfg
     x = self._patches(images)
     x = multiply("ihwp,pd->ihwd", x, gather(self.patch[...], x.dtype, rows=x))
@@ -108,7 +108,7 @@ class ViT(nnx.Module):
       x = self.pre_norm(x)
     last, segment_ids = x.shape[1], None
     if more := filling(last):
-      # Whole blocks of positions for attention, once for all layers; nobody sees those filled in.
+      # Whole blocks of positions for attention, once for all layers; the mask hides those added.
       x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
       real = (jnp.arange(x.shape[1]) < last).astype(jnp.int32)
       segment_ids = jnp.broadcast_to(real[None], x.shape[:2], out_sharding=LAYOUT.act_i)

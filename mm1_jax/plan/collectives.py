@@ -124,7 +124,7 @@ def _num_members(attributes: str, devices: int) -> int:
 
 
 def _pairs(attributes: str) -> dict[int, int]:
-  """Returns who sends to whom in a permute."""
+  """Returns the (sender, receiver) pairs of a permute."""
   match = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
   return {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)", match[1])} if match else {}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a run's program for a slice that is not there, and keeps what came out.
+"""Compiles a run's program for a slice that is not there, and caches the result.
 
 The compiler is the real one, `libtpu`, which works on any Linux machine with an x86 CPU. A result
 is kept under the hash of its content: the traced program, the slice, options and versions.
@@ -31,7 +31,7 @@ from mm1_jax.plan.topology import Topology
 What = Literal["train", "prefill", "decode"]
 
 _HLO, _RESULT = "hlo.txt.gz", "result.json"
-DUMP = "dump"  # folder of what a compile that stops early leaves behind
+DUMP = "dump"  # folder of what a compile that stops early has written
 _COMMAND = ("-m", "mm1_jax.plan.worker")
 _POLL_SECONDS = 0.5
 _ASSIGNED = ".after_optimizations_after_buffer_assignment.txt"
@@ -175,8 +175,8 @@ class Libtpu(NamedTuple):
 def find_libtpu() -> Libtpu:
   """Returns the TPU compiler, installed with the others or by `make libtpu` beside them.
 
-  Beside them it is in nobody's way: where it can be imported, every JAX program on a machine
-  without a TPU looks for one, and complains.
+  Beside them it affects no other program: where it can be imported, every JAX program on a machine
+  without a TPU looks for one, and logs errors.
 
   Raises:
     PlanError: it is missing, or not the one that the installed JAX was built for.
@@ -251,12 +251,12 @@ def _is_assigned(folder: pathlib.Path) -> bool:
 
 
 def _read_dump(folder: pathlib.Path, result: Result) -> None:
-  """Fills in what a compile that was stopped left behind: the program and its memory."""
+  """Fills in what a stopped compile has written: the program and its memory."""
   (program,) = (folder / DUMP).glob(f"*{_ASSIGNED}")
   with gzip.open(folder / _HLO, "wt", compresslevel=5) as file:
     file.write(program.read_text())
   allocations = program.with_name(program.name.replace(_ASSIGNED, _ALLOCATIONS)).read_text()
-  # Of HBM: to those of another memory belongs another color.
+  # Of HBM alone: allocations in other memories have another color.
   kinds = "parameter|preallocated-temp"
   sizes = re.findall(rf"^allocation \d+: size (\d+), ({kinds})", allocations, re.M)
   arguments = sum(int(size) for size, kind in sizes if kind == "parameter")

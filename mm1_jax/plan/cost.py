@@ -254,9 +254,9 @@ class Pricer:
     return found
 
   def _role(self, computation: Computation) -> Literal["start", "step", "done"] | None:
-    """Returns what a fusion is to a collective that runs in the shadow of matrix products.
+    """Returns a fusion's part in a collective that runs beside matrix products.
 
-    Such a collective is written several times: where it starts, in the fusions that carry it on,
+    Such a collective is written several times: where it starts, in the fusions that continue it,
     and where it is done.
     """
     role = None

@@ -158,8 +158,8 @@ def read_plan(compiled: Compiled, run: RunConfig, topology: Topology, what: What
 def usual_step(plan: Plan, *, even_load: bool = False) -> tuple[float, float]:
   """Returns the two bounds of a step in which every conditional takes its usual branch.
 
-  The model has one kind of conditional: a dropless layer whose load is too uneven for one chip's
-  buffers takes its longer way (`MoEConfig.exchange_factor`). `Plan.step` counts that way.
+  The model has one kind of conditional: a dropless layer with a load too uneven for one chip's
+  buffers runs in rounds (`MoEConfig.exchange_factor`). `Plan.step` counts these rounds.
 
   With `even_load` every chip's experts get as many tokens as any other's, and the rest of its
   buffers is empty; without, the buffers are full to the last row, which is more than there are.
@@ -198,8 +198,8 @@ def step_flops(run: RunConfig, what: What) -> dict[str, float]:
 def _memory(compiled: Compiled) -> dict[str, float]:
   """Returns the bytes of a device by kind; the temporaries are those of the fullest moment.
 
-  The compiler's `temporaries` are more than it asks for (and refuses by): they count as if no two
-  could take turns in the same place. Its `peak` is arguments and temporaries together.
+  The compiler's `temporaries` are more than it asks for (and refuses by): they are summed as if no
+  two could share memory at different times. Its `peak` is arguments and temporaries together.
   """
   memory: dict[str, float] = dict(compiled.result.arguments)
   stats = compiled.result.memory

@@ -46,7 +46,7 @@ _END = re.compile(r'\}(, execution_thread="\w+")?$')  # of a computation
 _NAME = re.compile(r"%([\w.-]+)")
 _PARENTHESIS = re.compile(r"[()]")
 VMEM, HOST = 1, 5  # memory spaces, S(n) in a layout; HBM is 0
-# What carries a value on unchanged, as far as following it goes.
+# Opcodes that pass a value on unchanged, for following it to its source.
 _SAME_VALUE = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")
 
 
@@ -331,7 +331,7 @@ def _origin(computation: Computation, name: str) -> Instruction:
 def _logical_lines(text: str) -> Iterator[str]:
   """Yields lines, with those of an instruction joined: a kernel's attributes span several.
 
-  What such a line begins with says nothing; only the next instruction or a computation's end does.
+  Such a line may begin with anything; only the next instruction or a computation's end ends one.
   """
   pending: list[str] = []
   for line in text.splitlines():
@@ -355,7 +355,7 @@ def _split_type(rest: str) -> tuple[str, str]:
 
 
 def _closing(text: str, depth: int) -> int:
-  """Returns the place behind the parenthesis that closes `depth` open ones."""
+  """Returns the place after the parenthesis that closes `depth` open ones."""
   for match in _PARENTHESIS.finditer(text):
     depth += 1 if match[0] == "(" else -1
     if depth == 0:

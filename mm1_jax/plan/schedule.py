@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a priced program on paper: one TensorCore in order, and a queue for each kind of link.
 
-A transfer that was started runs while the TensorCore goes on, and costs only what is still left of
-it when it is waited for. A loop's body is run twice, the second time with the queues as the first
-left them, and every further turn costs what the second did.
+A transfer that was started runs beside the TensorCore, and costs only the part that is left when it
+is waited for. A loop's body is run twice, the second time with the queues as the first left them,
+and every further turn costs what the second did.
 """
 
 import collections
@@ -24,7 +24,7 @@ class CollectiveTotal:
   count: float = 0.0
   payload: float = 0.0  # bytes
   wire: float = 0.0  # bytes sent
-  seconds: float = 0.0  # of the links; a part of it is hidden behind other work
+  seconds: float = 0.0  # of the links; in part overlapped by other work
 
 
 class Ledger:
@@ -64,7 +64,7 @@ class Ledger:
 
 
 class Clock:
-  """Where the TensorCore and the links of one device are in time."""
+  """The time up to which the TensorCore and the links of one device are taken."""
 
   def __init__(self):
     self.now = 0.0
@@ -80,7 +80,7 @@ class Clock:
     return other
 
   def run(self, work: Work, seconds: float) -> tuple[float, str]:
-    """Runs one work; returns how long it held the TensorCore, and with what kind of thing."""
+    """Runs one work; returns how long it occupied the TensorCore, and by what kind."""
     begin = self.now
     kind = work.kind
     match work.action:
@@ -99,7 +99,7 @@ class Clock:
   def repeat(self, begin: "Clock", num: int) -> None:
     """Takes `num` more turns like the one since `begin`.
 
-    What that turn put into the queues moves on with it; a transfer from before stays.
+    Transfers that this turn started are shifted by as much; earlier ones are not.
     """
     skipped = num * (self.now - begin.now)
     self.now += skipped

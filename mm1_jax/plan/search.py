@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tries rows at a time x remat policy x mesh, and shows which plans nothing else beats.
+"""Tries rows at a time x remat policy x mesh, and shows the plans on the frontier.
 
 The global batch stays what the config says: fewer rows at a time are more micro-batches. Every
 combination gets a quick plan, of seconds; only what these leave on the frontier is compiled whole.
@@ -94,7 +94,7 @@ def _candidates(
 def frontier(plans: Sequence[Plan]) -> list[Plan]:
   """Returns the plans that fit and that no other beats in both time and memory, fastest first.
 
-  Quick ones, whose times are lower bounds, count only where all are.
+  Quick plans, with lower bounds for times, count only where all are quick.
   """
   best: list[Plan] = []
   usable = [plan for plan in plans if plan.step and plan.memory_share <= ROOM]

@@ -60,7 +60,7 @@ def _compile(request: CompileRequest, folder: pathlib.Path) -> Result:
   compiler = dict(request.options)
   if request.quick:
     compiler["xla_dump_to"] = str(folder / DUMP)
-    result.write(folder)  # for this process may be stopped any moment
+    result.write(folder)  # this process may be stopped at any moment
   begin, cpu = time.perf_counter(), time.process_time()
   try:
     compiled = lowered.compile(compiler_options=compiler or None)

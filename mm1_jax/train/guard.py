@@ -8,19 +8,19 @@ A refused step changes no param. A step is refused when
   ln(vocab_size) nats: its params are destroyed, whatever the norm is, or
 - its norm is a spike: over `train.spike_factor` times the reference.
 
-The reference is what the norm has been of late. It has to be right where norms change their level,
+The reference is a moving mean of the norm. It has to be right also after norms change their level,
 for the guard is saved with the params, and a wrong one would end each restart of a run:
 
-- It is a geometric mean: one norm that is far off moves it little.
+- It is a geometric mean: one outlier moves it little.
 - It has a floor, relative to what was seen: `FLOOR` of the highest it has been, which halves every
-  `HALF_LIFE` steps. Else a norm that fell (a small set that is learned by heart) would make spikes
-  of the batches that are as they were before. A norm of 0 (no target, nothing trained) is not
-  counted at all: it says nothing of the norms to come.
-- A spike raises it by `RISE`, so that it follows, slowly, what keeps coming. After `PATIENCE`
+  `HALF_LIFE` steps. Else, after the norm fell (a small set that is learned by heart), batches with
+  norms as before would count as spikes. A norm of 0 (no target, nothing trained) is not counted: it
+  does not predict later norms.
+- A spike raises it by `RISE`, so that it slowly follows norms that stay high. After `PATIENCE`
   spikes in a row the next one is accepted, however large it is, and the reference starts anew from
-  it: that many are no accident, but the new level. So spikes are refused, alone and in bursts, and
-  yet no level of finite norms ends a run: it is the loss that tells a destroyed model from one
-  whose norms have changed.
+  it: so many in a row are the new level. So spikes are refused, alone and in bursts, and yet no
+  level of finite norms ends a run: the loss tells a destroyed model from one whose norms have
+  changed.
 - It starts anew as well where `train.spike_factor` is not what it was made with.
 
 `train.max_skipped` refused steps in a row end the run.
@@ -50,7 +50,7 @@ class TrainingDiverged(UserError):
 
 
 class Guard(NamedTuple):
-  """What the guard knows of the steps so far; saved with the params."""
+  """What the guard keeps of the steps so far; saved with the params."""
 
   norm: Float[Array, ""]  # reference for gradient norms
   high: Float[Array, ""]  # the highest it has been, half forgotten every HALF_LIFE steps
@@ -63,7 +63,7 @@ class Guard(NamedTuple):
 
 
 def new_guard(run: RunConfig) -> Guard:
-  """Returns the guard in front of the first step."""
+  """Returns the guard before the first step."""
   zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
   return Guard(zero, zero, none, jnp.float32(run.train.spike_factor), none, none, none, none)
 
@@ -71,7 +71,7 @@ def new_guard(run: RunConfig) -> Guard:
 def judge(
   guard: Guard, *, norm: Float[Array, ""], loss: Float[Array, ""], run: RunConfig
 ) -> tuple[Bool[Array, ""], Guard]:
-  """Returns whether to take a step, and the guard that knows of it.
+  """Returns whether to take a step, and the guard after it.
 
   Args:
     norm: of the step's gradient, before it is clipped.
@@ -88,7 +88,7 @@ def judge(
   accept = sane & ~spike
   counted = accept & (norm > 0)
   seen = jnp.where(counted & far, 0, seen)  # a new level
-  # The first steps count alike, so that the reference means something from the start.
+  # The first steps have equal weights, so that the reference is a mean of them from the start.
   decay = jnp.minimum(NORM_DECAY, seen / (seen + 1.0))
   mean = jnp.where(seen > 0, guard.norm, 1.0) ** decay * norm ** (1 - decay)
   reference = jnp.where(counted, mean, guard.norm * jnp.where(spike, RISE, 1.0))
@@ -107,7 +107,7 @@ def judge(
 
 
 class Verdicts:
-  """What a run does by its guard, from counters that are the same on all processes.
+  """Ends a run and marks checkpoints by the guard's counters, which are equal on all processes.
 
   A checkpoint is good when a step from its params was accepted. Nothing is saved after a refused
   step, so of all checkpoints only the newest can be other than good, until the next step is

@@ -127,7 +127,7 @@ class StepLog:
     self._sums, self._tallies = None, []
 
   def _warn_of_collapse(self, step: int, spread: float | None) -> None:
-    """Says once that pictures have become the same to the decoder: the loss does not show it."""
+    """Warns once that the decoder gets the same for all pictures: the loss does not show it."""
     if spread is None or spread >= MIN_IMAGE_SPREAD or self._warned:
       return
     self._warned = True

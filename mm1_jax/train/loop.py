@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The story of a run, for every stage: restore or initialise, then step, log, evaluate, save."""
+"""The training loop of every stage: restore or initialise, then step, log, evaluate, save."""
 
 import concurrent.futures
 import contextlib
@@ -36,7 +36,7 @@ PROGRAMS = "programs"  # folder of compiled ones, in the workdir
 
 
 def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = None) -> TrainState:
-  """Trains `run` in `workdir` up to `run.train.num_steps`, going on from its newest checkpoint.
+  """Trains `run` in `workdir` up to `run.train.num_steps`, from its newest checkpoint if any.
 
   SIGTERM and SIGINT, to any of the processes, save the state and return after the current step.
 
@@ -155,10 +155,10 @@ def _run_steps(
 
 
 def keep_programs(workdir: epath.PathLike) -> None:
-  """Keeps compiled programs in the workdir, so that a run that goes on need not compile again.
+  """Keeps compiled programs in the workdir, so that a resumed run need not compile again.
 
-  Not where JAX is told of another folder ($JAX_COMPILATION_CACHE_DIR), nor on a CPU, whose programs
-  are of the instructions of one model, for the folder may come to another machine.
+  Not where JAX is given another folder ($JAX_COMPILATION_CACHE_DIR). Nor on a CPU: its programs use
+  the instructions of one CPU model, and the folder may be moved to another machine.
   """
   given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
   if given is None and jax.default_backend() != "cpu":
@@ -170,7 +170,7 @@ def start_compiling(
 ) -> concurrent.futures.Future[float]:
   """Compiles the train step in a thread, for instance while the state is restored.
 
-  Its program is the one that JAX has at hand when the step is first called.
+  JAX finds the compiled program when the step is first called.
 
   Returns:
     The seconds that it will have taken.
@@ -193,7 +193,7 @@ def _fresh(run: RunConfig) -> TrainState:
 
 
 def check_start(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer) -> None:
-  """Finds a user's mistake in what a run goes on from, before anything is compiled.
+  """Finds a user's mistake in what a run starts from, before anything is compiled.
 
   Raises:
     CheckpointError: the checkpoint is damaged or of another model, or `init_from` does not fit.
@@ -206,7 +206,7 @@ def check_start(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer
 
 
 def restore_or_init(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer) -> TrainState:
-  """Returns the state to go on from. The first that applies:
+  """Returns the state to start from. The first that applies:
 
   1. this run's newest checkpoint;
   2. a fresh state with the params of `train.init_from`;

@@ -69,7 +69,7 @@ def cross_entropy(
   hidden = jax.sharding.reshard(hidden, LAYOUT.act_bs)
 
   def chunks(x):
-    """Returns [chunks, B, parts x size, ...]: of every part of a row a piece at a time."""
+    """Returns [chunks, B, parts x size, ...]: each chunk has a piece of every part of a row."""
     rows, *rest = x.shape[0], *x.shape[2:]
     x = jax.sharding.reshard(x, LAYOUT.act_bs)
     shape = (rows, num_parts, x.shape[1] // num_parts // size, size, *rest)

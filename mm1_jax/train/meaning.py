@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each setting of a model says of its params: the one table for all comparisons of configs.
+"""What each setting of a model means for its params: the one table for comparing configs.
 
-A run that goes on from other params (its own checkpoint, or `train.init_from`) computes what they
-were trained to compute only where some settings are as they were. Arrays tell by their names and
-shapes where most of them differ; of the others a run would notice nothing, and learn again what the
-params knew.
+A run that starts from given params (its own checkpoint, or `train.init_from`) computes what they
+were trained to compute only if some settings are unchanged. Most changes show in the arrays' names
+and shapes; of the others a run would notice nothing, and lose part of what the params had learned.
 """
 
 import dataclasses
@@ -97,7 +96,7 @@ TABLE: Mapping[type, Mapping[str, Kind]] = {
   },
   LoRAConfig: {"rank": ARRAYS, "alpha": MEANING, "matrices": ARRAYS},
 }
-# Whose params a setting is of; the rest are the decoder's.
+# The part that a setting belongs to; all others are the decoder's.
 PARTS = {
   "model.vision": "vit",
   "model.connector": "connector",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer: what moves, how fast, and what is left alone.
+"""Optimizer: which params are trained, and at which rates.
 
 The gradient is clipped by its global norm, preconditioned (AdamW or Adafactor), decayed, and
 scaled by its part's schedule; ViT and connector may have peaks of their own. What is frozen is not
@@ -97,14 +97,14 @@ def adafactor(cfg: OptimizerConfig) -> optax.GradientTransformation:
 def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
   """Returns a transformation that treats each layer and each expert as an array of its own.
 
-  Layers are stacked along a leading dim. An RMS over the whole stack would be one for all: a layer
-  with a 100 times larger gradient would have the steps of all others cut.
+  Layers are stacked along a leading dim. With one RMS over the whole stack, a layer with a 100
+  times larger gradient would shrink the steps of all others.
   """
 
   def over_stack(f: Callable, path, param: jax.Array, *args: Any) -> Any:
     num = num_stacked(path, param)
     out = functools.reduce(lambda f, _: jax.vmap(f), range(num), f)(*args)
-    # Experts are split over the mesh. What was made of no param, such as a count, is to be so too.
+    # Experts are split over the mesh; so must be state that is made of no param, such as a count.
     stack = spec_of(param)[:num]
     return jax.tree.map(lambda x: jax.sharding.reshard(x, P(*stack, *spec_of(x)[num:])), out)
 
@@ -167,7 +167,7 @@ def decay_mask(params: Params) -> Any:
 def split_frozen(model: MM1, frozen: tuple[str, ...]) -> tuple[Params, Params]:
   """Returns the model twice: with only its trainable params, and with only its frozen ones.
 
-  What the one has, the other holds as None, which is no leaf to JAX. Of a decoder with adapters
+  A param of the one is None in the other, which is no leaf to JAX. Of a decoder with adapters
   (`models.lora`) only they are trainable.
   """
   adapters = model.cfg.decoder.lora is not None

@@ -3,7 +3,7 @@
 
 A run's own `config.json` is compared before anything is written over it, that of `train.init_from`
 before anything is compiled. Settings that change what the params compute (`train.meaning`) are
-refused; what else has changed in a run that goes on is logged.
+refused; all other changes in a resumed run are logged.
 """
 
 import hashlib
@@ -148,7 +148,7 @@ def _read(folder: epath.Path) -> RunConfig | None:
 
 
 def _changes(old: RunConfig, new: RunConfig) -> list[Change]:
-  """Returns the settings that say something of a model's params, and differ."""
+  """Returns the settings that matter to a model's params, and differ."""
   found = meaning.changes(old.model, new.model)
   ours, theirs = new.data.image_delimiters, old.data.image_delimiters
   if ours != theirs:

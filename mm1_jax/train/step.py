@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(model: MM1, run: RunConfig) -> TrainState:
-  """Returns the state in front of the first step, with the optimizer sharded like the params."""
+  """Returns the state before the first step, with the optimizer sharded like the params."""
   trainable, _ = split_frozen(model, run.optimizer.frozen)
   step = jnp.zeros((), jnp.int32)
   return TrainState(step, model, make_optimizer(run).init(trainable), new_guard(run))
@@ -105,8 +105,8 @@ def _gradients(
 ) -> tuple[Losses, Params]:
   """Returns the losses of a batch and their gradient, summed over micro-batches.
 
-  Slices of chips share gradients over `data`, by their slowest network: once a step, in float32.
-  Until then each has a sum of its own, which is the type of a gradient by a *reduced* param.
+  Slices sum gradients over `data`, their slowest network: once a step, in float32. Until then each
+  slice keeps its own sum, which is the type of a gradient by a *reduced* param.
   """
   num = run.train.accumulation_steps
   across = frozenset({"data"} if jax.sharding.get_abstract_mesh().shape["data"] > 1 else ())

@@ -11,7 +11,7 @@ class Stop:
 
   Attributes:
     requested: the signal that this process was sent.
-    votes: processes that had been sent one when they last told each other.
+    votes: processes that had been sent one, by the newest sum over all.
   """
 
   def __init__(self):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each process counts of a step by itself, and all of them together."""
+"""Counts of a step by process, and their sums over all processes."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from mm1_jax.data.pipeline import BatchStats
 
 
 class Tally(NamedTuple):
-  """What each process knows of a step by itself; summed over those that have rows of their own."""
+  """Counts of a step by one process; summed over those that have rows of their own."""
 
   processes: float  # 1 of each
   stopping: float  # processes that were asked to stop

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The story of an export: look at the run, write, read back, compare, sign.
+"""The steps of an export: check the run, write, read back, compare, sign.
 
-What differs from form to form is in a module of each, as `format.py` asks for it.
+The code of each format is in a module of its own, with the functions that `format.py` asks for.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ from mm1_jax.convert.export import folder, huggingface, llava, manifest, orbax, 
 from mm1_jax.convert.export.format import ExportFormat, ExportOptions
 from mm1_jax.convert.export.run_reader import RunReader
 
-UNFINISHED = ".unfinished"  # behind the name of a folder until it is compared
+UNFINISHED = ".unfinished"  # suffix of a folder's name until it is compared
 
 FORMATS: dict[str, ExportFormat] = {
   "safetensors": folder,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safetensors under our own names, with what it takes to use them: `--format=safetensors`.
 
-The folder is laid out like a run whose params are in model.safetensors instead of `checkpoints/`:
+The folder is laid out like a run, with params in model.safetensors instead of `checkpoints/`:
 `config.json`, the tokenizer, `chat_template.json`, and a model card. A tensor has the name and
 shape of ours, a stack's blocks apart: `decoder.units.3.layers.0.mlp.gate`. In bfloat16, what is
 computed with in float32 stays float32. In int8 a matrix is NAME (int8) and NAME.int8_scale.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a form that a run can be exported in has to have."""
+"""What each export format has to implement."""
 
 import pathlib
 from typing import NamedTuple, Protocol

@@ -29,7 +29,7 @@ ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_py
 # In LLaVA one table, the class token's row first.
 POSITIONS = f"{names.VISION}.embeddings.position_embedding.weight"
 IN_TABLE = ("vit.class_position", "vit.positions")
-UNUSED_NORM = f"{names.VISION}.post_layernorm"  # it has one, behind the features
+UNUSED_NORM = f"{names.VISION}.post_layernorm"  # it has one, after the features
 PROJECTOR = "model.multi_modal_projector.linear"
 
 USE = """\
@@ -140,7 +140,7 @@ def config(run: RunConfig, dtype: str) -> dict[str, Any]:
     "image_seq_length": run.model.connector.num_tokens,
     "projector_hidden_act": "gelu_pytorch_tanh",
     "vision_feature_select_strategy": "default",
-    "vision_feature_layer": -1,  # the blocks behind ours are not there
+    "vision_feature_layer": -1,  # the blocks after ours are left out
     "multimodal_projector_bias": True,
     "tie_word_embeddings": decoder.tie_embeddings,
     "vision_config": {
@@ -195,5 +195,5 @@ def _tensors(reader: RunReader, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _numpy_type(dtype: str) -> Any:
-  """Returns what all weights are kept in, as transformers computes with one dtype."""
+  """Returns the dtype of all weights, as transformers computes with one dtype."""
   return np.float32 if dtype == "float32" else ml_dtypes.bfloat16

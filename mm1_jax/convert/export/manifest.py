@@ -22,7 +22,7 @@ def write(folder: pathlib.Path, facts: dict[str, Any]) -> None:
 
 
 def check(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the manifest of an export whose files are those that were written.
+  """Returns the manifest of an export after checking that its files are those that were written.
 
   Raises:
     ConvertError: naming the first file that is missing, was added, or was changed.

@@ -68,7 +68,7 @@ class RunReader:
   Attributes:
     run: its config, with the tokenizer that travels with it.
     workdir: where it is.
-    step: number of the step whose params are exported.
+    step: number of the step that is exported.
     params: where they are.
     parts: all of them.
 

@@ -6,7 +6,7 @@ The folder needs nothing of this package:
   programs/prefill_S_N.PLATFORM  reads a prompt of up to S positions with up to N pictures
   programs/decode.PLATFORM       reads one more token
   model.safetensors              the programs' first argument, arrays by name; or shards of it
-  program.json                   what stands around a question, and the shapes above
+  program.json                   the text around a question, and the shapes above
   run.py, pictures.py            answers about pictures
   requirements.txt               what that needs
   tokenizer.*
@@ -16,7 +16,7 @@ The folder needs nothing of this package:
   decode(params, token int32, length int32, cache) -> logits float32[V], cache
 
 The cache has room for the positions that the model was trained on; `length` of them are filled.
-Tokens that are never said, such as a picture's placeholder, have logits of -inf.
+Tokens that are never generated, such as a picture's placeholder, have logits of -inf.
 PLATFORM is cpu, cuda or tpu; `jax.export.deserialize` reads the files.
 """
 
@@ -203,7 +203,7 @@ class Programs:
     cache: Cache,
   ) -> tuple[Float[Array, " V"], Cache]:
     model = self._model(params)
-    # The prompt's padding, behind its end, is written over.
+    # The padding after the prompt's end is written over.
     segment_ids = (jnp.arange(self.room)[None] < length).astype(jnp.int32)
     token, position, segment_ids = _rows(token.reshape(1, 1), length.reshape(1, 1), segment_ids)
     layers = [KV(*(jax.sharding.reshard(x, LAYOUT.cache_ubkch) for x in kv)) for kv in cache]
@@ -232,7 +232,7 @@ class Programs:
     )
 
   def _model(self, params: dict[str, jax.Array]) -> MM1:
-    """Returns the model of params that come without a sharding, as from those who have no mesh."""
+    """Returns the model of params without a sharding, as the program's callers have no mesh."""
     placed = {
       name: jax.sharding.reshard(x, self._params[name].sharding.spec) for name, x in params.items()
     }
@@ -259,7 +259,7 @@ def _shapes(reader: RunReader, num_around: int) -> list[tuple[int, int]]:
   """Returns positions and pictures of each prefill.
 
   Positions are all that the model was trained on, a quarter, a quarter of that, ...; pictures 0, 1,
-  2, 4, ... up to those that a row had, as far as they fit with what stands around them and a word.
+  2, 4, ... up to those that a row had, as far as they fit with the text around them and a word.
   """
   data, shapes, positions = reader.run.data, [], reader.run.data.seq_len
   while positions >= min(SHORTEST, data.seq_len):
@@ -274,11 +274,11 @@ def _shapes(reader: RunReader, num_around: int) -> list[tuple[int, int]]:
 
 
 def _asked(reader: RunReader) -> dict[str, Any]:
-  """Returns what stands around a question and ends its answer."""
+  """Returns the ids around a question, and those that end its answer."""
   data, encoder, answers = reader.run.data, reader.encoder(), reader.answers()
   before, after, space = [reader.tokenizer.bos_id], [], ["", ""]
   if data.chat:
-    # What stands around a picture that is all that is asked.
+    # The ids around a question of a picture alone.
     ids = encoder.encode_prompt([{"role": "user", "content": [{"image": b""}]}]).ids
     start = ids.index(encoder.image_ids[0])
     before, after = ids[:start], ids[start + len(encoder.image_ids) :]

@@ -66,7 +66,7 @@ class Exported:
     Args:
       ids: of the prompt.
       images: uint8[N, H, W, 3], in their order.
-      more: tokens to go on with; None takes the likeliest ones, without end.
+      more: tokens to continue with; None takes the likeliest ones, without end.
     """
     positions, slots = self._shape(len(ids), len(images))
     tokens = np.zeros((1, positions), np.int32)

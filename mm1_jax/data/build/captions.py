@@ -287,7 +287,7 @@ def _ranges(whole: FilePart, num_rows: int, options: BuildOptions) -> list[FileP
 
 
 def _values(row: Any, path: str) -> list:
-  """Returns what stands at a dotted path, or all of it if that is a list."""
+  """Returns the value at a dotted path; all of its elements if it is a list."""
   if not path:
     return []
   value = row

@@ -4,10 +4,10 @@
   {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "conversations": [
     {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
-`images` may stand for `image`, and both may be missing. Each `<image>` is the next of them. Turns
-are the user's and the assistant's by turns, and end with an answer; a system turn may stand in
-front. `--answer-prompt` puts a line behind each question, as LLaVA-1.5 asks for short answers
-(arXiv 2310.03744, section 3.2).
+The key may also be `images`, or be missing. Each `<image>` is the next of the pictures. The user's
+and the assistant's turns alternate, and end with an answer; a system turn may come first.
+`--answer-prompt` adds a line after each question, as LLaVA-1.5 asks for short answers (arXiv
+2310.03744, section 3.2).
 """
 
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def _turn(turn: Any, number: int, images: list[Image]) -> dict[str, Any]:
   content: list[dict[str, Any]] = [{"text": first}]
   for text in others:
     content += [{"image": images.pop(0)}, {"text": text}]
-  # A picture stands on its own: the line breaks that LLaVA puts around it are not text.
+  # The line breaks that LLaVA puts around a picture are not text.
   content = [{"text": i["text"].strip("\n")} if others and "text" in i else i for i in content]
   content = [item for item in content if item.get("text", True)]
   if not content or not any("image" in i or i["text"].strip() for i in content):
@@ -71,7 +71,7 @@ def _turn(turn: Any, number: int, images: list[Image]) -> dict[str, Any]:
 
 
 def _ask_for(answer_prompt: str, content: list[dict[str, Any]]) -> None:
-  """Puts a prompt on a line of its own behind a question."""
+  """Puts a prompt on a line of its own after a question."""
   if "text" in content[-1]:
     content[-1] = {"text": f"{content[-1]['text']}\n{answer_prompt}"}
   else:

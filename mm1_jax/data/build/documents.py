@@ -50,7 +50,7 @@ def _obelics_image(value: Any) -> Image:
 
 
 def _page(metadata: Any) -> dict[str, Any]:
-  """Returns the page's URL out of OBELICS' JSON; it is only credit, so damage is let pass."""
+  """Returns the page's URL from OBELICS' JSON; it is only credit, so damage is ignored."""
   try:
     value = files.parse_json(metadata.encode()) if isinstance(metadata, str) else {}
   except (RowError, UnicodeEncodeError):

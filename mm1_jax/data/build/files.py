@@ -34,7 +34,7 @@ TOO_DEEP = "JSON nested too deeply"
 ROW_TOO_LONG = "row longer than 64 MiB"
 _COMPRESSED = (".gz", ".zst")
 # A whole string, or a character that matters outside of strings; a quote alone opens a string that
-# goes on in the next chunk.
+# ends in a later chunk.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
 
 
@@ -132,7 +132,7 @@ def text_rows(path: str, split: str, name: str) -> Iterator[Row]:
 
   Args:
     path: of the file.
-    split: what stands between documents; '' if the file is one.
+    split: the text between documents; '' if the file is one.
     name: of the field.
 
   Raises:
@@ -154,7 +154,7 @@ def text_rows(path: str, split: str, name: str) -> Iterator[Row]:
         too_long = False
       if not chunk:
         return
-      if len(buffer) > MAX_ROW_BYTES:  # goes on reading, to find its end
+      if len(buffer) > MAX_ROW_BYTES:  # keeps reading, to find its end
         keep = len(mark) if mark else 0
         offset += len(buffer) - keep
         buffer, too_long = buffer[len(buffer) - keep :], True
@@ -319,7 +319,7 @@ def _elements(stream: Any, offset: int, *, closed: bool) -> Iterator[tuple[int, 
   An element that is no JSON is yielded like the others: quotes and brackets tell where it ends.
 
   Args:
-    stream: stands behind the `[`, or where an element begins.
+    stream: positioned after the `[`, or where an element begins.
     offset: its place.
     closed: whether there must be a `]`.
 

@@ -2,7 +2,7 @@
 """From a draft to a record: pictures are fetched and looked at, and the filters applied.
 
 A picture that is lost (missing, unreadable, filtered) takes its record with it. In interleaved
-documents, unless `--lost-images=document`, it leaves alone, and the texts around it become one.
+documents, unless `--lost-images=document`, it is removed alone, and the texts around it become one.
 """
 
 import collections
@@ -154,5 +154,5 @@ def _check_texts(texts: list[str]) -> None:
 
 
 def _join(first: str, second: str) -> str:
-  """Joins two texts that a picture stood between."""
+  """Joins two texts that had a picture between them."""
   return first + ("" if first[-1:].isspace() or second[:1].isspace() else "\n") + second

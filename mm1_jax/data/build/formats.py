@@ -80,7 +80,7 @@ def _drafts(row: Row, options: BuildOptions) -> Iterator[Draft | Bad]:
       reason = e.reason
     except (MemoryError, RecursionError):
       raise
-    except Exception as e:  # a form that we did not think of must not end a build of days
+    except Exception as e:  # a row of unforeseen form must not end a build of days
       reason = f"not of the format ({type(e).__name__})"
   if reason:
     id = row.value.get("id", "") if isinstance(row.value, dict) else ""

@@ -155,7 +155,7 @@ def index_tars(tars: Iterable[FilePart], path: str) -> list[str]:
 
 
 def _index_rows(path: str) -> Iterator[tuple[bytes, str, int, int]]:
-  """Yields what finds the pictures of a tar; a picture and its .json are neighbours."""
+  """Yields the index rows of a tar's pictures; a picture and its .json are neighbours."""
   stem, url, place = "", "", None
   for member, data in files.tar_members(path, wanted=_is_small_json):
     name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -235,7 +235,7 @@ def measure(data: bytes, *, decode: bool) -> tuple[int, int]:
 def _has_end(data: bytes, kind: str) -> bool:
   """Returns whether a file that was cut off would look otherwise; False where we cannot tell."""
   if kind in ("JPEG", "MPO"):
-    # Within a scan FF D9 stands for nothing but the end; a thumbnail's end is before the last scan.
+    # Within a scan FF D9 marks nothing but the end; a thumbnail's end is before the last scan.
     return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
   if kind == "PNG":
     return b"IEND" in data[-64:]

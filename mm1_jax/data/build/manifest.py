@@ -27,7 +27,7 @@ def finish(options: BuildOptions, built: list[tuple[Job, dict[str, Any]]]) -> tu
   with files.create(manifest_path(options)) as file:
     file.write(json.dumps(_manifest(options, built, total), indent=2).encode() + b"\n")
   if total.bad:
-    # Gzip files one behind the other are one gzip file.
+    # Concatenated gzip files are one gzip file.
     with files.create(dead_letters_path(options)) as file:
       for job, _ in built:
         with files.open_raw(dead_path(options, job.name)) as part:
@@ -138,7 +138,7 @@ def _line(name: str, count: int, rest: str = "") -> str:
 
 
 def _role(format: str) -> str:
-  """Returns the source of `configs/common.py` that a format takes the place of."""
+  """Returns the source of `configs/common.py` that a format replaces."""
   if FORMATS[format].interleaved:
     return "interleaved"
   return {"text": "text", "llava": "sft"}.get(format, "captions")

@@ -78,7 +78,7 @@ def tabmwp(problems: Any) -> Iterator[Row]:
 
 
 def arxivqa(*questions: Any) -> Iterator[Row]:
-  """JSON lines; an answer that names none of the options by its letter stays as it is."""
+  """JSON lines; an answer that names none of the options by its letter is unchanged."""
   for q in questions:
     # Options come with letters of their own, most of them as "A) ...".
     options = [re.sub(r"^\s*[A-Z]\s*[).:]\s*", "", option) for option in q["options"]]

@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 64  # in memory, with their pictures
 def cauldron(*paths: pathlib.Path, pictures: str) -> Iterator[Row]:
   """Parquet files of one subset: `images`, and `texts` with `user` and `assistant`.
 
-  All pictures stand in front. Subsets of MM1.5's sets are chart2text, datikz, finqa, geomverse,
+  All pictures come first. Subsets of MM1.5's sets are chart2text, datikz, finqa, geomverse,
   hitab, intergps, raven, rendered_text, robut_wikisql, robut_wtq, spot_the_diff, st_vqa, tabmwp,
   tat_qa, vistext, visualmrc, websight and more.
   """

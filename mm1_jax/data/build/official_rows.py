@@ -16,7 +16,7 @@ BINS = 1000  # of a coordinate
 
 
 def row(id: Any, images: str | list[str], *turns: tuple[str, str]) -> Row:
-  """Returns a conversation whose pictures stand in front of the first question."""
+  """Returns a conversation whose pictures come before the first question."""
   images = [images] if isinstance(images, str) else images
   first = f"{IMAGE}\n" * len(images)
   said = [text for turn in turns for text in turn]
@@ -45,6 +45,6 @@ def box(x1: float, y1: float, x2: float, y2: float, width: float, height: float)
 
 
 def most_frequent(answers: list[Any]) -> str:
-  """Returns what most annotators said, the first of equals."""
+  """Returns the most frequent of the annotators' answers; of several the first."""
   said = [a["answer"] if isinstance(a, dict) else a for a in answers]
   return collections.Counter(said).most_common(1)[0][0]

@@ -39,8 +39,8 @@ class BuildOptions:
   source: str = ""  # of records that name none
   license: str = ""
   text_field: str = "text"
-  answer_prompt: str = ""  # put behind each question, on a line of its own
-  txt_split: str = ""  # what parts the documents of a .txt file; '' for one document a file
+  answer_prompt: str = ""  # put after each question, on a line of its own
+  txt_split: str = ""  # text between the documents of a .txt file; '' for one document a file
   split: str = "train"  # of a TFDS set
   data_dir: str = ""
   image_feature: str = ""  # dotted path

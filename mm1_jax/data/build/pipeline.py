@@ -50,7 +50,7 @@ def build(options: BuildOptions, beam_args: list[str]) -> list[tuple[Job, dict[s
   """Builds the shards that are not built yet; returns all with their sidecars.
 
   Raises:
-    UserError: there is nothing to read, or something else stands where we would write.
+    UserError: there is nothing to read, or something else is where we would write.
   """
   units = list_units(options)
   total_bytes = sum({part.path: part.size for unit in units for part in unit}.values())
@@ -114,7 +114,7 @@ def _jobs(options: BuildOptions, units: list[Unit], store: str, repeats: str) ->
 
 
 def _finished_jobs(options: BuildOptions, jobs: list[Job]) -> set[str]:
-  """Returns the names of those whose shards are there; removes what a killed build left.
+  """Returns the names of the jobs whose shards exist; removes what a killed build left.
 
   Raises:
     DataError: there are shards of something else, and we may not overwrite them.

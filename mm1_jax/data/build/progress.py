@@ -17,7 +17,7 @@ SECONDS = 5.0
 
 
 class Progress:
-  """Watches the work folder while it is entered; of a remote one, the runner tells itself."""
+  """Watches a local work folder inside the block; remote runners report progress themselves."""
 
   def __init__(self, options: BuildOptions, num_shards: int, num_done: int):
     self._folder = glob.escape(work_folder(options))
@@ -62,5 +62,5 @@ class Progress:
 def _size(path: str) -> int:
   try:
     return os.path.getsize(path)
-  except OSError:  # it has got its name meanwhile
+  except OSError:  # it was renamed meanwhile
     return 0

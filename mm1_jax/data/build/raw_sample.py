@@ -129,7 +129,7 @@ def write_obelics(out: pathlib.Path, records: list[Record]) -> None:
 
 
 def write_mmc4(out: pathlib.Path, records: list[Record]) -> None:
-  """docs.jsonl, with images/ beside it; of the pages whose pictures all have a text behind them."""
+  """docs.jsonl, with images/ beside it: pages whose pictures are all followed by a text."""
   (out / "images").mkdir(parents=True, exist_ok=True)
   with (out / "docs.jsonl").open("w") as file:
     for number, record in enumerate(records):
@@ -170,7 +170,7 @@ def write_tfds(out: pathlib.Path, records: list[Record]) -> None:
   import tensorflow_datasets as tfds  # seconds, and only this needs it
 
   class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Made on the spot."""
+    """A set made here, from the shipped sample."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos: ClassVar[dict] = {}  # nothing is downloaded
@@ -189,7 +189,7 @@ def write_tfds(out: pathlib.Path, records: list[Record]) -> None:
         yield i, {"image": io.BytesIO(image["image"]), "captions": [{"text": text["text"]}]}
 
   tfds.disable_progress_bar()
-  with contextlib.redirect_stdout(io.StringIO()):  # it tells of a download that there is not
+  with contextlib.redirect_stdout(io.StringIO()):  # it reports a download, but there is none
     Pictures(data_dir=out, file_format="array_record").download_and_prepare()
 
 

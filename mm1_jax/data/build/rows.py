@@ -74,7 +74,7 @@ class Bad(NamedTuple):
   where: str
   id: str = ""
   row: str = ""
-  whole_file: bool = False  # all that would have come behind it in its file is lost too
+  whole_file: bool = False  # the rest of its file is lost too
 
 
 class Draft(NamedTuple):
@@ -159,7 +159,7 @@ def shorten(value: Any) -> str:
 
 
 def digest(data: str | bytes) -> bytes:
-  """Returns 16 bytes that stand for a URL or a picture."""
+  """Returns 16 bytes that identify a URL or a picture."""
   if isinstance(data, str):
     data = b"url:" + data.encode("utf-8", "replace")
   return hashlib.sha256(data).digest()[:16]

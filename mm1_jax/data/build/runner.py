@@ -37,7 +37,7 @@ def beam_options(args: list[str], *, num_units: int, num_bytes: int) -> Pipeline
       "multi_processing" if direct.direct_num_workers > 1 else "in_memory"
     )
   if direct.direct_running_mode == "multi_processing":
-    # The workers' chatter comes to our terminal.
+    # The workers' log lines come to our terminal.
     log = options.view_as(pipeline_options.WorkerOptions)
     log.default_sdk_harness_log_level = log.default_sdk_harness_log_level or "ERROR"
   return options

@@ -52,7 +52,7 @@ CREDIT_LINE = re.compile(
 MAX_PIXELS = 96 * 80  # of a shipped image; its aspect ratio is kept
 JPEG_QUALITY = 80
 MAX_CAPTION = 300  # characters
-# Characters of a textbook module; longer ones tie others together, but would leave room for few.
+# Characters of a textbook module; longer ones link other records, but would leave room for few.
 MAX_MODULE = 12_000
 MAX_CHAPTER = 20_000  # characters of a novel or play
 VOCAB_SIZE = 4096
@@ -84,7 +84,7 @@ QUOTAS = {
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """A record that may be shipped, and all that ties it to other records."""
+  """A record that may be shipped, and its links to other records."""
 
   part: str
   origin: str
@@ -249,7 +249,7 @@ def page_items(row: Row, images: Mapping[str, bytes]) -> list[dict[str, Any]]:
     if item["type"] == "image":
       items.append({"image": images[item["image"]]})
     elif item["text"].strip():
-      # The dump's items have no space around them; a picture stands on its own line.
+      # The dump's items have no space around them; a picture is on a line of its own.
       items.append({"text": ("\n" if items else "") + item["text"].strip() + "\n"})
   return items
 
@@ -287,7 +287,7 @@ def _sft(raw: pathlib.Path, images: Images) -> Iterator[Candidate]:
       links.append(f"nlvr/{row['id'].split('/')[1]}/{row['id'].split('/')[2].split('-')[0]}")
     if row["source"] == "openstax-exercise":
       links.append(f"module/{row['id'].split('/')[2]}")
-    # A description that goes on for long teaches a tiny model little.
+    # A very long description teaches a tiny model little.
     answer = shorten(row["answer"]) if row["source"] == "openstax-alt" else row["answer"]
     question = [*pictures, {"text": row["question"]}]
     record = _conversation(row, question, answer, image_credit=images.credit(row["images"]))
@@ -371,7 +371,7 @@ def split_sides(links: list[tuple[str, ...]]) -> list[str]:
   for first, *rest in links:
     for link in rest:
       a, b = sorted((root(first), root(link)))
-      parent[b] = a  # the smallest name stands for the component
+      parent[b] = a  # the smallest name identifies the component
   roots = [root(first) for first, *_ in links]
   sizes = collections.Counter(roots)
   logging.info("components: %d, largest %s", len(sizes), sizes.most_common(3))

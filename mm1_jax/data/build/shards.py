@@ -3,9 +3,9 @@
 
   PREFIX-00003-of-00012.arrayrecord
   PREFIX.build/00003-of-00012.dead.jsonl.gz
-  PREFIX.build/00003-of-00012.json     the sidecar; written last, so what it speaks of is complete
+  PREFIX.build/00003-of-00012.json     the sidecar; written last, so what it describes is complete
 
-Records stand in the order of their input, so the same input gives the same bytes. Nothing of a
+Records are in the order of their input, so the same input gives the same bytes. Nothing of a
 shard is kept in memory but counts and a digest of each record.
 """
 
@@ -37,7 +37,7 @@ from mm1_jax.data.tokenizer import Tokenizer
 
 TEMPORARY = ".tmp"
 REPEATED = "repeated record"
-# Of a shard's records, those that a copy is found of. Ten times a usual shard; 100 MB.
+# So many of a shard's latest records are compared with. Ten times a usual shard; 100 MB.
 MAX_REMEMBERED = 1_000_000
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the packed stream as training does, and compares it with the records it was made from.
 
-The batches are those of `make_pipeline`. What should be in them is found on a second way: the plan
+The batches are those of `make_pipeline`. What should be in them is computed a second time: the plan
 names the pieces of each row, and their records are read, encoded and decoded once more.
 """
 
@@ -184,7 +184,7 @@ def _pipeline(
 
 
 def _seek(planned: PlannedBatches, step: int) -> dict[str, Any]:
-  """Returns a pipeline's place in front of batch `step`: windows follow from each other."""
+  """Returns a pipeline's state before batch `step`; each window follows from the one before."""
   if not step:
     return {}
   told = time.monotonic()

@@ -5,7 +5,7 @@ from transformers import PretrainedConfig
 
 
 class MM1VisionConfig(PretrainedConfig):
-  """CLIP's ViT, up to the layer whose output is taken."""
+  """CLIP's ViT, up to the layer that gives the features."""
 
   model_type = "mm1_vision"
   base_config_key = "vision_config"

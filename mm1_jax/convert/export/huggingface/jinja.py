@@ -40,7 +40,7 @@ _TEMPLATE = """\
 
 
 def to_jinja(template: ChatTemplate, picture: str = IMAGE) -> str:
-  """Returns the template as Jinja, with `picture` where one stands."""
+  """Returns the template as Jinja, with `picture` in the place of each picture."""
   markup = {}
   for role in ROLES:
     own = template.markup(role)

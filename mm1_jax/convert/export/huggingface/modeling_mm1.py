@@ -106,7 +106,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-  """Patches with their positions, behind a class token if there is one."""
+  """Patches with their positions, after a class token if there is one."""
 
   def __init__(self, config: MM1VisionConfig):
     super().__init__()
@@ -418,7 +418,7 @@ class Decoder(nn.Module):
 
 
 class Seen:
-  """Who sees whom, bool [B, 1, S, C], for as many keys as a cache has: the same for all layers."""
+  """The attention mask, bool [B, 1, S, C], for the keys of a cache: the same for all layers."""
 
   def __init__(self, attention_mask, slots):
     self.attention_mask, self.slots = attention_mask, slots
@@ -430,7 +430,7 @@ class Seen:
       real = F.pad(real, (0, length - real.shape[1]))
       keys = torch.arange(length, device=self.slots.device)
       causal = keys <= self.slots[:, None]
-      # What pads sees itself, as nothing at all has no softmax; no other sees it.
+      # A padding position attends to itself, as a softmax needs a key; no other attends to it.
       self.mask = ((causal & real[:, None]) | (keys == self.slots[:, None]))[:, None]
     return self.mask
 
@@ -459,7 +459,7 @@ class MM1PreTrainedModel(PreTrainedModel):
 
 
 class MM1Model(MM1PreTrainedModel):
-  """Pictures stand at their placeholders, and one decoder reads the row."""
+  """Pictures take the places of their placeholders, and one decoder reads the row."""
 
   def __init__(self, config: MM1Config):
     super().__init__(config)
@@ -508,7 +508,7 @@ class MM1Model(MM1PreTrainedModel):
 class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
   """MM1 with its head.
 
-  `pixel_values` are the pictures of all rows one behind the other, or parts of pictures, as many as
+  `pixel_values` are the pictures of all rows one after another, or parts of pictures, as many as
   there are runs of placeholders.
   """
 
@@ -584,7 +584,7 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
 
   @staticmethod
   def create_masks_for_generate(attention_mask=None, **kwargs):
-    """Returns who is padding: the decoder makes its mask of it, for a static cache, too."""
+    """Returns the padding mask: the decoder makes its own mask of it, for a static cache, too."""
     return attention_mask
 
   def _expand_inputs_for_generation(

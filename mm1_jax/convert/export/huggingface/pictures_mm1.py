@@ -93,7 +93,7 @@ def resize(pixels, size):
 def _kernel(num, side):
   """Returns which of `num` pixels make each of `side`, int[side, k], their weights, and the bits.
 
-  Weights are Catmull-Rom's, rounded to 16-bit numbers with as many bits behind the point as fit.
+  Weights are Catmull-Rom's, rounded to 16-bit numbers with as many bits after the point as fit.
   """
   scale = num / side
   wide = max(scale, 1.0)

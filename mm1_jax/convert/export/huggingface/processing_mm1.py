@@ -6,8 +6,8 @@
       {"type": "image", "path": "a.jpg"}, {"type": "text", "text": "What is this?"}]}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
 
-Every text of a turn is tokenised by itself, and what stands in it never counts as a control symbol.
-`processor(text=..., images=...)` makes the beginning of a document, for a model to go on with.
+Every text of a turn is tokenised by itself, and never gives ids of control symbols.
+`processor(text=..., images=...)` makes the beginning of a document, for a model to continue.
 """
 
 import base64
@@ -100,7 +100,7 @@ class MM1Processor(ProcessorMixin):
 
     Args:
       images: a picture, a list of them for one text, or a list for each text.
-      text: one or several; pictures stand at each `<image>` in it, or else in front of it.
+      text: one or several; pictures are put at each `<image>` in it, or else before it.
       return_tensors: "pt", or None for lists.
       kwargs: not used; there to be called like other processors.
     """
