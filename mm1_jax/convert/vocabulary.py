@@ -29,8 +29,8 @@ class Vocabulary(NamedTuple):
 def extend(path: pathlib.Path) -> Vocabulary:
   """Returns the tokenizer of a model's folder, or of a file, with what it lacks for ours.
 
-  Ids that it has are unchanged. Added are the picture's symbols, and `<pad>` if there is none. Where
-  no id begins a text, the one that ends it is used, as in Qwen.
+  Ids that it has are unchanged. Added are the picture's symbols, and `<pad>` if there is none.
+  Where no id begins a text, the one that ends it is used, as in Qwen.
 
   Raises:
     ConvertError: there is no tokenizer, or it cannot be read.
