@@ -16,7 +16,7 @@ def get_config(spec: str = "dense") -> ConfigDict:
   kind, *options = spec.split(",")
   if set(options) - {"lora"}:
     raise ValueError(
-      f"mm1_debug_sft is 'dense' or 'moe', with ',lora' behind or not, not '{spec}'."
+      f"mm1_debug_sft is 'dense' or 'moe', with or without ',lora' after it, not '{spec}'."
     )
   config = mm1_debug.get_config(kind)
   data = config.data.copy_and_resolve_references()

@@ -28,7 +28,7 @@ def get_config(spec: str = "3b") -> ConfigDict:
   if model not in MODELS or set(options) - {"mm1", "high_res", "lora"}:
     raise ValueError(
       f"mm1_sft has no '{spec}'; choose one of {list(MODELS)}, with ',mm1', ',high_res' or ',lora' "
-      "behind."
+      "after it."
     )
   config = common.sft(MODELS[model].get_config())
   if "mm1" in options:

@@ -412,7 +412,7 @@ def damaged(where: Any, error: Exception) -> CheckpointError:
   reason = str(error).splitlines()[0] if str(error) else ""
   return CheckpointError(
     f"'{where}' cannot be read: {type(error).__name__}: {reason[:300]}. If its files are "
-    "incomplete, delete this step's folder to go on from the one before."
+    "incomplete, delete this step's folder to continue from the one before."
   )
 
 

@@ -519,8 +519,8 @@ def _check_names(sources: Sequence[SourceConfig], where: str) -> None:
   for source in sources:
     _require(
       "/" not in source.name and bool(source.name),
-      f"{where} has the name '{source.name}'; a name has no '/', which stands between groups, and "
-      f"is not empty.",
+      f"{where} has the name '{source.name}'; a name has no '/', which separates groups, and is "
+      f"not empty.",
     )
     _check_names(source.sources, f"{where}.{source.name}.sources")
 
@@ -717,7 +717,7 @@ class RunConfig(_Group, where=""):
     _require(
       self.model.decoder.lora is None or "decoder" not in self.optimizer.frozen,
       "optimizer.frozen names the decoder, whose adapters model.decoder.lora asks to train; leave "
-      "it out: with lora the decoder's own params stand still anyway.",
+      "it out: with lora the decoder's own params are not trained anyway.",
     )
     _require(
       data.batch_size % train.accumulation_steps == 0,

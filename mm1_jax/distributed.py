@@ -246,7 +246,7 @@ class _Ending:
     names = f"process {gone[0]}" if len(gone) == 1 else f"processes {gone}"
     return (
       f"{names} of {num} died or cannot be reached; the log there may tell why. Start all of them "
-      "again to go on from the newest checkpoint."
+      "again to continue from the newest checkpoint."
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines: one spelling of flags, one message for a mistake, one door; --help is quick."""
+"""Command lines: one spelling of flags, one message for a mistake, one command; --help is quick."""
 
 import json
 import os

@@ -116,7 +116,7 @@ def flat(run: RunConfig) -> str:
 
 @pytest.mark.parametrize("size", [(378, 378), (448, 448), (560, 560), (672, 672), (448, 672)])
 def test_every_resolution_takes_144_tokens_and_the_same_params(size):
-  """Positions are resized: a checkpoint of 378 pixels goes on at any other size (section 4.1)."""
+  """Positions are resized: a checkpoint of 378 pixels fits any other size (section 4.1)."""
   model = load("mm1_3b").model
   larger = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=size))
   saved, wanted = ([x.shape for x in jax.tree.leaves(shapes(m))] for m in (model, larger))
@@ -161,7 +161,7 @@ def test_config_is_what_the_golden_file_says(name):
 
 
 def test_sft_mixtures_have_the_papers_counts():
-  """MM1's 1.46M examples; MM1.5's shares, whose groups add up as the paper says (Fig. 4)."""
+  """MM1's 1.46M examples; MM1.5's shares, with groups that add up as the paper says (Fig. 4)."""
   assert sum(common.MM1_SFT.values()) == 1460
   single, multi, text = (common.MM1_5_SFT[group] for group in ("single", "multi", "text"))
   assert (single[0], multi[0], text[0]) == (0.8, 0.1, 0.1)

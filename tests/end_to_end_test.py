@@ -156,7 +156,7 @@ def straight(tmp_path_factory):
 
 
 def test_killed_and_resumed_is_the_same_run(straight, tmp_path):
-  """kill -9 in step 8: the checkpoint of step 5 stands, and steps 6 and 7 are taken again."""
+  """kill -9 in step 8: the checkpoint of step 5 is whole, and steps 6 and 7 are taken again."""
   result = run(tmp_path, interrupt=("SIGKILL", 8))
   assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
   assert saved_steps(tmp_path) == [5]
@@ -171,9 +171,9 @@ def test_killed_and_resumed_is_the_same_run(straight, tmp_path):
 def test_stopped_and_resumed_is_the_same_run(straight, tmp_path, name, workers):
   """The step is finished and saved, wherever it falls; Ctrl-C reaches the data workers as well."""
   result = run(tmp_path, interrupt=(name, 3), data__num_workers=workers)
-  # Interrupted workers may still say so on stderr; the run itself goes on to save.
+  # Interrupted workers may still say so on stderr; the run itself still saves.
   assert result.returncode == 0, result.stderr[-3000:]
-  assert f"stopped by {name}; saved at step 3, run again to go on" in result.stderr
+  assert f"stopped by {name}; saved at step 3, run again to continue" in result.stderr
   assert saved_steps(tmp_path) == [3]
   assert max(read_metrics(tmp_path)["loss"]) == 3
   result = run(tmp_path, data__num_workers=workers)
@@ -381,7 +381,7 @@ def test_a_run_that_is_stopped_after_a_refused_step_is_the_same_in_the_end(skipp
   at = next(step for step in sorted(in_a_row) if in_a_row[step] == 1)
   result = run(tmp_path, **SKIPPING, interrupt=("SIGTERM", at))
   assert result.returncode == 0, result.stderr[-3000:]
-  assert f"saved at step {at - 1}, run again to go on" in result.stderr
+  assert f"saved at step {at - 1}, run again to continue" in result.stderr
   assert f"are not saved: the last one, {at}, was skipped" in result.stderr
   assert saved_steps(tmp_path)[-1] == at - 1
   check_ok(run(tmp_path, **SKIPPING))

@@ -122,7 +122,7 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
   for name in imported(source, module, is_package):
     ours = within(name, "mm1_jax")
     if any(within(name, p) for p in NOBODY) and not within(name, module):
-      found.append(f"{module} imports {name}: nobody may import that")
+      found.append(f"{module} imports {name}: no module may import that")
     elif within(name, "ml_collections"):
       found.append(f"{module} imports {name}: ml_collections is for configs/")
     elif any(within(name, lib) for lib in banned):

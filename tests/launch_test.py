@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launch scripts: linted, and run against stand-ins for gcloud, sbatch and kubectl.
+"""The launch scripts: linted, and run against fakes of gcloud, sbatch and kubectl.
 
 No cloud is here, so what can be shown is which commands are given, word for word, and that the
 manifests are what their API takes. The notebook is run whole, on the CPU.

@@ -43,7 +43,7 @@ for name, args in commands.items():
 
 
 class Case(NamedTuple):
-  args: list[str]  # WORK stands for a folder of the case's own
+  args: list[str]  # WORK becomes a folder of the case's own
   says: list[str]  # in the error, which is one line
 
 
@@ -230,7 +230,7 @@ def test_a_mistake_is_one_line(results, name):
   check(results, name)
 
 
-def test_a_mistake_leaves_no_run_behind(results):
+def test_a_mistake_leaves_no_run(results):
   """Else the corrected command would find a half-made workdir."""
   for name in (
     "missing_config",

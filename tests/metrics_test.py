@@ -193,7 +193,7 @@ class TestLoad:
     }
 
   def test_by_hand(self):
-    """A layer of one expert, and one whose four experts have 1/2, 1/4, 1/4 and nothing."""
+    """A layer of one expert, and one of four experts with 1/2, 1/4, 1/4 and nothing."""
     load = np.array([[0, 4, 0, 0], [2, 1, 1, 0]])
     assert metrics.load_scalars(load) == {
       "moe/load_min": 0,

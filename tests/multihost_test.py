@@ -212,7 +212,7 @@ def test_two_processes_are_the_same_run_as_one(straight, tmp_path):
   check_ok(results)
   assert_same_run(workdir, straight)
   assert saved_steps(workdir) == [2, 4, 6]
-  # Process 0 alone tells the story and writes; nothing is left beside the run.
+  # Process 0 alone logs and writes; nothing is left beside the run.
   assert "step 6/6" in re.sub(" +", " ", results[0].out)
   assert results[1].out.count("step ") == 0
   assert "mesh" in results[0].err
@@ -223,7 +223,7 @@ def test_two_processes_are_the_same_run_as_one(straight, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
-def test_killed_on_two_goes_on_on_one(straight, tmp_path, victim):
+def test_killed_on_two_continues_on_one(straight, tmp_path, victim):
   """kill -9 of one process in step 4: the other ends by itself, and says why."""
   workdir = tmp_path / "run"
   results = run(workdir, 2, hooks={victim: ["SIGKILL", 4]})
@@ -258,12 +258,12 @@ def test_a_frozen_process_ends_the_others(tmp_path):
 
 @pytest.mark.long
 def test_sigterm_to_one_stops_all_at_one_step(straight, tmp_path):
-  """And two, then one process go on from there, as the same run."""
+  """And two processes, then one continue from there, as the same run."""
   workdir = tmp_path / "run"
   results = run(workdir, 4, hooks={2: ["SIGTERM", 3]})
   check_ok(results)
   assert saved_steps(workdir) == [2, 3]
-  assert "stopped by another process; saved at step 3, run again to go on" in results[0].err
+  assert "stopped by another process; saved at step 3, run again to continue" in results[0].err
   results = run(workdir, 2, hooks={1: ["SIGTERM", 5]})
   check_ok(results)
   assert "resuming at step 3" in results[0].err
@@ -364,7 +364,7 @@ def test_workdirs_that_are_not_one(tmp_path):
 
 
 def test_processes_that_do_not_come():
-  """A process whose peers never start says so in time, whichever it is."""
+  """If its peers never start, a process says so in time, whichever it is."""
   program = (
     "import sys\nfrom mm1_jax import distributed as d\n"
     "with d.joined(d.Cluster(sys.argv[1], 2, int(sys.argv[2])), start_timeout=2): pass\n"

@@ -3,7 +3,7 @@
 
 A signal, or a DataError, strikes when the batch of that step (counted from the run's first) is
 there; `drop` makes each batch claim so many lost examples; `workdir` is another one than it says.
-With "bucket" as a third, metrics are written as to an object store, whose files cannot grow.
+With "bucket" as a third, metrics are written as to an object store, where files cannot grow.
 """
 
 import json

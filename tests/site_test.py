@@ -116,7 +116,7 @@ def test_headings_of_troubleshooting_are_messages():
   assert [h for h in headings() if h not in SYMPTOMS and not is_said(h)] == []
 
 
-def test_a_message_that_nobody_says_is_found():
+def test_a_message_that_is_nowhere_in_the_code_is_found():
   assert not is_said("mesh ... needs ... bananas")
   assert not is_said("devices; there are ... mesh")
 

@@ -303,7 +303,7 @@ def _make_shards(jobs: Mapping[int, _Job]) -> Iterator[tuple[int, _Shard]]:
         del left[i]
         yield i, shard
     except BrokenProcessPool:
-      logging.warning("processes that index do not start, or were killed; going on without them")
+      logging.warning("processes that index do not start, or were killed; continuing without them")
   for i, job in left.items():
     yield i, _make_shard(*job)
 

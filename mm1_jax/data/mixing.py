@@ -380,7 +380,7 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], batch: int) ->
   ]
   if changed:
     raise ConfigError(
-      f"the saved data state belongs to other data ({'; '.join(changed)}). Set it back to go on "
+      f"the saved data state belongs to other data ({'; '.join(changed)}). Set it back to continue "
       f"with the same batches, or start a new run from this one's params (train.init_from)."
     )
 

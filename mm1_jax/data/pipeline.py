@@ -109,7 +109,7 @@ class Pipeline:
     if self._error:
       raise self._error
     if not self._loaded:
-      raise PipelineError("the pipeline is closed; make_pipeline goes on from its state().")
+      raise PipelineError("the pipeline is closed; make_pipeline continues from its state().")
     try:
       rows = [next(self._loaded[0]) for _ in range(self._num_rows)]
       batch, stats = _join(rows)

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
   try:
     answer(args)
   except KeyboardInterrupt:
-    tell("stopped" if args.input is None else "stopped; the same command goes on from here")
+    tell("stopped" if args.input is None else "stopped; the same command continues from here")
     sys.exit(130)
 
 

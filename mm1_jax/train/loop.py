@@ -148,7 +148,7 @@ def _run_steps(
     logging.info("waited %.2f s for the last save to be on disk", log.save_seconds)
     if stop.agreed:
       by, newest = stop.requested or "another process", checkpointer.latest_step
-      logging.info("stopped by %s; saved at step %s, run again to go on", by, newest)
+      logging.info("stopped by %s; saved at step %s, run again to continue", by, newest)
       if newest != step:
         logging.warning("steps since then are not saved: the last one, %d, was skipped", step)
   return state

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other models' tokenizers: ids stay, ours come behind them, and text never becomes a symbol."""
+"""Other models' tokenizers: ids stay, ours come after them, and text never becomes a symbol."""
 
 import json
 import pickle
@@ -51,7 +51,7 @@ def extended(folder, tmp_path):
   return Tokenizer(str(tmp_path / "out" / "tokenizer.json")), own, words
 
 
-def test_ids_stay_and_ours_come_behind(extended):
+def test_ids_stay_and_ours_come_after_them(extended):
   ours, theirs, words = extended
   assert theirs.get_vocab_size() == 259
   for text in TEXTS[:5]:

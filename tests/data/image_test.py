@@ -297,7 +297,7 @@ def test_too_many_pixels():
 
 
 def png(width: int, height: int, idat: bytes, bits: int = 8) -> bytes:
-  """A PNG whose header says what it likes."""
+  """A PNG with any size in its header."""
 
   def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -56,7 +56,7 @@ def test_conversations_that_do_not_fit_are_counted(write, load):
 
 
 def test_documents_are_cut_between_items_and_texts_anywhere(write, load):
-  """In front of pictures and texts, but what stands behind a picture stays with it."""
+  """Before pictures and texts, but not right after a picture."""
   records = [
     ["text only", "more"],
     [b"1", "a", b"2", b"3", "b", "c"],

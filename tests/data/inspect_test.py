@@ -289,7 +289,7 @@ MISTAKES = {
 
 
 class Changed:
-  """A pipeline whose batches come out changed."""
+  """A pipeline that yields changed batches."""
 
   def __init__(self, pipeline, change):
     self._pipeline, self._change = pipeline, change

@@ -20,7 +20,7 @@ WEIGHTS = {"captions": 45.0, "interleaved": 45.0, "text": 10.0}
 
 
 def make_index(lengths, images, splittable=True) -> Index:
-  """Pictures stand one after another behind the first position."""
+  """Pictures are one after another, after the first position."""
   starts = [[1 + IMAGE * i for i in range(n)] for n in images]
   return Index(
     records=np.arange(len(lengths)),
@@ -58,7 +58,7 @@ def make_data(**changes) -> DataConfig:
 
 
 def windows(mixer: Mixer, num: int, state: WindowState | None = None):
-  """Returns the rows of `num` windows, one after another, and the state behind them."""
+  """Returns the rows of `num` windows, one after another, and the state after them."""
   state = state or mixer.first_state
   rows = []
   for _ in range(num):
@@ -156,7 +156,7 @@ def test_changed_data_is_told(indexes):
 
 
 def test_weights_of_later_steps_may_still_change(indexes):
-  """Windows of 64 rows are 4 batches: the one that begins at 8 knows of no step after 11."""
+  """Windows of 64 rows are 4 batches: the one that begins at 8 depends on no step after 11."""
   then, now = (
     fingerprint(make_data(reweight=(change(step, text=0.5),)), IMAGE, indexes) for step in (12, 20)
   )
@@ -421,7 +421,7 @@ def test_per_source_rows_have_one_source_each(indexes):
   np.testing.assert_allclose(positions / positions.sum(), [0.45, 0.45, 0.10], atol=0.01)
 
 
-# --- going on
+# --- resuming
 
 
 def test_going_on_does_no_work_for_the_steps_before(indexes):

@@ -60,7 +60,7 @@ def check(packing: Packing, items, shape: RowShape) -> None:
       continue
     allowed = [0, *item.cuts, item.num_positions]
     for _, stop in of_item:
-      if stop not in allowed:  # then no row could hold what stands between the cuts around it
+      if stop not in allowed:  # then no row could hold the positions between the cuts around it
         before = max(cut for cut in allowed if cut < stop)
         after = next_cut(item, stop)
         images = sum(before <= start < after for start in item.image_starts)
@@ -160,7 +160,7 @@ def test_short_captions_go_where_positions_are_scarce():
   assert mean[0] < 0.9 * mean[1]
 
 
-def test_a_document_goes_on_in_another_row():
+def test_a_document_continues_in_another_row():
   items, shape = [document(100, 50, 54)], RowShape(60, 2, IMAGE)
   packing = pack(items, 2, shape)
   check(packing, items, shape)
@@ -234,6 +234,6 @@ def test_rows_of_one_array_are_stacked_without_a_copy():
   rows = [assemble([], whole[i : i + 1], **shape) for i in range(2)]
   assert stack(rows).images is whole
   whole[1] = 7
-  turned = stack(rows[::-1]).images  # they do not stand there in this order
+  turned = stack(rows[::-1]).images  # in memory they are in another order
   assert turned is not whole
   assert not turned.any()  # no slot of them is used

@@ -51,7 +51,7 @@ def small(write):
 
 
 def test_sub_images_fill_slots_in_order(small):
-  """A picture of two halves, cut: each sub-image stands in its slot, at its run of placeholders."""
+  """A picture of two halves, cut: each sub-image is in its slot, at its run of placeholders."""
   dark_left = np.zeros((32, 32, 3), np.uint8)
   dark_left[:, 16:] = 255
   data = io.BytesIO()

@@ -21,7 +21,7 @@ SYMBOLS = [
 # Five turns, with a picture in the third: system, then questions and answers.
 RECORD = conversation("x", ["a"], ["b"], ["c", b"jpeg"], ["d"])
 RECORD["turns"].insert(0, {"role": "system", "content": [{"text": "s"}]})
-# By template: what is read, in pieces; what is trained on stands in [].
+# By template: what is read, in pieces; what is trained on is in [].
 EXPECTED = {
   "default": (
     "<s>|s|\n\n|USER:| a|\n|ASSISTANT:|[ b]|[</s>]|USER:| c|IMAGE|\n|ASSISTANT:|[ d]|[</s>]"

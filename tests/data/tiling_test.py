@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grids and token counts by hand, and what stands at each place of a cut picture."""
+"""Grids and token counts by hand, and the contents of each place of a cut picture."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ T = 144
 
 
 def picture(height: int, width: int) -> bytes:
-  """A PNG whose every pixel tells its place: red the row, green the column."""
+  """A PNG in which every pixel encodes its place: red the row, green the column."""
   rows, columns = np.mgrid[:height, :width]
   pixels = np.stack([rows * 255 // height, columns * 255 // width, rows * 0 + 7], axis=-1)
   data = io.BytesIO()

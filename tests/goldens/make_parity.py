@@ -32,7 +32,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Anything(type):
-  """The type of classes whose every attribute is another such class."""
+  """The type of classes in which every attribute is another such class."""
 
   def __getattr__(cls, name: str):
     if name.startswith("__"):

@@ -246,7 +246,7 @@ def words(text: str) -> str:
 @pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt-get install chromium")
 def test_a_visit(visitor, long_run, pictures, tmp_path):
-  """Uploads, asks, reads, makes each mistake, and goes on."""
+  """Uploads, asks, reads, makes each mistake, and continues."""
   from mm1_jax.inference.model import Model
 
   model = Model.load(long_run)

@@ -97,7 +97,7 @@ def test_rooms_are_few_and_not_wasteful():
   assert all(room < 1.5 * length for length, room in zip(lengths, rooms, strict=True) if room > 64)
 
 
-def test_a_stop_text_ends_an_answer_wherever_it_stands_in_tokens(model, prompts):
+def test_a_stop_text_ends_an_answer_however_tokens_divide_it(model, prompts):
   whole = model.generate(prompts, max_new_tokens=20)
   for i, text in enumerate(whole):
     for start in range(1, min(6, len(text) - 4)):  # across tokens, whatever these are

@@ -100,7 +100,7 @@ def test_what_cannot_be_answered_says_why_and_stops_nothing(ask):
   assert tally == (1, 13, 0)
 
 
-def test_the_same_command_goes_on_where_it_was_stopped(ask, model, monkeypatch, tmp_path):
+def test_the_same_command_continues_where_it_was_stopped(ask, model, monkeypatch, tmp_path):
   rows = [{"id": str(i), "prompt": f"{i} and"} for i in range(20)] + [{"prompt": "<image>"}]
   settings = {"batch_size": 2, "sampling": Sampling(temperature=1.0), "seed": 3}
   _, whole = ask(rows, **settings)

@@ -184,7 +184,7 @@ def check_logits(params, expected) -> None:
       close(logits[i, 0], expected[i, length + step], expected)
 
 
-def test_what_stands_in_padding_changes_nothing(params):
+def test_the_contents_of_padding_change_nothing(params):
   tokens, images = make_rows()
   logits, cache = prefill_logits(params, left_pad(tokens), images)
   other = images.copy()
@@ -307,7 +307,7 @@ def test_top_k_of_1_is_greedy_and_rows_draw_on_their_own(dense):
   assert (drawn != other).any()
 
 
-def test_a_row_ends_at_eos_while_others_go_on(dense):
+def test_a_row_ends_at_eos_while_others_continue(dense):
   greedy, _ = run_generate(dense)
   end = int(greedy[0, 2])
   new, lengths = run_generate(dense, ends=(EOS, end))

@@ -29,7 +29,7 @@ def test_packed_examples_do_not_see_each_other_and_padding_is_not_seen():
     [0, 0, 1, 0, 0, 0],
     [0, 0, 1, 1, 0, 0],
     [0, 0, 1, 1, 1, 0],
-    [0, 0, 0, 0, 0, 1],  # sees padding alone: no row of a softmax is empty
+    [0, 0, 0, 0, 0, 1],  # attends to padding alone: no row of a softmax is empty
   ]
 
 
@@ -38,7 +38,7 @@ def test_prompt_padded_on_the_left():
 
 
 def test_cached_slots_ahead_are_seen_and_empty_ones_are_not():
-  """Two new positions at slots 3 and 4 of a cache of six whose first slot is padding."""
+  """Two new positions at slots 3 and 4 of a cache of six; its first slot is padding."""
   assert mask([1, 1], [0, 1, 1, 1, 1, 0], offset=3) == [
     [0, 1, 1, 1, 0, 0],
     [0, 1, 1, 1, 1, 0],

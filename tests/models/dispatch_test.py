@@ -8,7 +8,7 @@ import tiny
 
 from mm1_jax.models.dispatch import collect, invert, places, spread, spread_weights
 
-# Three tokens of two choices and five rows: token 1 has no second row, and row 3 nobody.
+# Three tokens of two choices and five rows: token 1 has no second row, and row 3 no owner.
 SLOTS = jnp.array([[4, 0], [1, 5], [2, 5]])
 OWNERS = jnp.array([1, 2, 4, 6, 0])
 
@@ -42,7 +42,7 @@ def test_gradients_equal_those_of_plain_indexing():
   to_rows, to_tokens = (jnp.asarray(rng.standard_normal(s)) for s in ((5, 4), (3, 4)))
 
   def ours(x, rows, weights):
-    # Whoever reads rows must make nothing of those without an owner: their weight is 0.
+    # Rows without an owner must not count: their weight is 0.
     spread_out = spread(x, SLOTS, OWNERS) * spread_weights(weights, SLOTS, OWNERS)
     return jnp.sum(spread_out * to_rows) + jnp.sum(collect(rows, SLOTS, OWNERS) * to_tokens)
 
@@ -54,7 +54,7 @@ def test_gradients_equal_those_of_plain_indexing():
 
   actual = tiny.jit(jax.grad(ours, argnums=(0, 1, 2)))(x, rows, weights)
   expected = tiny.jit(jax.grad(plain, argnums=(0, 1, 2)))(x, rows, weights)
-  # Row 3 is nobody's: its gradient is whatever was at hand, and whoever reads it weighs it with 0.
+  # Row 3 has no owner: its gradient is arbitrary, and is multiplied by 0 where it is used.
   np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
   np.testing.assert_allclose(actual[1] * owned, expected[1], rtol=1e-5)
   np.testing.assert_allclose(actual[2], expected[2], rtol=1e-5)

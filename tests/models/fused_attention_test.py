@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused kernels against attention written out in float32, and where `attend` chooses them.
 
-Splash attention is interpreted. cuDNN's kernel is stood in for by XLA, given the very same
-arguments on each device; bench/gpu_kernels.py checks the kernel itself, where there is a GPU.
+Splash attention is interpreted. cuDNN's kernel is replaced by XLA, with the very same arguments on
+each device; bench/gpu_kernels.py checks the kernel itself, where there is a GPU.
 """
 
 import functools
@@ -71,7 +71,7 @@ def with_gradients(function, *inputs):
   ids=["one chip", "four, grouped", "positions split", "one kv head", "one kv head, split"],
 )
 def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes, monkeypatch):
-  """Forward and backward; examples see neither each other nor padding, nor the other way round."""
+  """Forward and backward; neither examples nor padding attend to another one."""
   if path == "cudnn":
     monkeypatch.setattr(attention, "has_kernel", lambda *_: True)
     monkeypatch.setattr(
@@ -106,7 +106,7 @@ def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes, mo
 
 
 def test_whole_rows_without_causality_and_odd_heads():
-  """A picture's patches: everyone sees everyone but the padding; heads of 80, as in ViT-H."""
+  """A picture's patches attend to all others, but not to padding; heads of 80, as in ViT-H."""
   rng = np.random.default_rng(0)
   qkv = [jnp.asarray(rng.standard_normal((2, 128, 2, 80)), jnp.float32) for _ in range(3)]
   valid = jnp.asarray(np.arange(128)[None] < [[100], [90]], jnp.int32)
@@ -225,7 +225,7 @@ def test_a_picture_is_one_block():
 
 
 def test_pictures_filled_up_to_whole_blocks_have_the_same_features(monkeypatch):
-  """As on a TPU: 7 positions become 128, of which the real ones must not see the others.
+  """As on a TPU: 7 positions become 128; the real ones must not attend to those added.
 
   Features and gradients; the kernel is interpreted.
   """

@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from mm1_jax.models import grouped_matmul as lib
 
-# Rows of each group: an empty one, one of a single row, one longer than a block; then nobody's.
+# Rows of each group: an empty one, one of a single row, one longer than a block; then of no group.
 SIZES = np.array([37, 0, lib.CPU_BLOCK + 70, 1, 22])
 IN, OUT = 24, 40
 NUM_ROWS = lib.padded_rows(SIZES.sum() + 5)
@@ -54,7 +54,7 @@ def test_product_equals_a_loop_over_groups(platform, transpose):
 
 @pytest.mark.parametrize("platform", OUTERS)
 def test_outer_equals_a_loop_over_groups(platform):
-  """Rows that belong to nobody hold NaN, as the TPU kernels leave them: they must not be read."""
+  """Rows of no group hold NaN, as the TPU kernels leave them: they must not be read."""
   rows, grad = draw(NUM_ROWS, IN, seed=0), draw(NUM_ROWS, OUT, seed=1)
   if platform in ("cpu", "tpu"):
     rows[SIZES.sum() :] = grad[SIZES.sum() :] = np.nan

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: the sum that they stand for, what of a model they train, and that nothing is lost."""
+"""Adapters: the sum of W and their product, which params they train, and that nothing is lost."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def with_lora(lora: LoRAConfig | None = LORA) -> RunConfig:
 
 @functools.cache
 def adapted() -> MM1:
-  """Returns a model whose adapters are far from zero."""
+  """Returns a model with adapters far from zero."""
   return tiny.make_model(with_lora().model, tiny.mesh(*ONE))
 
 

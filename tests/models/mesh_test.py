@@ -111,7 +111,7 @@ def test_pictures_in_groups_change_nothing(size, sizes):
   [
     ("none", 0),
     ("full", 8),  # all but the one into the stream: q, k, v, two of attention, out, gate, up
-    ("qkv+attention", 4),  # the logits, whose softmax is not kept; out, gate, up
+    ("qkv+attention", 4),  # the logits, as their softmax is not kept; out, gate, up
     ("qkv+attention+residual+mlp_up", 2),
     ("qkv+attention+residual+host:mlp_gate+mlp_up", 1),
   ],
@@ -129,7 +129,7 @@ def test_backward_multiplies_again_only_what_was_not_kept(remat, again):
 
 
 def without_router_losses(run: RunConfig) -> RunConfig:
-  """Returns a run all of whose loss is of tokens: the router's are means over a micro-batch."""
+  """Returns a run with a loss of tokens alone: the router's are means over a micro-batch."""
   decoder = run.model.decoder
   if decoder.moe is not None:
     moe = dataclasses.replace(decoder.moe, balance_loss=0.0, router_z_loss=0.0)

@@ -178,7 +178,7 @@ def test_nothing_flows_back_from_later_positions(models, mesh):
   assert changed.tolist() == [False] * 6 + [True] * 5
 
 
-# Padding, and who learns.
+# Padding, and which params have gradients.
 
 
 def with_random_padding(batch):

@@ -170,7 +170,7 @@ def test_padding_takes_no_room_and_counts_in_nothing(case, mesh):
 
 
 def test_losses_and_load_by_hand(mesh):
-  """Three tokens for expert 0 at 3:1, one for expert 1 at 1:3, and padding that shouts."""
+  """Three tokens for expert 0 at 3:1, one for expert 1 at 1:3, and padding with large values."""
   cfg = MoEConfig(2, 1, 1, None)
   router = np.zeros((WIDTH, 2))
   router[:3] = [[np.log(3), 0], [0, np.log(3)], [100, 0]]
@@ -267,7 +267,7 @@ def test_gradient_equals_that_of_a_dense_reference(case, mesh):
 
 @pytest.mark.parametrize("capacity", [None, 2.0], ids=str)
 def test_a_single_expert_teaches_its_router(capacity, mesh):
-  """By what the layer says alone, no router loss: about as much as two experts do."""
+  """By the layer's output alone, no router loss: about as much as with two experts."""
   x, valid = inputs()
   direction = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
 

@@ -274,7 +274,7 @@ def test_decoder_equals_the_reference(decoder, mesh):
 
 
 def test_packed_prompts_equal_the_reference_on_each_alone(decoder, mesh):
-  """Two prompts in one row, padding after them: the reference knows of neither."""
+  """Two prompts in one row, padding after them: the reference reads each prompt alone."""
   decoder, ref = decoder
   tokens = ref.arrays["tokens"]
   length = tokens.shape[1]

@@ -2,7 +2,7 @@
 """A model of a few thousand params, its meshes, and a packed batch with pictures and padding.
 
 Params are drawn with numpy and put in place by name: nothing is compiled to make a model, norms and
-biases are not at their telling 1 and 0, and every mesh gets the very same numbers.
+biases are not at their initial 1 and 0, and every mesh gets the very same numbers.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ TOKENS = 2  # of an image
 
 
 def model_config(moe: MoEConfig | None = None, **changes: Any) -> ModelConfig:
-  """Returns a model whose every dim divides over a mesh of 1 x 2 x 2 x 2."""
+  """Returns a model with dims that all divide over a mesh of 1 x 2 x 2 x 2."""
   cfg = ModelConfig(
     vision=VisionConfig(
       image_size=(8, 12),
@@ -192,7 +192,7 @@ BATCH = stack(
 
 
 def put(batch: Any, on: Mesh) -> Any:
-  """Puts a batch, or any arrays whose first dim is rows, on the mesh."""
+  """Puts a batch, or any arrays with rows as their first dim, on the mesh."""
   return jax.device_put(batch, NamedSharding(on, LAYOUT.act_b))
 
 

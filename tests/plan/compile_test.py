@@ -146,7 +146,7 @@ def test_rematerializations_are_in_what_the_compiler_says(monkeypatch, tmp_path)
 def test_the_family_fits_its_v5p_presets_and_moves_no_array_twice(module, tmp_path):
   """An array that is put together whole, to be split another way, can cost more than a layer.
 
-  So can one whose tiles have less than 8 rows: its next reader has it transposed.
+  So can one with tiles of less than 8 rows: it is transposed before its next use.
   """
   slice_name = next(name for name in module.SLICES if name.startswith("v5p"))
   run = RunConfig.from_dict(module.get_config(slice_name).to_dict())

@@ -78,7 +78,7 @@ def test_a_blocking_collective_is_waited_for():
 
 
 @pytest.mark.parametrize("cycles", [1_000, 40_000, 1_000_000])
-def test_an_asynchronous_one_hides_behind_work(cycles):
+def test_an_asynchronous_one_is_hidden_by_work(cycles):
   """Only what is left of it when it is waited for costs anything."""
   text = entry(START, work("a", cycles), DONE)
   assert seconds(text) == pytest.approx(max(cycles * CYCLE, GATHERED))
@@ -216,7 +216,7 @@ def test_transfers_that_pile_up_over_a_loop():
   assert seconds(text) == pytest.approx(26 * (GATHERED + CYCLE))
 
 
-def test_a_transfer_across_a_loop_hides_behind_all_of_it():
+def test_a_transfer_across_a_loop_is_hidden_by_all_of_it():
   turn = 20_000 * CYCLE
   assert 2 * turn < GATHERED < 26 * turn
   text = loop(work("y", 19_999), before=START, after=DONE)

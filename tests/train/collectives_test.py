@@ -24,7 +24,7 @@ MESHES = {
 
 
 def count(run: RunConfig) -> str:
-  """Returns how often each kind stands in the program; what is in a loop counts once."""
+  """Returns how often each kind is in the program; what is in a loop counts once."""
   mesh = make_mesh(run)
   state = abstract_state(lambda: init_state(MM1(jax.random.key(0), run.model), run), mesh)
   with jax.set_mesh(mesh):

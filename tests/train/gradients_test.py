@@ -134,7 +134,7 @@ def sums_over_data(equation) -> bool:
 
 @pytest.mark.parametrize("kind", ["dense", "attention_pool", "dropless", "capacity", "lora"])
 def test_gradients_cross_slices_once_a_step_in_float32(kind):
-  """`data` runs between slices, whose network is the slowest."""
+  """`data` runs between slices, over the slowest network."""
   run = RUNS[kind]
   run = dataclasses.replace(run, train=dataclasses.replace(run.train, accumulation_steps=2))
   crossing = [

@@ -83,7 +83,7 @@ def test_a_norm_that_fell_does_not_make_a_normal_one_a_spike():
 @pytest.mark.parametrize("times", [25, 100, 1e6])
 @pytest.mark.parametrize("burst", [1, 3])
 def test_spikes_are_refused(times, burst):
-  """Every time, also soon after another, and one behind a burst that was taken for a level."""
+  """Every time, also soon after another, and one after a burst that was taken for a level."""
   spikes = np.full(burst, 0.5 * times)
   *_, refused, in_a_row = simulate(usual(50, 0.5), spikes, usual(30, 0.5))
   assert refused == list(range(50, 50 + burst))

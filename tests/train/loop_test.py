@@ -20,7 +20,7 @@ def cache_dir() -> str | None:
 
 def test_the_step_is_compiled_while_the_state_is_made(monkeypatch):
   """And not a second time when it is called."""
-  run = tiny_step.run_config(train=TrainConfig(num_steps=11))  # nobody else's program
+  run = tiny_step.run_config(train=TrainConfig(num_steps=11))  # a program of no other test
   mesh, compiled = tiny.mesh(*tiny_step.ONE), []
 
   def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:

@@ -140,7 +140,7 @@ def gradients(like: MM1, seed: int, size: float = 1.0):
 
 
 def updates_of(optimizer: optax.GradientTransformation, params: MM1, *, num: int = 3, size=1.0):
-  """Returns the updates and the state after `num` random gradients, the params standing still."""
+  """Returns the updates and the state after `num` random gradients; params are not changed."""
 
   @tiny.jit
   def update(params, grads):
@@ -309,7 +309,7 @@ def test_frozen_parts_come_apart_and_together(params, frozen):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_frozen_parts_stand_still(name):
+def test_frozen_parts_do_not_change(name):
   """They have no optimizer state, and the others' gradients are what they were."""
   cfg = dataclasses.replace(tiny_step.ADAMW, name=name)
   run = tiny_step.run_config(optimizer=dataclasses.replace(cfg, frozen=("vit",)))
@@ -445,7 +445,7 @@ def test_a_setting_of_the_other_optimizer_is_refused(name, setting):
 
 
 def on_eight_devices(name: str) -> RunConfig:
-  """Returns a run whose params are large enough for Adafactor to factor (128 on two sides)."""
+  """Returns a run with params large enough for Adafactor to factor (128 on two sides)."""
   run = with_optimizer(OptimizerConfig(name=name, learning_rate=1e-3, warmup_steps=0))
   decoder = dataclasses.replace(run.model.decoder, width=128, mlp_dim=128, vocab_size=128)
   return dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))

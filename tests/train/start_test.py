@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run that goes on from other params is refused, and what it is told."""
+"""When a run may not start from other params, and what the message says."""
 
 import dataclasses
 import json

@@ -272,7 +272,7 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
 
 
 def linear_adam(num: int) -> RunConfig:
-  """Returns a run whose updates are nearly linear in the gradient, so that noise stays small."""
+  """Returns a run with updates nearly linear in the gradient, so that noise stays small."""
   optimizer = dataclasses.replace(tiny_step.ADAMW, eps=1.0)
   return tiny_step.run_config(
     optimizer=optimizer, train=TrainConfig(num_steps=10, accumulation_steps=num)
@@ -395,7 +395,7 @@ def equations(jaxpr):
 
 
 def test_collapsed_image_tokens_are_warned_of_once(tmp_path, caplog):
-  """A connector whose last weights are 0 gives the decoder its bias, the same for every picture."""
+  """With last weights of 0, a connector's tokens are its bias, the same for every picture."""
   run = dataclasses.replace(DENSE, train=dataclasses.replace(DENSE.train, log_every=1))
   healthy = tiny_step.make_state(run)
   dead = tiny_step.change(healthy, model__connector__readout__layers__0__weight=np.zeros_like)

@@ -346,7 +346,7 @@ def _elements(stream: Any, offset: int, *, closed: bool) -> Iterator[tuple[int, 
         begin = scanned
       if depth < 0:
         if (buffer[scanned:] + stream.read(CHUNK_BYTES)).strip():
-          raise BrokenFile("JSON array with something behind its end")
+          raise BrokenFile("JSON array with something after its end")
         return
     buffer, offset, scanned = buffer[begin:], offset + begin, scanned - begin
     if len(buffer) > MAX_ROW_BYTES:

@@ -270,7 +270,7 @@ def convert(name: str, paths: list[pathlib.Path], **options: str) -> Iterator[Ro
   except (LookupError, TypeError, AttributeError, ValueError, OSError, SyntaxError) as e:
     files = ", ".join(map(str, paths))
     raise DataError(
-      f"{files}: not of the form of {name}, behind {count} conversations "
+      f"{files}: not of the form of {name}, after {count} conversations "
       f"({type(e).__name__}: {e}). "
       f"What it takes: {(SETS[name].__doc__ or 'its one file').strip()}"
     ) from e

@@ -66,7 +66,7 @@ def rows_of(paths: tuple[pathlib.Path, ...]) -> Iterator[tuple[str, dict[str, An
           yield f"{i:04d}-{count:07d}", value
           count += 1
     except (OSError, ValueError) as e:  # pyarrow's errors are either
-      raise DataError(f"'{path}' cannot be read as Parquet behind {count} rows: {e}.") from e
+      raise DataError(f"'{path}' cannot be read as Parquet after {count} rows: {e}.") from e
 
 
 def _empty_folder(name: str) -> pathlib.Path:

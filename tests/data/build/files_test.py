@@ -74,7 +74,7 @@ def test_array_with_an_odd_element(tmp_path):
   found = [(row.value, row.error) for row in files.json_rows(good)]
   bad = (None, "not JSON")
   assert found == [(1, ""), bad, ("x", ""), (["]", 2], ""), bad]
-  assert rest.error == "JSON array with something behind its end"
+  assert rest.error == "JSON array with something after its end"
 
 
 def test_a_row_that_is_too_long(tmp_path, monkeypatch):

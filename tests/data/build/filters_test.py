@@ -89,7 +89,7 @@ def test_first_copy_on_a_page():
   same_bytes = Image(url="c", data=a.data)
   counts: Counter = Counter()
   refiner = Refiner(options(first_copy_only=True), None, frozenset())
-  for _ in range(2):  # pages do not know of each other
+  for _ in range(2):  # pages are independent
     record = refiner.refine(page(a, "1", b, "2", same_url, "3", same_bytes, "4"), counts)
     texts = [{"text": "1"}, {"text": "2\n3\n4"}]
     pictures = [{"image": a.data}, {"image": b.data}]

@@ -105,7 +105,7 @@ def images() -> list[Case]:
 
 
 def texts() -> list[Case]:
-  """What stands for a text in JSON; --max_chars=100000 is set."""
+  """Values in the place of a text in JSON; --max_chars=100000 is set."""
   wrong = "'text' is of the wrong type"
   cases: list[Case] = [("", "empty"), (" \n\t ", "empty"), ("\ufeff", None)]
   cases += [(text, "NUL in text") for text in ("\0", "a\0b", "abc\0", "\0" * 9999)]

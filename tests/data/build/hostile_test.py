@@ -330,7 +330,7 @@ def test_coco_files(build, tmp_path):
 
 
 def test_repeated_ids(build, tmp_path):
-  """A row that is there twice is kept once; an id may stand for several, as in LLaVA's mix."""
+  """A row that is there twice is kept once; several may have one id, as in LLaVA's mix."""
   rows = [{"id": "a", "text": "x"}, {"id": "a", "text": "x"}, {"id": "a", "text": "y"}]
   rows += [{"id": "b", "text": "x"}, {"id": "a", "text": "x"}]
   path = write_lines(tmp_path / "a.jsonl", [hostile.dumps(row) for row in rows])
@@ -355,7 +355,7 @@ def test_an_odd_row_ends_no_build(build, tmp_path, monkeypatch):
 
 
 def test_what_is_built_trains(build, tmp_path, tokenizer):
-  """Pictures whose header alone is whole, texts of odd characters: no batch fails on them."""
+  """Pictures with only a whole header, texts of odd characters: no batch fails on them."""
   members = {}
   photos = [hostile.photo(i) for i in range(8)]
   for i, data in enumerate(photos):

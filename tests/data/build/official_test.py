@@ -569,10 +569,10 @@ def test_mantis(tmp_path):
   (found,) = convert(tmp_path, "mantis", parquet(tmp_path / "a.parquet", [row]))
   assert (found["id"], found["image"]) == ("dreamsim_1", ["0.jpg", "1.jpg", "2.jpg"])
   assert texts(found) == ["<image><image> Which is more like <image>?", "The first."]
-  with pytest.raises(DataError, match=r"a.parquet: not of the form of cauldron, behind 0"):
+  with pytest.raises(DataError, match=r"a.parquet: not of the form of cauldron, after 0"):
     convert(tmp_path, "cauldron", tmp_path / "a.parquet", f"--pictures={tmp_path}/new")
   (tmp_path / "b.parquet").write_text("no parquet")
-  with pytest.raises(DataError, match=r"b.parquet' cannot be read as Parquet behind 0 rows"):
+  with pytest.raises(DataError, match=r"b.parquet' cannot be read as Parquet after 0 rows"):
     convert(tmp_path, "mantis", tmp_path / "b.parquet")
 
 
@@ -664,7 +664,7 @@ def test_what_is_not_of_the_form_is_named_and_nothing_is_left(tmp_path):
   path, output = tmp_path / "a.json", tmp_path / "out.jsonl"
   good = {"imgname": "a.png", "query": "?", "label": "1"}
   path.write_text(json.dumps([good, {"imgname": "b.png", "query": "?"}]))
-  with pytest.raises(DataError, match=r"a\.json: not of the form of chartqa, behind 1 .*'label'"):
+  with pytest.raises(DataError, match=r"a\.json: not of the form of chartqa, after 1 .*'label'"):
     official.main(["chartqa", str(path), f"--output={output}"])
   assert not output.exists()
   path.write_text("{")

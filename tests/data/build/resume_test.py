@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A build that is killed goes on where it was; workers change nothing; other flags are refused."""
+"""A killed build continues where it was; workers change nothing; other flags are refused."""
 
 import gzip
 import hashlib
@@ -86,7 +86,7 @@ def test_other_flags_or_inputs_are_refused(flags, tmp_path):
 
 
 def test_an_overwrite_that_is_killed(flags, tmp_path, monkeypatch):
-  """Killed behind a new shard, before its sidecar: the old sidecar does not vouch for it."""
+  """Killed after a new shard, before its sidecar: the old sidecar does not count for it."""
   from mm1_jax.data.build import shards as module
 
   main(flags)
