@@ -636,7 +636,7 @@ class MeshConfig(_Group, where="mesh."):
 
 @dataclasses.dataclass(frozen=True)
 class InputSpec:
-  """What a model takes in: all that the data code knows of it."""
+  """A model's inputs: all that the data code needs of it."""
 
   image_size: tuple[int, int]  # pixels, height and width
   tokens_per_image: int  # positions of a picture, or of a sub-image, without delimiters (T)
@@ -657,7 +657,7 @@ class RunConfig(_Group, where=""):
 
   @property
   def input_spec(self) -> InputSpec:
-    """What the model takes in."""
+    """The model's inputs."""
     model = self.model
     return InputSpec(model.vision.image_size, model.connector.num_tokens, model.image_token_id)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports that JAX alone runs, and runs of params alone: what they say is what the model says."""
+"""Exports that JAX alone runs, and runs of params alone: they answer as the model does."""
 
 import io
 import json
@@ -118,7 +118,7 @@ def test_pictures_in_parts_are_refused(run_folder):
 
 
 def test_prefills_fit_their_pictures(run_folder):
-  """The longest first; no shape whose pictures leave no room for a word."""
+  """The longest first; no shape with so many pictures that there is no room for a word."""
   source = RunReader(run_folder)
   around = 3
   shapes = stablehlo._shapes(source, around)

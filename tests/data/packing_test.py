@@ -78,7 +78,7 @@ def check(packing: Packing, items, shape: RowShape) -> None:
     (0, 100, 2, 30),  # two pictures only
     (0, 100, 1, 10),  # one picture only: its text would be in another row
     (0, 100, 0, 10),
-    (10, 100, 1, 10),  # nowhere to go
+    (10, 100, 1, 10),  # nothing fits
     (10, 19, 9, 10),
     (10, 20, 9, 30),
     (30, 100, 1, 60),

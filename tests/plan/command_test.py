@@ -142,7 +142,7 @@ def test_what_was_never_checked_is_marked():
 
 
 def test_flops_of_generation():
-  """Forward only; a decode sees the whole cache, and a prefill makes one row of logits."""
+  """Forward only; a decode reads the whole cache, and a prefill makes one row of logits."""
   run = RunConfig.from_dict(mm1_debug.get_config("moe").to_dict())
   train, prefill, decode = (step_flops(run, what) for what in ("train", "prefill", "decode"))
   decoder, rows, positions = run.model.decoder, run.data.batch_size, run.data.seq_len
