@@ -71,7 +71,7 @@ def test_standalone_pixels_are_those_of_training(kind, size, most, fit, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"moe": True}, {"num_kv_heads": 1}], ids=str)
-def test_programs_say_what_the_model_says(settings, tmp_path):
+def test_programs_answer_as_the_model_does(settings, tmp_path):
   run_folder = make_run(tmp_path / "run", **settings)
   out = tmp_path / "programs"
   compared = exporter.export(run_folder, out, "stablehlo", ExportOptions(dtype="float32"))

@@ -85,7 +85,7 @@ def test_a_batch_is_answered_as_its_rows_are(loaded, settings):
   assert len({tuple(row) for row in alone}) == len(alone)
 
 
-def test_a_cache_is_gone_on_with_and_a_new_picture_seen(loaded):
+def test_a_cache_is_continued_and_a_new_picture_read(loaded):
   """Fails if pictures are only read where a cache is empty."""
   model, processor = loaded
   turns = [*QUESTIONS[2]]

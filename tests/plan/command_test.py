@@ -250,7 +250,7 @@ def test_the_table_quotes_no_time_that_was_never_checked():
   assert rows[4][6] == "109%, does not fit"
 
 
-def test_the_table_marks_what_a_quick_plan_knows_as_bounds():
+def test_the_table_marks_the_bounds_of_a_quick_plan():
   plan = a_plan()
   whole = markdown_table([figures(plan, 2.5)]).splitlines()[2].split(" | ")
   plan.compiled.result.quick = True
