@@ -10,7 +10,7 @@ takes one batch's gradient in both dtypes, and prints |bfloat16 - float32| / |fl
 param, the largest first. Exit code 1 if any is over `--limit`.
 
 Left out is what theory makes zero, so that only rounding is there to compare: a key's bias without
-rotary positions adds the same to all logits of a query (the encoder's); a softmax does not see it.
+rotary positions adds the same to all logits of a query (the encoder's), which a softmax cancels.
 """
 
 import argparse

@@ -104,7 +104,7 @@ class VisionConfig(_Group, where="model.vision."):
   mlp_dim: Count = 5120  # hidden width of a block's MLP (F)
   activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"  # of the MLP
   class_token: bool = True  # one more position, which the connector does not read
-  pre_norm: bool = True  # CLIP's ln_pre, in front of the first block
+  pre_norm: bool = True  # CLIP's ln_pre, before the first block
   norm_eps: NormEps = 1e-5  # of layer norms
   # Grid the learned positions are stored at; bicubically resized to the image's own grid.
   position_grid: tuple[Count, Count] = (27, 27)
@@ -381,7 +381,7 @@ class TilingConfig(_Group, where="data.tiling."):
   min_tiles: Count = 4  # fewest sub-images, where `grid` is None
   max_tiles: Count = 9  # MM1.5 trains with 9 and answers with up to 16
   overview: Literal["last", "first", "none"] = "last"  # place of the whole picture, made small
-  # Text in front of the sub-images: (image, row, column), or what parts columns and rows.
+  # Text before the sub-images: (image, row, column), or separators of columns and rows.
   marks: Literal["none", "index", "separators"] = "none"
   max_images: Count = 2  # pictures of an example with more are not cut
   last: CountOrZero | None = None  # cut just so many pictures, the last, however many there are
@@ -636,7 +636,7 @@ class MeshConfig(_Group, where="mesh."):
 
 @dataclasses.dataclass(frozen=True)
 class InputSpec:
-  """What a model takes in: all that the data code knows of it."""
+  """A model's inputs: all that the data code needs of it."""
 
   image_size: tuple[int, int]  # pixels, height and width
   tokens_per_image: int  # positions of a picture, or of a sub-image, without delimiters (T)
@@ -657,7 +657,7 @@ class RunConfig(_Group, where=""):
 
   @property
   def input_spec(self) -> InputSpec:
-    """What the model takes in."""
+    """The model's inputs."""
     model = self.model
     return InputSpec(model.vision.image_size, model.connector.num_tokens, model.image_token_id)
 

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax._src import clusters  # no public way tells whether there is a cluster
+from jax._src import clusters  # no public function finds a cluster
 from jax._src import distributed as service  # nor gives the store that processes share
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P

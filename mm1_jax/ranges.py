@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The range of each number in a config: what lies outside is no setting that a run can mean.
+"""The range of each number in a config; numbers outside make no sense in any run.
 
 A field's type names its range, such as `b1: Annotated[float, Range(at_least=0, below=1)]`, also
 inside a tuple or beside None. `outside` compares the fields of an object with their types.

@@ -40,7 +40,7 @@ Run = Mapping[str, Mapping[int, Any]]  # series of numbers and of tables, by nam
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What the model said about a picture, and what is true."""
+  """The model's answer about a picture, and the true one."""
 
   image: np.ndarray  # uint8[H, W, 3]
   prompt: str

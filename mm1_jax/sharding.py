@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every array lives: the mesh, the `Layout` table, and moving arrays onto it.
+"""How every array is split: the mesh, the `Layout` table, and moving arrays onto it.
 
 The mesh always has the axes data, fsdp, expert, tensor, sequence, of length 1 where unused, and
 explicit axis types: an array's type says how it is sharded, and a collective happens only where a

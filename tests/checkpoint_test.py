@@ -425,7 +425,7 @@ def test_init_from_a_damaged_checkpoint(copy, damage):
     checkpoint.init_from(copy, params(run_config(tiny.SPARSE)))
 
 
-def test_restore_params_wants_exactly_this_model(saved):
+def test_restore_params_takes_exactly_this_model(saved):
   workdir, states = saved
   like = abstract(run_config(tiny.SPARSE), EIGHT).model
   assert_same(checkpoint.restore_params(workdir, like), states[5].model)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way from the command line to the loss is short, and each stop is in the file of its name."""
+"""The call path from the command line to the loss is short, each function in its named file."""
 
 import pathlib
 import traceback

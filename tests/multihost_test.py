@@ -393,7 +393,7 @@ def test_processes_that_do_not_come():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What JAX knows of a TPU before it computes: a host has 2 x 2 of them."""
+  """A TPU's attributes in JAX: a host has 2 x 2 of them."""
 
   id: int
   coords: tuple[int, int, int]

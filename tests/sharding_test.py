@@ -173,7 +173,7 @@ def name(path) -> str:
   return ".".join(parts[:-1] if parts[-1] == "value" else parts)
 
 
-def test_params_live_where_the_golden_file_says(abstract):
+def test_params_are_split_as_the_golden_file_says(abstract):
   """One line a param. A weight that is suddenly replicated costs a pod its memory."""
   kind, _, state = abstract
   lines = []
@@ -245,7 +245,7 @@ def test_no_large_array_of_the_family_is_replicated(family):
       assert num_parts(leaf, mesh) == wanted, f"{slice_name}: {name(path)}"
 
 
-def test_the_family_lives_where_the_golden_files_say(family):
+def test_the_family_is_split_as_the_golden_files_say(family):
   """One line a large param; the small ones together."""
   run_name, mesh, state = family
   lines, small, whole, here = [], [], 0, 0

@@ -247,7 +247,7 @@ def make_encoder(data: DataConfig, tokenizer: Tokenizer, spec: InputSpec) -> Enc
 
 
 def _after_space(items: Items) -> Items:
-  """Puts a space in front of a turn's first text, where it follows the role directly."""
+  """Puts a space before a turn's first text, where it follows the role directly."""
   if items and "text" in items[0]:
     return [{"text": " " + items[0]["text"]}, *items[1:]]
   return items

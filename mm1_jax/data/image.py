@@ -153,7 +153,7 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], max_pixels: int) -> np.ndar
     )
   except ImageError:
     raise
-  except ValueError:  # it refuses what it could repair; Pillow knows what is worth repairing
+  except ValueError:  # it refuses repairable files, too; Pillow decodes those
     return None
 
 

@@ -227,7 +227,7 @@ class Mixer:
     drawn = list(placed)
     nexts = {s: self._next(s, cursors[s]) for s, share in enumerate(shares) if share}
     while pool.size < num_rows:
-      # Half of what comes next counts, so that long examples come neither too early nor too late.
+      # The next example counts half, so that long ones come neither too early nor too late.
       ahead = {s: (drawn[s] + size / 2) / shares[s] for s, (_, size) in nexts.items() if size}
       if not ahead:
         break  # all are used up
@@ -307,7 +307,7 @@ class _Pool:
     return max(positions, self._group_images[group] / max(self._shape.images_per_row, 1))
 
   def _item(self, rest: Rest) -> Item:
-    """Returns what `pack` needs to know; its positions count from `rest.start`."""
+    """Returns the `Item` that `pack` needs; its positions count from `rest.start`."""
     index, example, first = self._indexes[rest.source], rest.example, rest.start
     cuts = index.cuts(example, self._shape.image_positions)
     return Item(

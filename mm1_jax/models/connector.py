@@ -183,7 +183,7 @@ class Connector(nnx.Module):
     cfg, width = model.connector, model.vision.width
     positions, body, readout = jax.random.split(key, 3)
     pooled = cfg.kind in ("c_abstractor", "attention_pool")
-    # Honeybee adds positions in front of its abstractor; bins and projections need none.
+    # Honeybee adds positions before its abstractor; bins and projections need none.
     self.positions = (
       normal(positions, (*model.vision.position_grid, width), LAYOUT.replicated, STD)
       if pooled

@@ -46,7 +46,7 @@ def cudnn_attention(
 ) -> Float[Array, "B S H h"]:
   """Softmax attention where `mask` and, with `causal`, the order of positions allow it.
 
-  The kernel skips what lies above the diagonal if it is told by `causal`; a mask alone it reads
+  The kernel skips what is above the diagonal only with `causal`; a mask alone it reads
   whole. Each GPU runs it on its rows, heads and queries, so `causal` needs whole rows.
 
   Args:

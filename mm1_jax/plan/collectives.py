@@ -138,7 +138,7 @@ def _cycle_length(pairs: dict[int, int]) -> int:
 
 
 def _queue(kind: str, num: int, devices: int, instruction: Instruction) -> str:
-  """Returns which links are taken: different groups lie on different mesh axes and links."""
+  """Returns which links are taken: different groups are on different mesh axes and links."""
   if kind == "collective-permute":
     shifts = [b - a for a, b in list(_pairs(instruction.attributes).items())[:2]]
     forward = min(shifts, key=abs, default=1) > 0

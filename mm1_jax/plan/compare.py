@@ -65,7 +65,7 @@ def markdown_table(plans: list[dict[str, Any]]) -> str:
       f"{memory['share']:.0%}" + ("" if plan["fits"] else ", does not fit"),
       *_times(plan),
       f"{plan['compile']['seconds']:.0f}" + ", no code" * plan["quick"],
-      # Stopped from outside, the compiler does not tell what it took.
+      # If the compiler is stopped from outside, its time and memory are unknown.
       "-" if plan["quick"] else f"{plan['compile']['cpu_seconds']:.0f}",
       "-" if plan["quick"] else f"{plan['compile']['gib']:.1f}",
     ]
@@ -78,7 +78,7 @@ def _times(plan: dict[str, Any]) -> list[str]:
   if not (plan["fits"] and plan.get("calibrated")):
     return ["-"] * _NUM_TIMES
   step, run = plan["step_seconds"], plan.get("run")
-  # A quick plan knows the lower bound of the time alone.
+  # A quick plan has a lower bound of the time alone.
   least, most = ("at least ", "at most ") if plan["quick"] else ("", "")
   bounds = "" if plan["quick"] else f" ({step['lower']:.3g} to {step['upper']:.3g})"
   return [

@@ -52,7 +52,7 @@ _SAME_VALUE = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """An array's shape: dtype[dims], and the memory that it lives in."""
+  """An array's shape: dtype[dims], and the memory that it is in."""
 
   dtype: str
   dims: tuple[int, ...]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Pallas kernel costs: the compiler says nothing of its time, so it is modelled here.
+"""What a Pallas kernel costs: the compiler does not estimate its time, so it is modelled here.
 
 Attention kernels and grouped matrix products are known by name, and their FLOPs follow from their
 operands; of any other kernel, the cost estimate that it was given counts, else its bytes.

@@ -136,7 +136,7 @@ def table(plan: Plan, price: float | None = None) -> str:
 
 def _compile_line(values: dict[str, Any]) -> str:
   line = f"compiled in {format_seconds(values['seconds'])}"
-  if values["cpu_seconds"]:  # one that was stopped from outside does not tell
+  if values["cpu_seconds"]:  # unknown of a compile that was stopped from outside
     line += f", {values['cpu_seconds']:.0f} s of CPU, with {values['gib']:.1f} GiB"
   return line + f" (jax {values['jax']}, libtpu {values['libtpu']})"
 

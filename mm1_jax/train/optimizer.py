@@ -2,8 +2,8 @@
 """Optimizer: which params are trained, and at which rates.
 
 The gradient is clipped by its global norm, preconditioned (AdamW or Adafactor), decayed, and
-scaled by its part's schedule; ViT and connector may have peaks of their own. What is frozen is not
-in the trees that the optimizer sees (`split_frozen`), so it has no gradient, no state and no decay.
+scaled by its part's schedule; ViT and connector may have peaks of their own. Frozen params are not
+in the optimizer's trees (`split_frozen`), so they have no gradient, no state and no decay.
 """
 
 import functools

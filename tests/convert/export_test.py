@@ -166,7 +166,7 @@ def test_the_card_tells_data_figures_and_licences(hub):
   assert "\nStep 7, " in card
 
 
-def test_the_manifest_knows_every_file(hub, tmp_path):
+def test_the_manifest_lists_every_file(hub, tmp_path):
   from mm1_jax.convert import ConvertError
   from mm1_jax.convert.export import manifest
 

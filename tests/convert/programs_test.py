@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports that JAX alone runs, and runs of params alone: what they say is what the model says."""
+"""Exports that JAX alone runs, and runs of params alone: they answer as the model does."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def test_standalone_pixels_are_those_of_training(kind, size, most, fit, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"moe": True}, {"num_kv_heads": 1}], ids=str)
-def test_programs_say_what_the_model_says(settings, tmp_path):
+def test_programs_answer_as_the_model_does(settings, tmp_path):
   run_folder = make_run(tmp_path / "run", **settings)
   out = tmp_path / "programs"
   compared = exporter.export(run_folder, out, "stablehlo", ExportOptions(dtype="float32"))
@@ -118,7 +118,7 @@ def test_pictures_in_parts_are_refused(run_folder):
 
 
 def test_prefills_fit_their_pictures(run_folder):
-  """The longest first; no shape whose pictures leave no room for a word."""
+  """The longest first; no shape with so many pictures that there is no room for a word."""
   source = RunReader(run_folder)
   around = 3
   shapes = stablehlo._shapes(source, around)

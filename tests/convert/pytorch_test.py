@@ -77,7 +77,7 @@ QUESTIONS = (
   ids=["greedy", "beams", "static"],
 )
 def test_a_batch_is_answered_as_its_rows_are(loaded, settings):
-  """Fails if pictures go to other rows, or padding is seen, or positions count it."""
+  """Fails if pictures go to other rows, or padding is attended to, or counted by positions."""
   model, processor = loaded
   together, _ = generate(model, encode(processor, *QUESTIONS), **settings)
   alone = [generate(model, encode(processor, q), **settings)[0][0] for q in QUESTIONS]
@@ -85,8 +85,8 @@ def test_a_batch_is_answered_as_its_rows_are(loaded, settings):
   assert len({tuple(row) for row in alone}) == len(alone)
 
 
-def test_a_cache_is_gone_on_with_and_a_new_picture_seen(loaded):
-  """Fails if pictures are only looked at where a cache is empty."""
+def test_a_cache_is_continued_and_a_new_picture_read(loaded):
+  """Fails if pictures are only read where a cache is empty."""
   model, processor = loaded
   turns = [*QUESTIONS[2]]
   inputs = encode(processor, turns)

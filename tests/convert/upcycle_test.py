@@ -52,7 +52,7 @@ def token_loss(run: RunConfig, model) -> float:
 
 @pytest.mark.slow
 def test_first_loss_is_the_dense_one(dense, tmp_path):
-  """Fails if layers change places, gates do not sum to 1, or an expert is no copy."""
+  """Fails if layers are exchanged, gates do not sum to 1, or an expert is no copy."""
   run = run_config(tiny.SPARSE)
   out = tmp_path / "upcycled"
   upcycle_run(dense, run, out, fsdp=2)

@@ -18,7 +18,7 @@ def encoder(tokenizer):
 def test_document_with_images(encoder, tokenizer):
   (a,), (b,) = tokenizer.encode("a"), tokenizer.encode("b")
   example = encoder.encode_record(document("x", "a", b"one", b"two", "b"))
-  # a sees <s>; b is predicted from the second picture's end; pictures from nothing.
+  # a is predicted from <s>, b from the second picture's end; pictures are not predicted.
   assert example.tokens.tolist() == [BOS, a, START, IMG, IMG, END, START, IMG, IMG, END, b]
   assert example.targets.tolist() == [a, START, IMG, IMG, END, START, IMG, IMG, END, b, EOS]
   assert example.loss_mask.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]

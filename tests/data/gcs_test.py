@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards on gs:// are read in place: against a server that speaks as Google's does."""
+"""Shards on gs:// are read in place, from a server with the protocol of Google's."""
 
 import http.server
 import pathlib

@@ -317,7 +317,7 @@ def spoil(monkeypatch):
 
 
 @pytest.mark.parametrize("change", MISTAKES, ids=lambda change: change.__name__[7:])
-def test_a_mistake_is_seen(change, make_run, spoil):
+def test_a_mistake_is_found(change, make_run, spoil):
   spoil(change)
   run = make_run(window_rows=8, seq_len=400)  # some of it is padding
   found = stream.read_stream(run, first_step=0, num_batches=1, num_rows=8)

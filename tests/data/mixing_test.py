@@ -201,7 +201,7 @@ def test_weights_change_at_their_step(indexes):
   np.testing.assert_allclose(shares(range(25, 45)), [20 / 55, 0, 35 / 55], atol=0.02)
 
 
-def test_what_waits_at_weight_0_comes_back(indexes):
+def test_what_waits_at_weight_0_is_drawn_later(indexes):
   data = make_data(reweight=(change(4, interleaved=0), change(8, interleaved=45)))
   _, state = windows(Mixer(data, indexes, IMAGE), 1)
   waited = [rest for rest in state.carried if rest.source == 1]

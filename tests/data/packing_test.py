@@ -78,7 +78,7 @@ def check(packing: Packing, items, shape: RowShape) -> None:
     (0, 100, 2, 30),  # two pictures only
     (0, 100, 1, 10),  # one picture only: its text would be in another row
     (0, 100, 0, 10),
-    (10, 100, 1, 10),  # nowhere to go
+    (10, 100, 1, 10),  # nothing fits
     (10, 19, 9, 10),
     (10, 20, 9, 30),
     (30, 100, 1, 60),
@@ -112,7 +112,7 @@ def test_a_text_is_cut_anywhere():
   assert furthest_cut(text(60), 13, 20, 0, RowShape(40, 0, IMAGE)) == 33
 
 
-def test_conversations_go_where_they_leave_least_room():
+def test_conversations_are_put_where_they_leave_least_room():
   items, shape = [whole(n) for n in (3, 6, 5, 4, 3)], RowShape(10, 0, IMAGE)
   packing = pack(items, 2, shape)
   check(packing, items, shape)
@@ -147,7 +147,7 @@ def test_documents_fill_what_captions_leave():
   assert packing.left == []
 
 
-def test_short_captions_go_where_positions_are_scarce():
+def test_short_captions_are_put_where_positions_are_scarce():
   """The longer document leaves its row few positions for as many slots."""
   captions = [whole(n, 1) for n in np.random.default_rng(0).integers(10, 110, 60).tolist()]
   items, shape = [whole(1450, 1), whole(1150, 1), *captions], RowShape(2000, 12, IMAGE)

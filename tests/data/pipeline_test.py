@@ -179,7 +179,7 @@ def test_resume_anywhere(sample_data, stop, batch_size):
   assert_equal(take(again, 3), whole[stop : stop + 3])
 
 
-def test_state_does_not_know_processes(sample_data):
+def test_state_does_not_depend_on_processes(sample_data):
   data = sample_data()
   pipelines = [
     make_pipeline(data, INPUTS, process_index=i, process_count=n)

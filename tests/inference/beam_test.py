@@ -19,7 +19,7 @@ ROWS, POSITIONS = 8, 64  # of a full forward
 
 @pytest.fixture(scope="module")
 def few(model):
-  """A model that may say four tokens, two of them about as likely as the end."""
+  """A model that may generate four tokens, two of them about as likely as the end."""
   one = Model(model.params, model.run, model.mesh)
   (start,) = next_log_probs(one, ["What is"], [()])
   ranks = np.argsort(-start).tolist()

@@ -39,7 +39,7 @@ def chat(conversation, capsys):
   return read
 
 
-def test_the_model_sees_all_that_was_said(chat, conversation, model, pictures):
+def test_the_model_reads_all_turns(chat, conversation, model, pictures):
   a, b = pictures
   shown = chat(f"/image {a}", "What is this?")
   first = {"role": "user", "content": [a, "What is this?"]}

@@ -278,7 +278,7 @@ def test_a_new_token_moves_no_cache(moe):
   assert not made.keys() & {"copy", "transpose", "broadcast", "concatenate"}, made
 
 
-def test_a_row_that_is_stopped_says_no_more(dense):
+def test_a_stopped_row_gets_no_more_tokens(dense):
   greedy, _ = run_generate(dense)
   new, lengths = run_generate(dense, stopped=(True, False, False, False))
   assert lengths.tolist() == [1, NEW, NEW, NEW]

@@ -18,11 +18,11 @@ def mask(queries: list[int], keys: list[int], offset: int = 0) -> list[list[int]
   return np.asarray(made[0, 0]).astype(int).tolist()
 
 
-def test_one_example_sees_itself_and_the_past():
+def test_one_example_attends_to_itself_and_the_past():
   assert mask([1, 1, 1], [1, 1, 1]) == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
 
 
-def test_packed_examples_do_not_see_each_other_and_padding_is_not_seen():
+def test_neither_packed_examples_nor_padding_are_attended_to_from_others():
   assert mask([1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 0]) == [
     [1, 0, 0, 0, 0, 0],
     [1, 1, 0, 0, 0, 0],
@@ -37,7 +37,7 @@ def test_prompt_padded_on_the_left():
   assert mask([0, 1, 1], [0, 1, 1]) == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
 
 
-def test_cached_slots_ahead_are_seen_and_empty_ones_are_not():
+def test_cached_slots_ahead_are_attended_to_and_empty_ones_are_not():
   """Two new positions at slots 3 and 4 of a cache of six; its first slot is padding."""
   assert mask([1, 1], [0, 1, 1, 1, 1, 0], offset=3) == [
     [0, 1, 1, 1, 0, 0],

@@ -117,7 +117,7 @@ def test_fresh_models_tell_pictures_apart(kind, mesh):
     assert float(tiny.jit(image_spread)(tokens, batch.image_mask)) > 0.1
 
 
-def test_pictures_are_seen_by_what_follows_them_in_their_example_only(models, mesh):
+def test_pictures_change_only_what_follows_in_their_example(models, mesh):
   """Another first picture in row 0: its example changes from there on, all else stays."""
   images = tiny.BATCH.images.copy()
   images[0, 0] = 255 - images[0, 0]

@@ -140,7 +140,7 @@ def test_an_example_depends_on_others_of_its_row_only_by_a_capacity(case, mesh):
   """The first half of each row is one example; the second half becomes tokens of expert 1.
 
   Without a capacity no bit of the first changes. With one it does, as first choices of the second
-  example queue in front of second choices of the first; but single choices queue in order.
+  example come before second choices of the first; but single choices keep their order.
   """
   x, _ = inputs()
   half, valid = x.shape[1] // 2, np.ones(x.shape[:2], bool)

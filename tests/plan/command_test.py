@@ -143,7 +143,7 @@ def test_what_was_never_checked_is_marked():
 
 
 def test_flops_of_generation():
-  """Forward only; a decode sees the whole cache, and a prefill makes one row of logits."""
+  """Forward only; a decode reads the whole cache, and a prefill makes one row of logits."""
   run = RunConfig.from_dict(mm1_debug.get_config("moe").to_dict())
   train, prefill, decode = (step_flops(run, what) for what in ("train", "prefill", "decode"))
   decoder, rows, positions = run.model.decoder, run.data.batch_size, run.data.seq_len
@@ -251,7 +251,7 @@ def test_the_table_quotes_no_time_that_was_never_checked():
   assert rows[4][6] == "109%, does not fit"
 
 
-def test_the_table_marks_what_a_quick_plan_knows_as_bounds():
+def test_the_table_marks_the_bounds_of_a_quick_plan():
   plan = a_plan()
   whole = markdown_table([figures(plan, 2.5)]).splitlines()[2].split(" | ")
   plan.compiled.result.quick = True

@@ -84,7 +84,7 @@ def test_trip_count_that_the_compiler_knows():
   assert module.trip_count(*loop_of(module)) == 7
 
 
-def test_trip_count_that_nothing_tells():
+def test_trip_count_that_is_unknown():
   module = Module(TEXT.replace("%bound = s32[] constant(13)", "%bound = s32[] parameter(1)"))
   assert module.trip_count(*loop_of(module)) is None
 

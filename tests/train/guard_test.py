@@ -132,7 +132,7 @@ def test_a_destroyed_model_ends_the_run():
 
 
 def test_another_spike_factor_begins_anew():
-  """A wrong reference in a checkpoint can be got rid of."""
+  """A wrong reference in a checkpoint can be reset."""
   guard, *_ = simulate(usual(100, 0.01))
   _, refused, _ = simulate(usual(30, 50.0), guard=guard)
   assert refused
@@ -202,7 +202,7 @@ def test_the_last_good_checkpoint_is_kept_and_named(tmp_path, keep):
 
 
 def test_a_checkpoint_that_was_good_once_is_never_set_aside(tmp_path):
-  """A fault of the data or of a new setting would else eat a run's checkpoints, one each start."""
+  """A fault of the data or of a new setting would else remove one checkpoint at each start."""
   with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
     save(checkpointer, 10, 20)
     Verdicts(RUN, checkpointer).read(21, 0)

@@ -277,7 +277,7 @@ def test_what_does_not_decay(connector):
 
 
 def test_gradients_are_clipped_by_their_global_norm(params):
-  """Adam forgets a gradient's size, its first moment does not."""
+  """Adam's updates do not depend on a gradient's size, its first moment does."""
   cfg = dataclasses.replace(DECAYED, clip_norm=0.5)
   optimizer = make_optimizer(with_optimizer(cfg))
   size = float(optax.tree.norm(gradients(params, 0)))

@@ -121,7 +121,7 @@ def test_another_stage_is_none_of_it(source, changes):
 
 
 def test_other_arrays_are_refused_with_the_settings_that_make_them(source):
-  """A fresh part is the way on where it is meant."""
+  """A fresh part is accepted where it is asked for."""
   run = change(run_config(), model__decoder__qk_norm=True)
   with pytest.raises(CheckpointError) as error:
     check_init(run, source)
@@ -187,7 +187,7 @@ def test_a_json_tokenizer_is_what_it_begins_and_ends_texts_with(tmp_path):
 
 
 def test_a_source_answers_for_the_parts_it_has(tmp_path):
-  """An encoder alone comes with a decoder's default settings, which say nothing."""
+  """An encoder alone comes with a decoder's default settings, which are not compared."""
   run = change(run_config(), model__decoder__rope_theta=7.0, model__image_token_id=9)
   source = save(tmp_path, run, parts=("vit",))
   check_init(run_config(), source)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of an export: what the model is, how it was made, what it was measured at.
 
-Everything in it is read from the run. What a run does not know is said to be unknown.
+Everything in it is read from the run. What is not in the run is said to be unknown.
 """
 
 import collections

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of params alone, which this package reads: `--format=orbax`.
+"""A run with params alone, which this package reads: `--format=orbax`.
 
 A third of a run's checkpoint, or a sixth in bfloat16, where what is computed with in float32 stays
 float32. It answers like the run, and starts others with `train.init_from`.

@@ -116,7 +116,7 @@ class RunReader:
     return checkpoint.from_names(model, leaves)
 
   def encoder(self) -> Encoder:
-    """Returns what makes ids of texts and pictures, as training had it."""
+    """Returns the encoder of texts and pictures to ids, as in training."""
     return make_encoder(
       self.run.data,
       self.tokenizer,
@@ -124,7 +124,7 @@ class RunReader:
     )
 
   def answers(self) -> Answers:
-    """Returns what the model may say, as `inference.model` lets it."""
+    """Returns the tokens that the model may generate, as in `inference.model`."""
     return answers(self.encoder(), self.run.model.decoder.vocab_size)
 
   def read(self) -> Iterator[tuple[ParamPart, np.ndarray]]:

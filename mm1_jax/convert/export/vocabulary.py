@@ -15,8 +15,8 @@ from mm1_jax.data.tokenizer import TOKENIZER_CONFIG, Tokenizer, is_json
 SPACE_MARK = "\u2581"
 UNIGRAM, BPE = 1, 2  # TrainerSpec.model_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # a piece's type
-# What every tokenizer is tried on before its export counts: ids must be equal. Real texts are for
-# tests; here is what such texts are made of.
+# Texts that every exported tokenizer is checked on: ids must be equal. Real texts are for tests;
+# these are the characters that such texts are made of.
 PROBES = (
   "A photo of two dogs, running on the beach.",
   "  leading, doubled  and trailing spaces  ",

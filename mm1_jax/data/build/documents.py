@@ -70,7 +70,7 @@ def json_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
 
 
 def mmc4_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
-  """Yields the record of a page: each picture in front of the sentence it was matched to."""
+  """Yields the record of a page: each picture before the sentence it was matched to."""
   sentences = field(row, "text_list", list)
   if not all(isinstance(s, str) for s in sentences):
     raise RowError("'text_list' is not of texts")
@@ -103,7 +103,7 @@ def text_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
   """Parts by what the file's name says it is.
 
   Raises:
-    ConfigError: it says nothing we know.
+    ConfigError: it is of no known kind.
   """
   kind = files.suffix(file.path)
   if kind in _JSON:

@@ -90,7 +90,7 @@ def open_file(path: str) -> BinaryIO:
   if path.lower().endswith(".gz"):
     return io.BufferedReader(gzip.GzipFile(fileobj=raw), CHUNK_BYTES)  # pyright: ignore
   if path.lower().endswith(".zst"):
-    # pyarrow's reader tells a frame that is cut off; zstandard's own takes it for the end.
+    # pyarrow's reader reports a frame that is cut off; zstandard's own takes it for the end.
     return io.BufferedReader(_Raw(pa.CompressedInputStream(raw, "zstd")), CHUNK_BYTES)
   return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
 

@@ -29,7 +29,7 @@ def beam_options(args: list[str], *, num_units: int, num_bytes: int) -> Pipeline
   standard, direct = options.view_as(StandardOptions), options.view_as(DirectOptions)
   standard.runner = standard.runner or LOCAL_RUNNER
   if standard.runner.rsplit(".")[-1].lower() not in _LOCAL:
-    return options  # other runners take options that only they know
+    return options  # other runners have options of their own
   _refuse_unknown(args)
   if not any(arg.startswith("--direct_") for arg in args) and num_bytes > MIN_PARALLEL_BYTES:
     direct.direct_num_workers = min(num_units, os.cpu_count() or 1)

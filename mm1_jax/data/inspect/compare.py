@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What should be in a row, found once more from the records, and compared with what is.
+"""What should be in a row, computed once more from the records, and compared with the row.
 
-This is what sees a picture at the wrong text: the arrays alone can be right in every way.
+This finds a picture at the wrong text: the arrays alone can be right in every way.
 """
 
 import functools
@@ -20,7 +20,7 @@ from mm1_jax.data.mixing import Piece
 from mm1_jax.data.sources import Record, RecordError, Source
 from mm1_jax.data.tiling import decode_pictures
 
-CACHED_RECORDS = 64  # a long document is cut over rows near each other
+CACHED_RECORDS = 64  # a long document is cut over nearby rows
 
 
 class Origin(NamedTuple):
@@ -33,7 +33,7 @@ class Origin(NamedTuple):
   start: int
   stop: int
   num_positions: int
-  differs: tuple[str, ...] = ()  # what in the row is not as in the record
+  differs: tuple[str, ...] = ()  # names of what differs between row and record
 
   @property
   def whole(self) -> bool:
@@ -109,7 +109,7 @@ class Records:
 def _differences(
   row: Batch, segment: RowSegment, source: int, example: Example, pixels: Sequence[np.ndarray]
 ) -> list[str]:
-  """Returns the names of what is not as in the record."""
+  """Returns the names of what differs from the record."""
   at = slice(segment.start, segment.stop)
   pairs = {
     "source": (np.array(segment.source_id), np.array(source)),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What packed rows hold, read off the arrays that the model gets, and whether that can be right.
+"""The contents of packed rows, read from the arrays that the model gets, and their invariants.
 
-Nothing here knows how rows are packed: it must find the mistakes of the code that packs them.
+Nothing here uses the code that packs rows: it must find that code's mistakes.
 """
 
 import collections
@@ -51,7 +51,7 @@ class Words(NamedTuple):
 
 @dataclasses.dataclass
 class Check:
-  """Something that must hold, how often it was looked at, and where it does not."""
+  """Something that must hold, how often it was checked, and where it fails."""
 
   name: str
   tested: int = 0
@@ -109,7 +109,7 @@ def odd_loss(batch: Batch, encoder: Encoder) -> np.ndarray:
 
 
 def words_of(row: Batch, segment: RowSegment, encoder: Encoder) -> list[Words | Run]:
-  """Returns what a segment says: its first token, then all it predicts, with its pictures.
+  """Returns a segment's contents: its first token, then all targets, with its pictures.
 
   A token is trained on where the position before it has loss.
   """
@@ -163,7 +163,7 @@ class Checks:
     return self._all.setdefault(name, Check(name))
 
   def add_batch(self, batch: Batch, row_names: Sequence[str]) -> None:
-    """Checks all that can be seen in the arrays alone."""
+    """Checks all that follows from the arrays alone."""
     self._add_segments(batch, row_names)
     self._add_loss(batch, row_names)
     for r, name in enumerate(row_names):

@@ -181,5 +181,5 @@ def _legend(sources: Sequence[SourceFacts]) -> str:
     "black where trained on, red where that must not be; then <code>positions</code>, which climb "
     "from 0 in each segment. A click on a segment goes to its text. In the texts, "
     "<span class=off>grey</span> is not trained on, <span class=id>&lt;s&gt;</span> is a special "
-    "id, and a picture stands where its <code>&lt;image&gt;</code> ids are.</p>"
+    "id, and a picture is shown where its <code>&lt;image&gt;</code> ids are.</p>"
   )

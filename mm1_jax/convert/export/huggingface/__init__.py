@@ -95,7 +95,7 @@ def generation_config(reader: RunReader) -> dict[str, Any]:
 
 
 def processor_config(reader: RunReader, template: ChatTemplate) -> dict[str, Any]:
-  """Returns what the processor has to know besides the tokenizer."""
+  """Returns the processor's settings besides the tokenizer."""
   run: RunConfig = reader.run
   tokenizer, tiling = reader.tokenizer, run.data.tiling
   settings = {

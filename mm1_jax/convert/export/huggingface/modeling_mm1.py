@@ -59,7 +59,7 @@ def resize_grid(grid, shape):
 
 
 class VisionAttention(nn.Module):
-  """All patches see each other."""
+  """All patches attend to each other."""
 
   def __init__(self, config: MM1VisionConfig):
     super().__init__()
@@ -570,7 +570,7 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
     cache = inputs.get("cache", inputs.get("past_key_values"))
     pixel_values = inputs.get("pixel_values")
     if pixel_values is not None and cache is not None and cache.get_seq_length() > 0:
-      # What was seen is in the cache: of each row, the last pictures are new.
+      # Pictures read before are in the cache: of each row, the last ones are new.
       new = [
         row[len(row) - num :]
         for row, num in zip(

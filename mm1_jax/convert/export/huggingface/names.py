@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What modeling_mm1.py calls our params, how they lie in its tensors, and its config.json."""
+"""Our params' names in modeling_mm1.py, their layout in its tensors, and its config.json."""
 
 from typing import Any, NamedTuple
 

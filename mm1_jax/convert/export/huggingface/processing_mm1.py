@@ -52,7 +52,7 @@ def choose_grid(size, tile_size, tiling):
 
 
 class MM1Processor(ProcessorMixin):
-  """The tokenizer with all that training knew besides: `settings`, which exporting writes."""
+  """The tokenizer with the other settings of training: `settings`, which exporting writes."""
 
   def __init__(self, tokenizer=None, settings=None, chat_template=None):
     self.settings = settings
@@ -192,7 +192,7 @@ class MM1Processor(ProcessorMixin):
     return list(encoded["input_ids"])
 
   def _encode_markup(self, text):
-    """Returns ids of what a template says: control symbols take their own."""
+    """Returns ids of a template's text: control symbols take their own."""
     symbols = self.symbols
     ids = []
     for part in re.split("(" + "|".join(map(re.escape, symbols)) + ")", text):
@@ -299,7 +299,7 @@ def _index(number, at):
 
 
 def _separator(at, before):
-  """Returns what parts a sub-image from the one before: columns, rows, the overview."""
+  """Returns the separator between a sub-image and the one before: of column, row or overview."""
   if before is None:
     return ""
   if (0, 0) in (at, before):
