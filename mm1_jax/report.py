@@ -186,16 +186,15 @@ def _expert_keys(run) -> list[str]:
 
 
 def _draw_experts(figure, ax: Axes, run) -> None:
-  """A heat map: steps across, the experts of each sparse layer down; white is an even share."""
-  steps = np.array(list(run["moe/load"]))
+  """A heat map: steps across, the experts of each sparse layer down; white is an even share.
+
+  A table is the mean over the steps since the one before.
+  """
   tables = np.stack(list(run["moe/load"].values()), axis=-1)  # [units, experts, steps]
   num_units, num_experts, _ = tables.shape
   load = tables.reshape(num_units * num_experts, -1)
-  middles = (steps[1:] + steps[:-1]) / 2
-  last = steps[-1] - steps[-2] if len(steps) > 1 else 1
-  edges = np.concatenate([[steps[0] - last / 2], middles, [steps[-1] + last / 2]])
   mesh = ax.pcolormesh(
-    edges,
+    [0, *run["moe/load"]],
     np.arange(len(load) + 1),
     load,
     cmap="RdBu_r",
