@@ -359,7 +359,7 @@ SKIPPING = {
 
 def test_nothing_is_saved_after_a_refused_step(skipping):
   in_a_row = read_metrics(skipping)["skipped_in_a_row"]
-  assert 4 < sum(map(bool, in_a_row.values())) < 14
+  assert 0 < sum(map(bool, in_a_row.values())) < 14
   assert saved_steps(skipping) == [step for step, num in in_a_row.items() if not num]
 
 
