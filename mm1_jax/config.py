@@ -545,7 +545,7 @@ class OptimizerConfig(_Group, where="optimizer."):
   weight_decay: Annotated[float, Range(at_least=0, at_most=1000)] = 0.1
   b1: Decay = 0.9  # of AdamW: decay of the first moment
   b2: Decay = 0.95  # of AdamW: decay of the second moment
-  eps: Annotated[float, Range(at_least=1e-30, below=1)] = 1e-8  # of AdamW: beside the divisor
+  eps: Annotated[float, Range(at_least=1e-30, at_most=1)] = 1e-8  # of AdamW: beside the divisor
   # Of AdamW's first moment; the second, and the params, are always float32.
   moment_dtype: Literal["float32", "bfloat16"] = "float32"
   # Gradients whose norm over all trained params is larger are scaled down to it.
