@@ -25,7 +25,7 @@ from mm1_jax.models.flops import model_flops
 from mm1_jax.train.step import Metrics
 from mm1_jax.train.tally import Tally
 
-MIN_IMAGE_SPREAD = 0.02  # below it a run is warned; 0.2 and more in runs that learn from pictures
+MIN_IMAGE_SPREAD = 0.02  # below it a run is warned; 0.1 and more in runs that learn from pictures
 
 
 class StepLog:

@@ -37,7 +37,9 @@ class Losses(NamedTuple):
   total: Float[Array, ""]  # what is differentiated
   tokens: TokenSums
   moe: MoEStats | None  # leaves stacked over units
-  image_spread: Float[Array, ""]  # of the image tokens, see `models.mm1.image_spread`
+  # Of the image tokens, see `models.mm1.image_spread`: summed over micro-batches with two pictures
+  # or more, and how many those are.
+  image_spread: tuple[Float[Array, ""], Float[Array, ""]]
 
 
 def cross_entropy(
@@ -169,7 +171,8 @@ def loss_fn(
     # Each sparse layer's losses count in full, as in ST-MoE and AXLearn.
     total += share * cfg.balance_loss * jnp.sum(output.moe.balance_loss)
     total += share * cfg.router_z_loss * jnp.sum(output.moe.router_z_loss)
-  return Losses(total, tokens, output.moe, output.image_spread)
+  several = jnp.float32(jnp.sum(batch.image_mask) > 1)
+  return Losses(total, tokens, output.moe, (several * output.image_spread, several))
 
 
 def split_rows(batch: Batch, num: int) -> Batch:

@@ -60,7 +60,7 @@ def train_step(state: TrainState, batch: Batch, *, run: RunConfig) -> tuple[Trai
 
   trainable = choose(optax.apply_updates(trainable, updates), trainable)
   metrics = _metrics(losses, run) | {
-    "image_spread": _average(losses.image_spread, jnp.float32(jnp.sum(batch.image_mask) > 1)),
+    "image_spread": _average(*losses.image_spread),
     **_rates(run, state.guard.accepted),
     "grad_norm": _average(norm),
     **{f"grad_norm/{part}": _average(x) for part, x in part_norms(grads).items()},
@@ -129,8 +129,8 @@ def _gradients(
 
   def body(carry, rows):
     losses, grads = micro(rows)
-    summed = jax.tree.map(jnp.add, carry, (losses.total, losses.tokens, grads))
-    return summed, (losses.moe, losses.image_spread)
+    terms = losses.total, losses.tokens, losses.image_spread, grads
+    return jax.tree.map(jnp.add, carry, terms), losses.moe
 
   def no_gradient(param):
     where = P(*spec_of(param).partitions, unreduced=across)
@@ -138,10 +138,11 @@ def _gradients(
 
   num_sources = len(run.data.leaves) or 1
   sums = TokenSums(jnp.zeros(num_sources), jnp.zeros(num_sources), jnp.zeros(()))
-  zeros = jnp.zeros(()), sums, jax.tree.map(no_gradient, trainable)
-  (total, tokens, grads), means = jax.lax.scan(body, zeros, split_rows(batch, num))
-  means = jax.tree.map(lambda x: jnp.mean(x, axis=0), means)
-  return Losses(total, tokens, *means), _reshard(grads)
+  spread = jnp.zeros(()), jnp.zeros(())
+  zeros = jnp.zeros(()), sums, spread, jax.tree.map(no_gradient, trainable)
+  (total, tokens, spread, grads), moe = jax.lax.scan(body, zeros, split_rows(batch, num))
+  moe = jax.tree.map(lambda x: jnp.mean(x, axis=0), moe)
+  return Losses(total, tokens, moe, spread), _reshard(grads)
 
 
 def _reshard(params: Params, **kind: frozenset[str]) -> Params:

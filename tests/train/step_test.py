@@ -394,6 +394,19 @@ def equations(jaxpr):
       yield from equations(sub)
 
 
+def test_micro_batches_without_two_pictures_do_not_lower_the_spread():
+  """Half of these have none: the mean is over the others, which have the same pictures twice."""
+  rows = [tiny.row("tit", "ti", seed=3), tiny.row("tttt", seed=6)]
+  batch = tiny.stack([rows[i % 2] for i in range(8)])
+  spreads = []
+  for num in (1, 2):  # micro-batches take every second row
+    run = tiny_step.run_config(train=TrainConfig(num_steps=10, accumulation_steps=num))
+    _, metrics = tiny_step.step(tiny_step.make_state(run), batch, run)
+    spreads.append(metrics["image_spread"])
+  assert spreads[1] == pytest.approx(spreads[0], rel=1e-5)
+  assert spreads[0] > 0.1
+
+
 def test_collapsed_image_tokens_are_warned_of_once(tmp_path, caplog):
   """With last weights of 0, a connector's tokens are its bias, the same for every picture."""
   run = dataclasses.replace(DENSE, train=dataclasses.replace(DENSE.train, log_every=1))
