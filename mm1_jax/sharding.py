@@ -8,6 +8,7 @@ line asks.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mm1_jax.batch import Batch
@@ -195,6 +196,11 @@ def spec_of(x: jax.Array) -> P:
 def axes_of(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
   """Returns the mesh axes in entries of a PartitionSpec, in their order."""
   return tuple(axis for e in entries if e for axis in ((e,) if isinstance(e, str) else e))
+
+
+def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
+  """Returns into how many parts a mesh splits the rows of a batch."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def device_batch(batch: Batch, mesh: Mesh) -> Batch:

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from mm1_jax import checkpoint
-from mm1_jax.config import BATCH_AXES, ConfigError, MeshConfig, RunConfig
+from mm1_jax.config import ConfigError, MeshConfig, RunConfig
 from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.tokenizer import Tokenizer
 from mm1_jax.inference import beam, sampler
@@ -27,7 +27,7 @@ from mm1_jax.inference.beam import BeamSearch, Search
 from mm1_jax.inference.prompts import Prompt, PromptError, Request, check_room, read_prompt
 from mm1_jax.inference.sampler import GREEDY, Draw, Sampling
 from mm1_jax.models.mm1 import IN_FLOAT32, MM1
-from mm1_jax.sharding import LAYOUT, abstract_state, make_params_mesh
+from mm1_jax.sharding import LAYOUT, abstract_state, make_params_mesh, num_row_shards
 
 SHORTEST = 64  # positions that any prompt gets room for
 # Tokens between two reads by the host, which checks stop strings, streams, and notices Ctrl-C.
@@ -201,8 +201,8 @@ class Model:
     stop: Sequence[str],
   ) -> Iterator[list[str]]:
     """Runs one batch, each row with its own random key, and yields the answers as they grow."""
-    shards = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
-    num_rows = shards * _power_of_two(math.ceil(len(requests) / shards))
+    shards = num_row_shards(self.mesh)
+    num_rows = shards * power_of_two(math.ceil(len(requests) / shards))
     tokens, images, lengths = _pad(
       requests, num_rows, self.run.model.vision.image_size, self.tokenizer.pad_id
     )
@@ -390,12 +390,12 @@ def bucket(length: int) -> int:
   Two sizes for every doubling: at most a third of the room is empty, and the programs for all
   lengths up to 4096 are 13.
   """
-  above = max(SHORTEST, _power_of_two(length))
+  above = max(SHORTEST, power_of_two(length))
   between = above * 3 // 4
   return between if above > SHORTEST and length <= between else above
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
   """Returns the smallest power of two that is not below `count`; 0 for 0."""
   return 1 << (count - 1).bit_length() if count else 0
 
@@ -408,7 +408,7 @@ def _pad(
   S is a `bucket` and N a power of two or 0; rows without a request have length 0.
   """
   length = bucket(max(len(r.ids) for r in requests))
-  slots = _power_of_two(max(len(r.images) for r in requests))
+  slots = power_of_two(max(len(r.images) for r in requests))
   tokens = np.full((num_rows, length), pad_id, np.int32)
   images = np.zeros((num_rows, slots, *image_size, 3), np.uint8)
   lengths = np.zeros(num_rows, np.int32)

@@ -59,6 +59,24 @@ def packed_causal_mask(
   return (same & causal[None])[:, None]
 
 
+def branching_mask(
+  segment_ids: Int[Array, "B S"], branch_ids: Int[Array, "B S"]
+) -> Bool[Array, "B 1 S S"]:
+  """Returns the mask of packed trees: a stem, branch 0, and branches 1, 2, ... that continue it.
+
+  Positions attend, within their segment and at their slot or before, to the stem and to their own
+  branch. So several continuations of one context are read beside one copy of it:
+
+    branches 0 1 1 2 -> [[1 0 0 0]
+                         [1 1 0 0]
+                         [1 1 1 0]
+                         [1 0 0 1]]
+  """
+  own = branch_ids[:, :, None] == branch_ids[:, None, :]
+  stem = branch_ids[:, None, :] == 0
+  return packed_causal_mask(segment_ids, segment_ids, 0) & (own | stem)[:, None]
+
+
 def rope(
   x: Float[Array, "B S H h"],
   positions: Int[Array, "B S"],

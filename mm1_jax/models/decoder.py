@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mm1_jax.config import DecoderConfig, ModelConfig
-from mm1_jax.models.attention import KV, Attention, Place, packed_causal_mask
+from mm1_jax.models.attention import KV, Attention, Place, branching_mask, packed_causal_mask
 from mm1_jax.models.layers import RMSNorm, multiply, normal, rows_of, run_blocks, stack
 from mm1_jax.models.lora import LoRA, merge
 from mm1_jax.models.moe import MoE, MoEStats
@@ -162,19 +162,23 @@ class Decoder(nnx.Module):
     cache: KVCache | None = None,
     *,
     dropless: bool = False,
+    branch_ids: Int[Array, "B S"] | None = None,
   ) -> DecoderOutput:
     """Runs the units over embedded positions.
 
     With a `cache`, the S positions take its next slots and attend to the ones before; without one,
     to the row alone. Segment 0 is padding: no real position attends to it, and it is routed to no
     expert. With `dropless`, and always with a cache, experts take every token whatever their
-    capacity.
+    capacity. `branch_ids` (without a cache) make a tree of each segment: see `branching_mask`.
     """
     dropless |= cache is not None
     kwargs = {"positions": positions, "valid": segment_ids > 0, "dropless": dropless}
     run = functools.partial(run_blocks, remat=self.cfg.remat, scan=self.cfg.scan)
     if cache is None:
-      kwargs |= {"segment_ids": segment_ids}
+      if branch_ids is None:
+        kwargs |= {"segment_ids": segment_ids}
+      else:
+        kwargs |= {"mask": branching_mask(segment_ids, branch_ids)}
 
       def body(x, unit):
         x, stats, _ = unit(x, None, **kwargs)

@@ -108,8 +108,14 @@ class MM1(nnx.Module):
       return text
     return self.merge(text, self.embed_image(images), tokens)
 
-  def __call__(self, batch: Batch, *, dropless: bool = False) -> MM1Output:
-    """Reads whole rows; `dropless` is the decoder's."""
+  def __call__(
+    self,
+    batch: Batch,
+    *,
+    dropless: bool = False,
+    branch_ids: Int[Array, "B S"] | None = None,
+  ) -> MM1Output:
+    """Reads whole rows; `dropless` and `branch_ids` are the decoder's."""
     tokens, positions, segment_ids = (
       jax.sharding.reshard(x, LAYOUT.act_bs)
       for x in (batch.tokens, batch.positions, batch.segment_ids)
@@ -119,7 +125,9 @@ class MM1(nnx.Module):
       images = self.embed_image(batch.images, batch.image_mask)
       spread = image_spread(images, batch.image_mask)
       embedded = self.merge(embedded, images, tokens)
-    output = self.decoder(embedded, positions, segment_ids, dropless=dropless)
+    output = self.decoder(
+      embedded, positions, segment_ids, dropless=dropless, branch_ids=branch_ids
+    )
     return MM1Output(output.hidden, output.moe, spread)
 
   def prefill(
