@@ -239,6 +239,27 @@ def restore_params(path: epath.PathLike, like: Any) -> Any:
   return from_names(like, _restore(where, to_names(like)))
 
 
+def digest(path: epath.PathLike) -> str:
+  """Returns a hash that differs between checkpoints, of the run's newest step or the one at `path`.
+
+  Of the params' files it takes names, sizes, and the first and last 64 kB: names and the index at a
+  file's end change with each save, so that 100 GB need not be read.
+  """
+  step, edge = find_step(path), 65536
+  workdir, hasher = step.parent.parent, hashlib.sha256()
+  for own in (CONFIG, TEMPLATE, *(name for name, *_ in TOKENIZERS.values())):
+    if (workdir / own).exists():
+      hasher.update(own.encode() + (workdir / own).read_bytes())
+  for file in sorted(f for f in (step / PARAMS).glob("**/*") if not f.is_dir()):
+    size = file.stat().length
+    hasher.update(f"{file.relative_to(step)} {size}".encode())
+    with file.open("rb") as opened:
+      hasher.update(opened.read(edge))
+      opened.seek(max(0, size - edge))
+      hasher.update(opened.read(edge))
+  return hasher.hexdigest()[:32]
+
+
 def refuse_run(workdir: epath.PathLike) -> None:
   """Raises CheckpointError if there is a run at `workdir` already, so that none is overwritten."""
   workdir = epath.Path(workdir)

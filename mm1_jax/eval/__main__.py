@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Evaluates a model on benchmarks.
+
+  python -m mm1_jax.eval --checkpoint=runs/mm1_3b --tasks=coco,vqav2,textvqa --shots=0,4,8 --data=FOLDER
+  python -m mm1_jax.eval --checkpoint=runs/sft --tasks=pope,mme --data=FOLDER --controls=own,blind,other
+  python -m mm1_jax.eval --checkpoint=runs/sft --tasks=my_questions.jsonl
+  python -m mm1_jax.eval --compare runs/a/eval runs/b/eval
+  python -m mm1_jax.eval --list
+  python -m mm1_jax.eval lm_eval --checkpoint=runs/mm1_3b --tasks=piqa,arc_easy
+
+FOLDER holds the benchmarks' official files, see --list. Results go to --out: a table, results.json,
+every answer, and a page. The same command continues where it was stopped. On several hosts, run it
+on each with an --out that all of them see.
+"""
+
+import argparse
+import json
+import sys
+
+from mm1_jax import cli
+
+OUT = "eval"  # in the run's workdir
+
+
+def main(argv: list[str] | None = None) -> None:
+  argv = sys.argv[1:] if argv is None else argv
+  if argv[:1] == ["lm_eval"]:
+    from mm1_jax.eval.adapters import lm_eval
+
+    lm_eval.main(argv[1:])
+    return
+  args = _parse(argv)
+  if args.list:
+    _list()
+  elif args.compare:
+    _compare(*args.compare)
+  else:
+    _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+  # Only now: --help needs none of these.
+  import jax
+  from etils import epath
+
+  from mm1_jax import checkpoint, distributed
+  from mm1_jax.config import UserError
+  from mm1_jax.eval import results
+  from mm1_jax.eval.evaluate import Settings, evaluate, plan
+  from mm1_jax.eval.page import write_page
+  from mm1_jax.eval.report import markdown, table
+  from mm1_jax.inference import generate
+
+  if args.checkpoint is None or args.tasks is None:
+    raise UserError("--checkpoint=RUN and --tasks=NAME,NAME are needed; --list names the tasks.")
+  settings = Settings(
+    tasks=args.tasks,
+    shots=args.shots,
+    form=args.form,
+    split=args.split,
+    limit=args.limit,
+    trials=args.trials,
+    seed=args.seed,
+    controls=args.controls,
+    batch_size=args.batch_size,
+  )
+  cluster = distributed.find_cluster()
+  with distributed.joined(cluster):
+    step = checkpoint.find_step(args.checkpoint)
+    plan(settings, chat=checkpoint.read_run(step.parent.parent).data.chat)  # before loading
+    out = epath.Path(args.out) if args.out else step.parent.parent / OUT / step.name
+    if jax.process_count() > 1:
+      distributed.check_shared(out)
+    model = generate.load(args)
+    digest = checkpoint.digest(step)
+    run = {"name": model.run.name, "step": int(step.name), "digest": digest}
+    run |= {key: getattr(args, key) for key in ("quantize", "max_tiles", "cut_last")}
+    share = jax.process_index(), jax.process_count()
+    done = []
+    for result in evaluate(
+      model,
+      settings,
+      args.data,
+      kept=out / "replies",
+      digest=json.dumps(run),
+      share=share,
+      tell=generate.tell,
+    ):
+      done.append(result)
+      results.write_items(out, result)
+      generate.tell(table([result]))
+    if share[0] == 0:
+      values = results.to_json(done, settings, run)
+      results.write_whole(out / results.RESULTS, json.dumps(values, indent=1) + "\n")
+      results.write_whole(out / "results.md", markdown(values))
+      write_page(out / "results.html", done, values)
+      print(table(done))
+      generate.tell(f"results in '{out}': results.json, results.md, results.html, items/")
+
+
+def _list() -> None:
+  from mm1_jax.eval.tasks import TASKS
+
+  for task in TASKS.values():
+    print(
+      f"{task.name:<18} {task.title:<28} {','.join(task.forms):<22} {task.split:<14} {task.metric}"
+    )
+
+
+def _compare(a: str, b: str) -> None:
+  from mm1_jax.eval.report import compare
+
+  print(compare(a, b))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+  from mm1_jax.inference.generate import add_model_flags
+
+  parser = cli.make_parser("mm1_jax.eval", __doc__)
+  add_model_flags(parser, required=False)
+  add = parser.add_argument
+  add("--tasks", type=_names, metavar="NAME,NAME", help="benchmarks, or files of your own")
+  add("--data", default=".", metavar="FOLDER", help="of the benchmarks' official files (.)")
+  add("--shots", type=_numbers, default=(0,), metavar="N,N", help="demonstrations (0)")
+  add("--form", help="protocol: mm1, openflamingo, sft, text (the first that fits the model)")
+  add("--split", help="instead of each task's default")
+  add("--limit", type=cli.at_least(1), metavar="N", help="items of each task, drawn by --seed")
+  add("--trials", type=cli.at_least(1), default=1, metavar="N", help="draws of demonstrations (1)")
+  add("--seed", type=int, default=0, help="of draws (0)")
+  add(
+    "--controls",
+    type=_names,
+    default=("own",),
+    metavar="NAME,NAME",
+    help="own, blind (no pictures), other (another item's), frequent (the most frequent answer)",
+  )
+  add("--batch-size", type=cli.at_least(1), default=8, metavar="N", help="prompts at once (8)")
+  add("--out", metavar="FOLDER", help="of results (eval/STEP in the run's workdir)")
+  add("--list", action="store_true", help="what tasks there are, and ends")
+  add("--compare", nargs=2, metavar="FOLDER", help="paired differences of two --out, and ends")
+  return parser.parse_args(argv)
+
+
+def _names(text: str) -> tuple[str, ...]:
+  return tuple(filter(None, text.split(",")))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+  numbers = tuple(int(part) for part in _names(text))
+  if not numbers or min(numbers) < 0:
+    raise argparse.ArgumentTypeError(f"{text!r} must be numbers from 0 on, such as 0,4,8")
+  return numbers
+
+
+if __name__ == "__main__":
+  cli.run(main)
