@@ -8,6 +8,7 @@ Saving is asynchronous and atomic: a step's folder has its name only when all of
 are restored straight onto the current mesh, whatever mesh they were saved from.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Evaluates a model on benchmarks.
 
-  python -m mm1_jax.eval --checkpoint=runs/mm1_3b --tasks=coco,vqav2,textvqa --shots=0,4,8 --data=FOLDER
-  python -m mm1_jax.eval --checkpoint=runs/sft --tasks=pope,mme --data=FOLDER --controls=own,blind,other
+  python -m mm1_jax.eval --checkpoint=runs/mm1_3b --tasks=coco,vqav2 --shots=0,4,8 --data=FOLDER
+  python -m mm1_jax.eval --checkpoint=runs/sft --tasks=pope --data=FOLDER --controls=own,blind
   python -m mm1_jax.eval --checkpoint=runs/sft --tasks=my_questions.jsonl
   python -m mm1_jax.eval --compare runs/a/eval runs/b/eval
   python -m mm1_jax.eval --list

@@ -212,7 +212,14 @@ def evaluate(
       data.demonstrations(job)
     tell(f"{number} of {len(jobs)}: {job.name}, {len(items)} items")
   for job in jobs:
-    yield run_job(model, job, data, settings, kept=kept, digest=digest, share=share, tell=tell)
+    ask = functools.partial(
+      run_job, model, job, data, settings, kept=kept, digest=digest, tell=tell
+    )
+    if share[1] > 1:
+      ask(share=share)
+      distributed.barrier(job.name)
+    if share[0] == 0:
+      yield ask()
 
 
 def run_job(
