@@ -51,7 +51,11 @@ EXTRAS = {
   "data": DATA,  # mm1 data
   "draw": DRAW,  # mm1 inspect, first_batch.png, pictures of plans and reports
   "plan": ["libtpu"],  # mm1 plan; `make libtpu` keeps it out of JAX's way
-  "bench": ["tensorflow-cpu", "torch", "webdataset"],  # peers of bench/data.py, in a venv of theirs
+  "bench": [
+    "tensorflow-cpu",
+    "torch",
+    "webdataset",
+  ],  # peers of bench.data.loaders, in a venv of theirs
   "goldens": [*CONVERT, "torch", "transformers"],  # makes the files that imports are compared with
   "quant": QUANT,  # mm1 ask --quantize
   "serve": SERVE,  # mm1 serve

@@ -19,21 +19,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import (
-  common,
-  mm1_3b,
-  mm1_3b_moe,
-  mm1_5_continual,
-  mm1_5_sft,
-  mm1_7b,
-  mm1_7b_moe,
-  mm1_30b,
-  mm1_30b_moe,
-  mm1_debug,
-  mm1_debug_sft,
-  mm1_proxy,
-  mm1_sft,
-)
 from mm1_jax.config import (
   ConfigError,
   ConnectorConfig,
@@ -48,6 +33,21 @@ from mm1_jax.config import (
   SourceConfig,
   TrainConfig,
   VisionConfig,
+)
+from mm1_jax.configs import (
+  common,
+  mm1_3b,
+  mm1_3b_moe,
+  mm1_5_continual,
+  mm1_5_sft,
+  mm1_7b,
+  mm1_7b_moe,
+  mm1_30b,
+  mm1_30b_moe,
+  mm1_debug,
+  mm1_debug_sft,
+  mm1_proxy,
+  mm1_sft,
 )
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.topology import find_topology

@@ -194,6 +194,7 @@ def test_no_module_is_called_utils():
     ("mm1_jax.sharding", "from mm1_jax.models import mm1"),
     ("mm1_jax.config", "from mm1_jax import batch"),
     ("mm1_jax.config", "import jax"),
+    ("mm1_jax.config.model", "from mm1_jax import batch"),
     ("mm1_jax.batch", "import jax"),
     ("mm1_jax.chips", "from mm1_jax import config"),
     ("mm1_jax.chips", "import jax"),

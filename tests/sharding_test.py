@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.batch import Batch
 from mm1_jax.config import FSDP_AXES, MESH_AXES, ConfigError, MeshConfig, RunConfig
+from mm1_jax.configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.topology import find_topology
 from mm1_jax.sharding import (

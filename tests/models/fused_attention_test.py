@@ -2,7 +2,7 @@
 """The fused kernels against attention written out in float32, and where `attend` chooses them.
 
 Splash attention is interpreted. cuDNN's kernel is replaced by XLA, with the very same arguments on
-each device; bench/gpu_kernels.py checks the kernel itself, where there is a GPU.
+each device; bench/gpu/kernels.py checks the kernel itself, where there is a GPU.
 """
 
 import functools

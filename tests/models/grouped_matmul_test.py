@@ -108,7 +108,7 @@ def test_a_cpu_takes_the_loop():
   ],
 )
 def test_mosaic_kernels_are_for_whole_tiles_on_hopper(kind, dtype, num_out, chosen):
-  """What they compute is checked where there is one: bench/gpu_kernels.py."""
+  """What they compute is checked where there is one: bench/gpu/kernels.py."""
   device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
   mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
   rows, sizes = jax.ShapeDtypeStruct((256, 128), dtype), jax.ShapeDtypeStruct((4,), "int32")

@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.config import ConfigError, RunConfig
+from mm1_jax.configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.plan import compile as plan_compile
 from mm1_jax.plan.compile import PlanError, compile_program, find_libtpu
 from mm1_jax.plan.estimate import ROOM, make_plan

@@ -17,8 +17,8 @@ import pytest
 import tiny
 from clu import metrics as clu_metrics
 
-from configs import mm1_debug
 from mm1_jax.config import RunConfig
+from mm1_jax.configs import mm1_debug
 from mm1_jax.metrics import read_metrics
 from mm1_jax.train import loop
 from mm1_jax.train.step import train_step
