@@ -7,12 +7,13 @@ of each number says in which range it must lie, see `ranges.py`.
 
   RunConfig > ModelConfig > VisionConfig, ConnectorConfig, DecoderConfig > MoEConfig, LoRAConfig
             > DataConfig > SourceConfig
-            > OptimizerConfig, TrainConfig, CheckpointConfig, MeshConfig
+            > OptimizerConfig, TrainConfig, CheckpointConfig, MeshConfig, EvalTaskConfig
 """
 
 from mm1_jax.config.build import field_types, unknown_key
 from mm1_jax.config.data import DataConfig, ReweightConfig, SourceConfig, TilingConfig
 from mm1_jax.config.errors import ConfigError, UserError
+from mm1_jax.config.evaluation import EvalTaskConfig
 from mm1_jax.config.mesh import BATCH_AXES, FSDP_AXES, MESH_AXES, MeshConfig
 from mm1_jax.config.model import (
   LORA_MATRICES,
@@ -38,6 +39,7 @@ __all__ = [
   "ConnectorConfig",
   "DataConfig",
   "DecoderConfig",
+  "EvalTaskConfig",
   "InputSpec",
   "LoRAConfig",
   "MeshConfig",

@@ -8,6 +8,7 @@ from typing import Any
 
 from mm1_jax.config.build import build
 from mm1_jax.config.data import DataConfig
+from mm1_jax.config.evaluation import EvalTaskConfig
 from mm1_jax.config.group import Group, require
 from mm1_jax.config.mesh import BATCH_AXES, MESH_AXES, MeshConfig, divides
 from mm1_jax.config.model import ModelConfig
@@ -34,6 +35,7 @@ class RunConfig(Group, where=""):
   train: TrainConfig = TrainConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   mesh: MeshConfig = MeshConfig()
+  eval_tasks: tuple[EvalTaskConfig, ...] = ()  # benchmarks that are scored inside the run
 
   @property
   def input_spec(self) -> InputSpec:
@@ -75,6 +77,8 @@ class RunConfig(Group, where=""):
 
   def _check(self) -> None:
     data, train = self.data, self.train
+    names = [task.name for task in self.eval_tasks]
+    require(len(set(names)) == len(names), f"eval_tasks has names {names}; each must be another.")
     require(
       self.image_positions <= data.seq_len,
       f"data.seq_len {data.seq_len} cannot hold one image of {self.image_positions} positions "

@@ -115,6 +115,12 @@ class Data:
       kept += sizes[groups[i]]
     return [item for item in items if group(item) in chosen]
 
+  def prepare(self, job: Job) -> int:
+    """Reads all that a job needs; returns how many items it has."""
+    if job.shots or job.task.forms[job.form].text_demonstrations or job.control == "frequent":
+      self.demonstrations(job)
+    return len(self.items(job))
+
   def demonstrations(self, job: Job) -> list[Item]:
     """Returns the split that demonstrations are drawn from."""
     if job.task.demonstrations is None:
@@ -207,10 +213,8 @@ def evaluate(
   jobs = plan(settings, chat=model.chat)
   data = Data(epath.Path(folder), settings.limit, settings.seed)
   for number, job in enumerate(jobs, start=1):
-    items = data.items(job)  # all are read before hours are spent on the first
-    if job.shots or job.task.forms[job.form].text_demonstrations or job.control == "frequent":
-      data.demonstrations(job)
-    tell(f"{number} of {len(jobs)}: {job.name}, {len(items)} items")
+    num = data.prepare(job)  # all are read before hours are spent on the first
+    tell(f"{number} of {len(jobs)}: {job.name}, {num} items")
   for job in jobs:
     ask = functools.partial(
       run_job, model, job, data, settings, kept=kept, digest=digest, tell=tell

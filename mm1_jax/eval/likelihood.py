@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.batch import Batch
@@ -30,7 +31,7 @@ from mm1_jax.eval.task import Content, Likelihood
 from mm1_jax.inference.model import Model, power_of_two
 from mm1_jax.inference.prompts import PromptError, Request
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import LAYOUT, device_batch, num_row_shards
+from mm1_jax.sharding import LAYOUT, num_row_shards
 
 ROW = 512  # positions of a row, unless a tree is longer or the model was trained on shorter ones
 POSITIONS = 8192  # of a batch on each device
@@ -163,9 +164,10 @@ def log_likelihoods(
   done = 0
   for rows in _batches(model, _trees(asked, model.run.data.seq_len)):
     with jax.set_mesh(model.mesh):
-      batch = device_batch(rows.batch, model.mesh)
-      more = jax.device_put((rows.branch_ids, rows.at, rows.targets), batch.tokens.sharding)
-      log_probs, greedy = jax.device_get(_predict(model.params, batch, *more))
+      # Where several processes share the mesh, each has all of the rows.
+      place = NamedSharding(model.mesh, LAYOUT.act_b)
+      arrays = jax.device_put((rows.batch, rows.branch_ids, rows.at, rows.targets), place)
+      log_probs, greedy = jax.device_get(_predict(model.params, *arrays))
     for number, row, start, stop in rows.places:
       log_prob = float(np.sum(log_probs[row, start:stop], dtype=np.float64))
       found[number] = Likelihood(log_prob, bool(greedy[row, start:stop].all()), stop - start)
