@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from mm1_jax.config import EvalTaskConfig, RunConfig
 from mm1_jax.eval.evaluate import Data, Settings, plan, run_job
 from mm1_jax.eval.task import EvalError
-from mm1_jax.legend import STANDARD_ERROR
 from mm1_jax.inference.model import Model
+from mm1_jax.legend import STANDARD_ERROR
 from mm1_jax.models.mm1 import MM1
 
 
