@@ -7,14 +7,17 @@ picture to caption. Demonstrations come from NAME-train-*.arrayrecord. Scores ar
 records' sources.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from mm1_jax.config import SourceConfig
 from mm1_jax.data.sources import DataError, Source
+from mm1_jax.eval.metrics.statistics import estimate
 from mm1_jax.eval.task import Content, EvalError, Form, Item, Reply, Scores, Task
 from mm1_jax.eval.tasks import captions, prompts, scoring
 
@@ -104,10 +107,21 @@ def plain(answer: str) -> str:
 
 
 def score(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
-  """Returns the share of right answers, or captions' CIDEr, in total and by source."""
+  """Returns the share of right answers, captions' CIDEr, or nats of the text, also by source."""
+  if not isinstance(replies[0], str):
+    return _nats(items, replies)
   if {item.details["kind"] for item in items} == {CAPTION}:
     return captions.score(items, replies)
   return _exact(items, replies)
+
+
+def _nats(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
+  """Returns nats per token of the texts, so that another picture can be compared with one's own."""
+  own = [one for (one,) in scoring.likelihoods(items, replies)]
+  nats = np.array([-one.log_prob / one.num_tokens for one in own])
+  values = {"nats_per_token": estimate(nats)}
+  values |= scoring.by_group("nats_per_token", nats, items, "source")
+  return Scores(values, nats, np.array([one.greedy for one in own]))
 
 
 _exact = scoring.mean_score(
@@ -115,13 +129,23 @@ _exact = scoring.mean_score(
   exact_match=lambda item, answer: float(plain(answer) == plain(item.answers[0])),
 )
 
+
+def _likelihood(form: Form) -> Form:
+  """Returns the form that scores the true text instead of what a model says."""
+  return dataclasses.replace(form, options=lambda item: [(prompt(item), item.answers[0])])
+
+
+DOCUMENT = Form(
+  prompt,
+  demonstration=lambda item: f"{item.answers[0]}\n",
+  max_new_tokens=64,
+  stop=("\n",),
+  clean=prompts.caption_part,
+)
+TURN = Form(prompt, demonstration=lambda item: item.answers[0], chat=True, max_new_tokens=64)
 FORMS = {
-  "mm1": Form(
-    prompt,
-    demonstration=lambda item: f"{item.answers[0]}\n",
-    max_new_tokens=64,
-    stop=("\n",),
-    clean=prompts.caption_part,
-  ),
-  "sft": Form(prompt, demonstration=lambda item: item.answers[0], chat=True, max_new_tokens=64),
+  "mm1": DOCUMENT,
+  "sft": TURN,
+  "nats": _likelihood(DOCUMENT),
+  "sft_nats": _likelihood(TURN),
 }
