@@ -14,12 +14,12 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
-from small_data import SAMPLE
 
 from mm1_jax.config import DataConfig, InputSpec, SourceConfig
 from mm1_jax.data import image
 from mm1_jax.data.pipeline import make_pipeline
 from mm1_jax.data.sources import Source
+from tests.helpers.records import SAMPLE
 
 
 def encode(picture: np.ndarray | PIL.Image.Image, format: str = "PNG", **options) -> bytes:

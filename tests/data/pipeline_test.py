@@ -10,13 +10,13 @@ import multiprocessing
 import numpy as np
 import PIL.Image
 import pytest
-from small_data import SAMPLE, conversation, sample_source
 
 from bench.data import batch_order
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, InputSpec, TilingConfig
 from mm1_jax.data.pipeline import PipelineError, make_eval_batches, make_pipeline
 from mm1_jax.data.sources import DataError
+from tests.helpers.records import SAMPLE, conversation, sample_source
 
 INPUTS = InputSpec(image_size=(16, 16), tokens_per_image=16, image_token_id=4)
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,6 +22,7 @@ from mm1_jax.models.cudnn import FORWARD_KERNEL, cudnn_attention, has_kernel
 from mm1_jax.models.layers import run_blocks
 from mm1_jax.models.splash import block_size, splash_attention
 from mm1_jax.sharding import LAYOUT
+from tests.helpers import tiny
 
 LENGTHS = [(100, 28, 96), (256,), (1, 130), ()]  # examples of each row; the rest is padding
 

@@ -7,7 +7,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from mm1_jax import checkpoint
 from mm1_jax.checkpoint import CheckpointError, to_names
@@ -18,6 +17,7 @@ from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
 from mm1_jax.train.optimizer import split_frozen
 from mm1_jax.train.step import init_state
+from tests.helpers import tiny
 
 LORA = LoRAConfig(rank=3, alpha=5.0)
 ONE = (1, 1, 1, 1)

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from mm1_jax.config import LoRAConfig, RunConfig
 from mm1_jax.sharding import LAYOUT
 from mm1_jax.train.optimizer import split_frozen
 from mm1_jax.train.step import _gradients
+from tests.helpers import tiny
 
 MODELS = {
   "dense": tiny.run_config(),

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from mm1_jax.models.mm1 import MM1, image_spread
 from mm1_jax.train.loss import cross_entropy
+from tests.helpers import tiny
 
 RUNS = {"dense": tiny.run_config(), "capacity": tiny.run_config(tiny.BOUNDED)}
 DECODER = dataclasses.replace(RUNS["dense"].model.decoder, num_kv_heads=1)

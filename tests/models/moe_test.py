@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from mm1_jax.config import DecoderConfig, MoEConfig
 from mm1_jax.models.grouped_matmul import padded_rows
 from mm1_jax.models.layers import run_blocks
 from mm1_jax.models.moe import MoE
+from tests.helpers import tiny
 
 WIDTH, MLP = 8, 16
 DECODER = DecoderConfig(width=WIDTH, mlp_dim=MLP)

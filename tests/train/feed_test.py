@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from clu import metrics as clu_metrics
 
 from mm1_jax.config import RunConfig
@@ -22,6 +21,7 @@ from mm1_jax.configs import mm1_debug
 from mm1_jax.metrics import read_metrics
 from mm1_jax.train import loop
 from mm1_jax.train.step import train_step
+from tests.helpers import tiny
 
 NUM_STEPS = 8
 SMALL = {

@@ -7,8 +7,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-import tiny
-import tiny_step
 from jax.extend.core import jaxprs_in_params
 
 from mm1_jax import chips
@@ -23,6 +21,7 @@ from mm1_jax.train.log import StepLog
 from mm1_jax.train.loop import Results
 from mm1_jax.train.step import eval_step, train_step, train_step_on
 from mm1_jax.train.tally import Tally
+from tests.helpers import tiny, tiny_step
 
 DENSE = tiny_step.run_config()
 MOE = tiny_step.run_config(tiny.BOUNDED)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records and sources for the tests of `mm1_jax.data`."""
+"""The shipped sample; records and sources that are made on the spot."""
 
 import pathlib
 
@@ -8,6 +8,7 @@ from mm1_jax.config import SourceConfig
 from mm1_jax.data.sources import Record
 
 SAMPLE = pathlib.Path(mm1_jax.data.__file__).parent / "sample"
+TOKENIZER = SAMPLE / "tokenizer.model"
 
 
 def sample_source(part: str, side: str = "train", weight: float = 1.0) -> SourceConfig:

@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 
-sys.path[0] = os.getcwd()  # as `python -m` has it
 hook = json.loads(sys.argv[1])
 sys.argv = ["main.py", *sys.argv[2:]]
 

@@ -12,12 +12,9 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
-import mm1_jax.data
 from mm1_jax import checkpoint
 from mm1_jax.config import (
-  MESH_AXES,
   ConnectorConfig,
   DataConfig,
   DecoderConfig,
@@ -31,8 +28,9 @@ from mm1_jax.config import (
 )
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
+from tests.helpers import tiny
+from tests.helpers.records import SAMPLE, TOKENIZER
 
-SAMPLE = pathlib.Path(mm1_jax.data.__file__).parent / "sample"
 STEP = 7
 VISION = VisionConfig(
   image_size=(24, 32),
@@ -116,7 +114,7 @@ def run_config(name: str = "moe") -> RunConfig:
   sources = (SourceConfig("captions", str(SAMPLE / "captions-train-*")),)
   data = DataConfig(
     sources=sources,
-    tokenizer=str(SAMPLE / "tokenizer.model"),
+    tokenizer=str(TOKENIZER),
     seq_len=512,
     batch_size=8,
     images_per_row=10,
@@ -126,14 +124,9 @@ def run_config(name: str = "moe") -> RunConfig:
   return RunConfig(name=f"small_{name}", model=model, data=data)
 
 
-def one_device() -> Mesh:
-  explicit = (AxisType.Explicit,) * 5
-  return jax.make_mesh((1,) * 5, MESH_AXES, axis_types=explicit, devices=jax.devices()[:1])
-
-
 def make_params(run: RunConfig) -> dict[str, np.ndarray]:
   """Returns params by name, large enough that logits differ from token to token."""
-  model = abstract_state(lambda: MM1(jax.random.key(0), run.model), one_device())
+  model = abstract_state(lambda: MM1(jax.random.key(0), run.model), tiny.mesh())
   params = {}
   for name, x in checkpoint.to_names(model).items():
     rng = np.random.default_rng(zlib.crc32(name.encode()))

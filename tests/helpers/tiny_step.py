@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import tiny
 
 from mm1_jax.batch import Batch
 from mm1_jax.checkpoint import to_names
-from mm1_jax.config import ConnectorConfig, MoEConfig, OptimizerConfig, RunConfig, TrainConfig
+from mm1_jax.config import MoEConfig, OptimizerConfig, RunConfig, TrainConfig
 from mm1_jax.train.step import TrainState, init_state, train_step
+from tests.helpers import tiny
 
 ONE = (1, 1, 1, 1)
 ADAMW = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip_norm=1e9)
@@ -26,11 +26,8 @@ def run_config(
   c_abstractor: bool = False,
 ) -> RunConfig:
   """Returns a tiny run; its connector is the one that compiles fast unless `c_abstractor`."""
-  run = dataclasses.replace(tiny.run_config(moe), optimizer=optimizer, train=train)
-  if c_abstractor:
-    return run
-  connector = ConnectorConfig(kind="average_pool", token_grid=(1, 2), hidden=8)
-  return dataclasses.replace(run, model=dataclasses.replace(run.model, connector=connector))
+  changes = {} if c_abstractor else {"connector": tiny.POOLED}
+  return dataclasses.replace(tiny.run_config(moe, **changes), optimizer=optimizer, train=train)
 
 
 @functools.cache
