@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mm1_jax.batch import Batch
 from mm1_jax.data import packing
 from mm1_jax.eval.task import Content, Likelihood
-from mm1_jax.inference.model import Model, power_of_two
+from mm1_jax.inference.model import Model, bucket, power_of_two
 from mm1_jax.inference.prompts import PromptError, Request
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import LAYOUT, num_row_shards
@@ -36,7 +36,6 @@ from mm1_jax.sharding import LAYOUT, num_row_shards
 ROW = 512  # positions of a row, unless a tree is longer or the model was trained on shorter ones
 POSITIONS = 8192  # of a batch on each device
 CHUNK = 1024  # predictions whose logits exist at a time on each device
-MULTIPLE = 64  # of M: a program is compiled for each
 
 
 class Continuation(NamedTuple):
@@ -264,7 +263,7 @@ def _lay_out(model: Model, rows: list[list[_Tree]], shape: packing.RowShape) -> 
         images[row, num_images], image_mask[row, num_images] = picture, True
         num_images += 1
   most = max(len(pairs) for pairs in predicted)
-  padded = np.zeros((len(rows), most + -most % MULTIPLE, 2), np.int32)
+  padded = np.zeros((len(rows), bucket(most), 2), np.int32)
   for row, pairs in enumerate(predicted):
     padded[row, : len(pairs)] = np.reshape(pairs, (-1, 2))
   batch = Batch(

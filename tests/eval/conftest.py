@@ -3,13 +3,10 @@
 
 import io
 import pathlib
-import sys
 
 import numpy as np
 import PIL.Image
 import pytest
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "inference"))
 
 
 @pytest.fixture(scope="session", params=["dense", "moe"])
@@ -30,7 +27,7 @@ def dense_model(dense_workdir):
 
 
 def _save(tmp_path_factory, kind: str) -> pathlib.Path:
-  from tiny_model import make_params, run_config, save_run
+  from tests.helpers.runs import make_params, run_config, save_run
 
   run = run_config(moe=kind == "moe")
   path = tmp_path_factory.mktemp("runs") / kind
