@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mm1_jax.checkpoint",
     "mm1_jax.metrics",
   },
+  "mm1_jax.eval.metrics": set(),
   "mm1_jax.convert": CONTRACTS
   | {
     "mm1_jax.cli",
@@ -90,6 +91,7 @@ MAY_NOT_IMPORT: dict[str, set[str]] = {
   "mm1_jax.chips": TRAINING | {"grain"},
   "mm1_jax.models": {"grain", "orbax", "optax", "torch", "transformers", "tensorflow"},
   "mm1_jax.data": TRAINING,
+  "mm1_jax.eval.metrics": TRAINING | {"grain"},
   "mm1_jax.metrics": {"tensorflow"},
 }
 NOBODY = ("configs", "mm1_jax.configs", "launch", "tests", "bench", "mm1_jax.main")
@@ -179,6 +181,9 @@ def test_no_module_is_called_utils():
     ("mm1_jax.inference.sampler", "from mm1_jax.eval import tasks"),
     ("mm1_jax.inference.sampler", "from mm1_jax.train import step"),
     ("mm1_jax.eval.fewshot", "from mm1_jax.train import loop"),
+    ("mm1_jax.eval.metrics.vqa", "from mm1_jax.config import UserError"),
+    ("mm1_jax.eval.metrics.vqa", "from mm1_jax.eval import task"),
+    ("mm1_jax.eval.metrics.likelihood", "from jax import numpy"),
     ("mm1_jax.convert.hf", "from mm1_jax.train import loop"),
     ("mm1_jax.plan.compile", "from mm1_jax.eval import tasks"),
     ("mm1_jax.checkpoint", "from mm1_jax.train import step"),
