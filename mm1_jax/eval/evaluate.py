@@ -96,11 +96,11 @@ class Data:
 
   def __init__(self, folder: epath.Path, limit: int | None, seed: int):
     self._folder, self._limit, self._seed = folder, limit, seed
-    self._read = functools.cache(self._read_split)
+    self._splits: dict[tuple[str, str], list[Item]] = {}
 
   def items(self, job: Job) -> list[Item]:
     """Returns what is evaluated."""
-    items = self._read(job.task.name, job.split)
+    items = self._read(job.task, job.split)
     if self._limit is None or self._limit >= len(items):
       return items
     # Not the first ones: files are often sorted by kind. Pairs and rotations stay together.
@@ -125,19 +125,13 @@ class Data:
     """Returns the split that demonstrations are drawn from."""
     if job.task.demonstrations is None:
       raise EvalError(f"{job.task.name} has no split for demonstrations; give --shots=0.")
-    return self._read(job.task.name, job.task.demonstrations)
+    return self._read(job.task, job.task.demonstrations)
 
-  def _read_split(self, name: str, split: str) -> list[Item]:
-    task = tasks.get_task(name)
-    items = list(task.read(self._folder, split))
-    if not items:
-      raise EvalError(f"{name}: split '{split}' in '{self._folder}' has no items.")
-    ids = collections.Counter(item.id for item in items)
-    if twice := [id for id, count in ids.items() if count > 1]:
-      raise EvalError(
-        f"{name}: {len(twice)} ids of split '{split}' occur twice, first {twice[0]!r}."
-      )
-    return items
+  def _read(self, task: Task, split: str) -> list[Item]:
+    key = task.name, split
+    if key not in self._splits:
+      self._splits[key] = tasks.read_items(task, self._folder, split)
+    return self._splits[key]
 
 
 def group(item: Item) -> Any:
