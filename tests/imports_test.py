@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mm1_jax.sharding",
     "mm1_jax.models",
     "mm1_jax.data",
+    "mm1_jax.drawing",
     "mm1_jax.inference",
     "mm1_jax.checkpoint",
     "mm1_jax.metrics",

@@ -74,6 +74,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     model = generate.load(args)
     digest = checkpoint.digest(step)
     run = {"name": model.run.name, "step": int(step.name), "digest": digest}
+    run |= {"params": sum(x.size for x in jax.tree.leaves(model.params))}
     run |= {key: getattr(args, key) for key in ("quantize", "max_tiles", "cut_last")}
     share = jax.process_index(), jax.process_count()
     done = []

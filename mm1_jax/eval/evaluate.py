@@ -311,33 +311,36 @@ class _News:
 
 
 def over_trials(results: Sequence[Result]) -> dict[str, Estimate]:
-  """Returns the mean of each metric over trials, which differ in their demonstrations.
+  """Returns the mean of each metric over trials, see `mean_of_trials`."""
+  scores = [r.scores for r in results if r.scores is not None]
+  metrics = scores[0].values if scores else ()
+  return {metric: mean_of_trials([s.values[metric] for s in scores]) for metric in metrics}
+
+
+def mean_of_trials(values: Sequence[Estimate]) -> Estimate:
+  """Returns the mean over trials, which differ in their demonstrations.
 
   Trials have the same items, so more of them do not shrink the error that comes from the items: the
   standard error is the root of the mean variance of a trial's mean, plus the variance between
   trials over their number.
   """
-  found = {}
-  scores = [r.scores for r in results if r.scores is not None]
-  for metric in scores[0].values if scores else ():
-    values = [s.values[metric] for s in scores]
-    means = np.array([v.mean for v in values])
-    between = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
-    within = float(np.mean([v.standard_error**2 for v in values]))
-    found[metric] = Estimate(float(means.mean()), (within + between) ** 0.5, values[0].n)
-  return found
+  means = np.array([v.mean for v in values])
+  between = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
+  within = float(np.mean([v.standard_error**2 for v in values]))
+  return Estimate(float(means.mean()), (within + between) ** 0.5, values[0].n)
 
 
 def difference(a: Result, b: Result) -> Estimate:
   """Returns the paired difference of two results' headline over the items that both scored.
 
   Raises:
-    EvalError: they have no items in common.
+    EvalError: they have no items in common, or one has no scores.
   """
+  if a.scores is None or b.scores is None:
+    raise EvalError(f"{a.job.name} and {b.job.name} have no scores here, so no difference.")
   first, second = (
-    {x.item.id: value for x, value in zip(r.scored, r.scores.per_item, strict=True)}
-    for r in (a, b)
-    if r.scores is not None
+    {x.item.id: value for x, value in zip(of.scored, scores.per_item, strict=True)}
+    for of, scores in ((a, a.scores), (b, b.scores))
   )
   common = [id for id in first if id in second]
   common = [id for id in common if np.isfinite(first[id]) and np.isfinite(second[id])]

@@ -37,7 +37,7 @@ class Answered(NamedTuple):
   """An item, what it was asked after, and what the model gave."""
 
   item: Item
-  demonstrations: tuple[str, ...]  # ids
+  demonstrations: tuple[Item, ...]
   reply: Reply | None  # None: it was not asked, for this reason
   problem: str = ""
 
@@ -62,8 +62,8 @@ class Asking:
 
   def encode(
     self, model: Model, item: Item
-  ) -> tuple[tuple[str, ...], Request | list[Continuation]]:
-    """Returns the ids of an item's demonstrations, and what the model reads.
+  ) -> tuple[tuple[Item, ...], Request | list[Continuation]]:
+    """Returns an item's demonstrations, and what the model reads.
 
     Raises:
       EvalError: the demonstrations do not fit.
@@ -72,9 +72,8 @@ class Asking:
     form = self.form
     num = self.shots or form.text_demonstrations
     shown = self.demonstrations.of(item, num) if num and self.demonstrations else []
-    ids = tuple(demonstration.id for demonstration in shown)
     try:
-      return ids, self._encode(model, item, shown)
+      return tuple(shown), self._encode(model, item, shown)
     except PromptError as e:
       if shown and (fit := self._number_that_fits(model, item, shown)) is not None:
         raise EvalError(
@@ -202,7 +201,7 @@ def answer(
 
 
 class _Read(NamedTuple):
-  demonstrations: tuple[str, ...]
+  demonstrations: tuple[Item, ...]
   asked: Request | list[Continuation] | None
   problem: str
 
