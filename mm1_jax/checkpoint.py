@@ -11,7 +11,7 @@ are restored straight onto the current mesh, whatever mesh they were saved from.
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -251,7 +251,7 @@ def digest(path: epath.PathLike) -> str:
   for own in (CONFIG, TEMPLATE, *(name for name, *_ in TOKENIZERS.values())):
     if (workdir / own).exists():
       hasher.update(own.encode() + (workdir / own).read_bytes())
-  for file in sorted(f for f in (step / PARAMS).glob("**/*") if not f.is_dir()):
+  for file in sorted(_files(step / PARAMS)):
     size = file.stat().length
     hasher.update(f"{file.relative_to(step)} {size}".encode())
     with file.open("rb") as opened:
@@ -259,6 +259,11 @@ def digest(path: epath.PathLike) -> str:
       opened.seek(max(0, size - edge))
       hasher.update(opened.read(edge))
   return hasher.hexdigest()[:32]
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in folder.iterdir():
+    yield from _files(path) if path.is_dir() else (path,)
 
 
 def refuse_run(workdir: epath.PathLike) -> None:
