@@ -41,6 +41,7 @@ CONVERT = ["safetensors", "tokenizers"]
 DATA = ["apache-beam", "pyarrow", "zstandard"]
 DOCS = ["mkdocs", "mkdocs-material"]
 DRAW = ["matplotlib"]
+EVAL = ["pyarrow"]
 QUANT = ["qwix"]
 SERVE = ["gradio"]
 EXTRAS = {
@@ -50,6 +51,7 @@ EXTRAS = {
   "convert": CONVERT,  # mm1 convert, and the tokenizer.json of converted models
   "data": DATA,  # mm1 data
   "draw": DRAW,  # mm1 inspect, first_batch.png, pictures of plans and reports
+  "eval": EVAL,  # benchmarks in Parquet files
   "plan": ["libtpu"],  # mm1 plan; `make libtpu` keeps it out of JAX's way
   "bench": [
     "tensorflow-cpu",
@@ -65,6 +67,7 @@ EXTRAS = {
     *DATA,
     *DOCS,
     *DRAW,
+    *EVAL,
     *QUANT,
     *SERVE,
     "ipykernel",

@@ -10,6 +10,7 @@ EXTRAS = {
   "convert": ("converting weights or reading a tokenizer.json", ("safetensors", "tokenizers")),
   "data": ("building shards", ("apache_beam", "pyarrow", "zstandard")),
   "draw": ("drawing", ("matplotlib",)),
+  "eval": ("reading Parquet files", ("pyarrow",)),
   "quant": ("quantizing", ("qwix",)),
   "serve": ("the web page", ("gradio",)),
 }

@@ -29,6 +29,7 @@ EXTRA_OF = {
   "mm1_jax.data.inspect": "draw",
   "mm1_jax.data.tokenizer": "convert",
   "mm1_jax.drawing": "draw",
+  "mm1_jax.eval.tasks.files": "eval",
   "mm1_jax.inference.page": "serve",
   "mm1_jax.inference.quantize": "quant",
   "mm1_jax.plan.picture": "draw",

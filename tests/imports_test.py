@@ -61,6 +61,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mm1_jax.metrics",
   },
   "mm1_jax.eval.metrics": set(),
+  "mm1_jax.eval.tasks": {
+    "mm1_jax.config",
+    "mm1_jax.extras",
+    "mm1_jax.eval.task",
+    "mm1_jax.eval.metrics",
+  },
+  "mm1_jax.eval.task": {"mm1_jax.config", "mm1_jax.eval.metrics"},
   "mm1_jax.convert": CONTRACTS
   | {
     "mm1_jax.cli",
@@ -93,6 +100,8 @@ MAY_NOT_IMPORT: dict[str, set[str]] = {
   "mm1_jax.models": {"grain", "orbax", "optax", "torch", "transformers", "tensorflow"},
   "mm1_jax.data": TRAINING,
   "mm1_jax.eval.metrics": TRAINING | {"grain"},
+  "mm1_jax.eval.task": TRAINING | {"grain"},
+  "mm1_jax.eval.tasks": TRAINING | {"grain"},
   "mm1_jax.metrics": {"tensorflow"},
 }
 NOBODY = ("configs", "mm1_jax.configs", "launch", "tests", "bench", "mm1_jax.main")
@@ -182,6 +191,10 @@ def test_no_module_is_called_utils():
     ("mm1_jax.inference.sampler", "from mm1_jax.eval import tasks"),
     ("mm1_jax.inference.sampler", "from mm1_jax.train import step"),
     ("mm1_jax.eval.fewshot", "from mm1_jax.train import loop"),
+    ("mm1_jax.eval.task", "import jax"),
+    ("mm1_jax.eval.tasks.vqa", "import jax"),
+    ("mm1_jax.eval.tasks.vqa", "from mm1_jax.inference import model"),
+    ("mm1_jax.eval.tasks.vqa", "from mm1_jax.data.build import official_rows"),
     ("mm1_jax.eval.metrics.vqa", "from mm1_jax.config import UserError"),
     ("mm1_jax.eval.metrics.vqa", "from mm1_jax.eval import task"),
     ("mm1_jax.eval.metrics.likelihood", "from jax import numpy"),

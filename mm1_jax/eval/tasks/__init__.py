@@ -5,11 +5,12 @@ import difflib
 
 from etils import epath
 
-from mm1_jax.eval.task import EvalError, Task
+from mm1_jax.eval.task import EvalError, Item, Task
 from mm1_jax.eval.tasks import (
   captions,
   choices,
   documents,
+  files,
   grounding,
   judged,
   own,
@@ -41,3 +42,20 @@ def get_task(name: str) -> Task:
     f"there is no task '{name}'; near it: {', '.join(near)}. A file, FILE.jsonl or FILE.tsv, is a "
     f"task, too, and so are shards, records:NAME."
   )
+
+
+def read_items(task: Task, folder: epath.PathLike, split: str = "") -> list[Item]:
+  """Returns the items of a task's split, from FOLDER/NAME if that is there, else from FOLDER.
+
+  Args:
+    task: what to read.
+    folder: of the official files of several tasks, or of this one.
+    split: the task's own if "".
+
+  Raises:
+    EvalError: there is no such split, or a file is missing or damaged.
+  """
+  split = split or task.split
+  if split not in task.splits:
+    raise EvalError(f"{task.name} has no split '{split}'; it has: {', '.join(task.splits)}.")
+  return list(task.read(files.below(epath.Path(folder), task.name), split))

@@ -15,7 +15,9 @@ from mm1_jax.eval.task import EvalError, Item, Reply, Submission
 def json_list(name: str, entry: Callable[[Item, str], Any]) -> Submission:
   """Returns what writes a JSON list of an entry for each item."""
 
-  def write(items: Sequence[Item], replies: Sequence[Reply], folder: epath.Path) -> list[epath.Path]:
+  def write(
+    items: Sequence[Item], replies: Sequence[Reply], folder: epath.Path
+  ) -> list[epath.Path]:
     return [write_json(folder / name, [entry(i, a) for i, a in answered(items, replies)])]
 
   return write
@@ -29,11 +31,15 @@ def vlmevalkit(dataset: str) -> Submission:
   looks for it as MODEL_DATASET.tsv in the model's folder.
   """
 
-  def write(items: Sequence[Item], replies: Sequence[Reply], folder: epath.Path) -> list[epath.Path]:
+  def write(
+    items: Sequence[Item], replies: Sequence[Reply], folder: epath.Path
+  ) -> list[epath.Path]:
     rows = [{**_row(item), "prediction": answer} for item, answer in answered(items, replies)]
     text = io.StringIO()
     columns = dict.fromkeys(column for row in rows for column in row)
-    table = csv.DictWriter(text, columns, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
+    table = csv.DictWriter(
+      text, columns, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n"
+    )
     table.writeheader()
     table.writerows(rows)
     path = folder / f"mm1_jax_{dataset}.tsv"
@@ -48,9 +54,9 @@ def _row(item: Item) -> dict[str, Any]:
   letters = {chr(65 + i): choice for i, choice in enumerate(item.choices)}
   answer = chr(65 + item.right) if item.right >= 0 else " ".join(item.answers[:1])
   row = item.details.get("row")
-  return dict(row) if row else {
-    "index": item.id, "question": item.question, **letters, "answer": answer
-  }
+  return (
+    dict(row) if row else {"index": item.id, "question": item.question, **letters, "answer": answer}
+  )
 
 
 def answered(items: Sequence[Item], replies: Sequence[Reply]) -> list[tuple[Item, str]]:

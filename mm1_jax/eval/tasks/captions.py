@@ -14,7 +14,11 @@ from mm1_jax.eval.tasks import answer_files, files, prompts, scoring
 
 KARPATHY = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 NOCAPS = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
-TEXTCAPS = {"train": "TextCaps_0.1_train.json", "val": "TextCaps_0.1_val.json", "test": "TextCaps_0.1_test.json"}
+TEXTCAPS = {
+  "train": "TextCaps_0.1_train.json",
+  "val": "TextCaps_0.1_val.json",
+  "test": "TextCaps_0.1_test.json",
+}
 COCO_SOURCE = (
   "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip (pictures: train2014 "
   "and val2014 of https://cocodataset.org/#download)"

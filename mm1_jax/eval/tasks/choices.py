@@ -22,8 +22,8 @@ from mm1_jax.eval.tasks import answer_files, files, prompts, scoring, vlmevalkit
 
 SCIENCE_QA_SOURCE = "https://scienceqa.github.io (problems.json; images of train, val and test)"
 AI2D_SOURCE = (
-  "https://prior.allenai.org/projects/diagram-understanding (AI2D and its test ids), or AI2D_TEST.tsv "
-  "of VLMEvalKit"
+  "https://prior.allenai.org/projects/diagram-understanding (AI2D and its test ids), or "
+  "AI2D_TEST.tsv of VLMEvalKit"
 )
 SEED_SOURCE = (
   "https://huggingface.co/datasets/AILab-CVC/SEED-Bench, or SEEDBench_IMG.tsv of VLMEvalKit"
@@ -49,7 +49,7 @@ def letter(item: Item) -> str:
 def letter_score(rule: Callable[[Item, str], str | None], group: str = "") -> Score:
   """Returns the share of replies of which a rule returns the right letter."""
   return scoring.mean_score(
-    group, accuracy=lambda item, answer: float(rule(item, answer) == letter(item))
+    {"accuracy": lambda item, answer: float(rule(item, answer) == letter(item))}, group
   )
 
 
@@ -434,8 +434,8 @@ TASKS = (
     splits=("testmini", "test"),
     split="testmini",
     forms={"sft": prompts.chat(math_vista_text, 128)},
-    score=scoring.mean_score("question_type", accuracy=math_vista_accuracy),
-    metric="accuracy by MathVista's rules, without GPT, which extracts answers in published figures",
+    score=scoring.mean_score({"accuracy": math_vista_accuracy}, "question_type"),
+    metric="accuracy by MathVista's rules; for published figures GPT extracts the answers",
     source=MATH_VISTA_SOURCE,
     files=("data/testmini-*.parquet",),
   ),

@@ -79,7 +79,7 @@ def _document_task(name: str, title: str, names: Mapping[str, tuple[str, ...]], 
     splits=tuple(names),
     split="val",
     forms={"sft": prompts.short_answer(32)},
-    score=mean_score(anls=lambda item, answer: anls(answer, item.answers)),
+    score=mean_score({"anls": lambda item, answer: anls(answer, item.answers)}),
     metric="ANLS, threshold 0.5",
     submission=answer_files.json_list(f"{name}_answers.json", _entry),
     source=DOCVQA_SOURCE,
@@ -96,12 +96,9 @@ TASKS = (
     read=read_chartqa,
     splits=CHARTQA,
     split="test",
-    forms={
-      "sft": prompts.chat(lambda i: f"{i.question}\nAnswer the question with a single word.")
-    },
+    forms={"sft": prompts.chat(lambda i: f"{i.question}\nAnswer the question with a single word.")},
     score=mean_score(
-      "origin",
-      relaxed_accuracy=lambda item, answer: relaxed_accuracy(answer, item.answers[0]),
+      {"relaxed_accuracy": lambda item, answer: relaxed_accuracy(answer, item.answers[0])}, "origin"
     ),
     metric="relaxed accuracy: numbers within 5 %, else equal in lower case",
     source=CHARTQA_SOURCE,

@@ -227,7 +227,9 @@ def items(path: epath.Path, rows: Iterable[T], make: Callable[[T], Iterable[Item
 
 
 def all_items(
-  paths: Iterable[epath.Path], rows: Callable[[epath.Path], Iterable[T]], make: Callable[[T], Iterable[Item]]
+  paths: Iterable[epath.Path],
+  rows: Callable[[epath.Path], Iterable[T]],
+  make: Callable[[T], Iterable[Item]],
 ) -> list[Item]:
   """Returns the items of several files, whose ids must differ too."""
   found: dict[str, Item] = {}

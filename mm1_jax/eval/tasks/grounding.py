@@ -138,7 +138,10 @@ def _refcoco_task(name: str, title: str, refs: str, splits: tuple[str, ...]) -> 
     split="val",
     forms=FORMS,
     score=mean_score(
-      accuracy=lambda item, answer: refcoco(answer, item.details["box"]), has_a_box=_is_box
+      {
+        "accuracy": lambda item, answer: refcoco(answer, item.details["box"]),
+        "has_a_box": _is_box,
+      }
     ),
     metric="accuracy: IoU of the first box at least 0.5",
     source=REFCOCO_SOURCE,
@@ -158,9 +161,11 @@ TASKS = (
     split="test",
     forms=FORMS,
     score=mean_score(
-      recall_any=lambda item, answer: grounding(answer, item.details["boxes"], "any"),
-      recall_merged=lambda item, answer: grounding(answer, item.details["boxes"], "merged"),
-      has_a_box=_is_box,
+      {
+        "recall_any": lambda item, answer: grounding(answer, item.details["boxes"], "any"),
+        "recall_merged": lambda item, answer: grounding(answer, item.details["boxes"], "merged"),
+        "has_a_box": _is_box,
+      }
     ),
     metric="recall at 1, IoU 0.5: with any box of the phrase, and with the box around all of them",
     source=FLICKR_SOURCE,

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file of one's own as a task: JSON lines, or a TSV of VLMEvalKit's form, by its path.
 
-A line is one of these; pictures are paths within the file's folder, and further fields are kept as
-details:
+A line is one of these; pictures are paths within the file's folder:
 
-  {"id": "1", "image": "a.jpg", "captions": ["A cat.", "A cat on a mat."]}           CIDEr
-  {"id": "2", "images": ["a.jpg", "b.jpg"], "question": "...", "answer": "two"}      exact match
-  {"id": "3", "image": "a.jpg", "question": "...", "answers": ["two", "2", ...]}     one of them
-  {"id": "4", "question": "...", "choices": ["cat", "dog"], "answer": "dog"}         a letter
+  {"id": "1", "image": "a.jpg", "captions": ["A cat.", "A cat on a mat."]}
+  {"id": "2", "images": ["a.jpg", "b.jpg"], "question": "...", "answer": "two"}
+  {"id": "3", "image": "a.jpg", "question": "...", "answers": ["two", "2"]}
+  {"id": "4", "question": "...", "choices": ["cat", "dog"], "answer": "dog"}
 
-`<image>` in a question is where a picture goes; otherwise pictures come first. The right choice is
-`answer_index`, or `answer` as its text or its letter. Choices without a picture, and those of
-"text" as the form, are compared by likelihood. All lines of a file are of one kind.
+Captions are scored by CIDEr, questions by whether the reply is an accepted answer, or names the
+right choice. `<image>` in a question is where a picture goes; otherwise pictures come first. The
+right choice is `answer_index`, or `answer` as its text or its letter. Lines without captions may be
+of several kinds; if all have choices, these can be compared by likelihood (form "text").
 """
 
 import re
@@ -22,7 +22,7 @@ from etils import epath
 
 from mm1_jax.eval.metrics.choices import can_infer
 from mm1_jax.eval.metrics.strings import exact_match
-from mm1_jax.eval.task import EvalError, Form, Item, Reply, Scores, Task
+from mm1_jax.eval.task import Content, EvalError, Form, Item, Reply, Scores, Task
 from mm1_jax.eval.tasks import (
   answer_files,
   captions,
@@ -35,7 +35,6 @@ from mm1_jax.eval.tasks import (
 )
 
 _PLACE = re.compile(r"<image\d*>")
-_FIELDS = {"id", "image", "images", "captions", "question", "answer", "answers", "choices"}
 _KEPT = ("source", "split", "type", "subject", "level", "category", "answer_type")
 
 
@@ -46,19 +45,16 @@ def file_task(path: epath.Path) -> Task:
     EvalError: it is missing, or not of the form above.
   """
   items = read(path)
-  kind = kind_of(items, path)
-  forms, score, metric = KINDS[kind]
-  if kind == "choices" and not any(item.pictures for item in items):
-    forms = {"text": forms["text"], "sft": forms["sft"]}
+  captioned = _are_captions(items, path)
   return Task(
     name=path.name,
     title=path.stem,
     read=lambda folder, split: items,
     splits=("all",),
     split="all",
-    forms=forms,
-    score=score,
-    metric=metric,
+    forms=captions.FORMS if captioned else _forms(items),
+    score=captions.score if captioned else score,
+    metric=captions.METRIC if captioned else METRIC,
     demonstrations="all",
     submission=answer_files.vlmevalkit(path.stem) if path.suffix == ".tsv" else None,
     source="you",
@@ -116,64 +112,65 @@ def _placed(question: str, pictures: int) -> str:
   return _PLACE.sub(lambda _: next(kept), question).strip()
 
 
-def kind_of(items: Sequence[Item], path: epath.Path) -> str:
-  """Returns which of `KINDS` a file is.
+def _are_captions(items: Sequence[Item], path: epath.Path) -> bool:
+  """Returns whether items have captions rather than questions.
 
   Raises:
-    EvalError: it is of several, or has neither questions nor pictures.
+    EvalError: some have, or one has neither a question nor a picture.
   """
-  kinds = {item.id: _kind(item) for item in items}
-  if len(set(kinds.values())) > 1:
-    first, other = dict(zip(kinds.values(), kinds, strict=True)).items()
+  asked = [item.id for item in items if item.question]
+  captioned = [item.id for item in items if not item.question and item.pictures]
+  if len(asked) + len(captioned) < len(items):
+    wrong = next(item.id for item in items if not item.question and not item.pictures)
+    raise EvalError(f"'{path}': item '{wrong}' has neither a question nor a picture.")
+  if asked and captioned:
     raise EvalError(
-      f"'{path}' has items of several kinds: '{first[1]}' is of {first[0]}, '{other[1]}' of "
-      f"{other[0]}. Make a file of each."
+      f"'{path}': item '{asked[0]}' has a question, and '{captioned[0]}' has none, as captions "
+      f"have; make a file of each kind."
     )
-  return next(iter(kinds.values()))
+  return bool(captioned)
 
 
-def _kind(item: Item) -> str:
+# --- Forms and score of questions ---
+
+METRIC = (
+  "accuracy: the reply is an accepted answer in any case, or names the right choice by MMBench's "
+  "rules; or the likeliest choice"
+)
+
+
+def _forms(items: Sequence[Item]) -> dict[str, Form]:
+  forms = {**prompts.vqa_shots(), "sft": prompts.chat(_text, 32)}
+  if not all(item.choices for item in items):
+    return forms
+  if any(item.pictures for item in items):
+    return {**forms, "text": _likeliest()}
+  return {"text": _likeliest(), "sft": forms["sft"]}
+
+
+def _text(item: Item) -> str:
   if item.choices:
-    return "choices"
-  if item.question:
-    return "answers"
-  if item.pictures:
-    return "captions"
-  raise EvalError(f"item '{item.id}' has neither a question nor a picture.")
-
-
-# --- Forms and scores ---
-
-
-def _letter_rule(item: Item, answer: str) -> str | None:
-  return can_infer(answer, {chr(65 + i): choice for i, choice in enumerate(item.choices)})
-
-
-def choice_score(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
-  """Returns accuracy, of generated replies or of likelihoods."""
-  if replies and not isinstance(replies[0], str):
-    return text.choice_score(items, replies)
-  return choices.letter_score(_letter_rule)(items, replies)
+    return f"{item.question}\n{prompts.lettered(item.choices)}\n{prompts.LETTER}"
+  return f"{item.question}\n{prompts.SHORT}"
 
 
 def _likeliest() -> Form:
-  def prompt(item: Item):
-    asked = prompts.turn(item, f"Question: {item.question}\nAnswer:")
-    return asked
+  def prompt(item: Item) -> Content:
+    return prompts.turn(item, f"Question: {item.question}\nAnswer:")
 
   return Form(prompt, lambda item: [(prompt(item), f" {choice}") for choice in item.choices])
 
 
-KINDS = {
-  "captions": (captions.FORMS, captions.score, captions.METRIC),
-  "answers": (
-    {**prompts.vqa_shots(), "sft": prompts.short_answer(32)},
-    scoring.mean_score(exact_match=lambda item, answer: exact_match(answer.strip(), item.answers)),
-    "exact match of an accepted answer, case and punctuation ignored",
-  ),
-  "choices": (
-    {"sft": prompts.letter(), "text": _likeliest()},
-    choice_score,
-    "accuracy: MMBench's rules on a reply, or the likeliest choice",
-  ),
-}
+def score(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
+  """Returns accuracy, of generated replies or of likelihoods."""
+  if replies and not isinstance(replies[0], str):
+    return text.choice_score(items, replies)
+  return scoring.mean_score({"accuracy": _is_right}, "type")(items, replies)
+
+
+def _is_right(item: Item, answer: str) -> float:
+  if item.choices:
+    by_letter = {chr(65 + i): choice for i, choice in enumerate(item.choices)}
+    return float(can_infer(answer, by_letter) == choices.letter(item))
+  accepted = [truth.lower() for truth in item.answers]
+  return exact_match(answer.strip().removesuffix(".").lower(), accepted, "exact")

@@ -6,10 +6,9 @@ from typing import Any
 
 from etils import epath
 
-from mm1_jax.eval.metrics.strings import exact_match
 from mm1_jax.eval.task import Item, Task
 from mm1_jax.eval.tasks import files, prompts
-from mm1_jax.eval.tasks.scoring import mean_score
+from mm1_jax.eval.tasks.scoring import is_accepted, mean_score
 
 NLVR2 = {"train": "train.json", "val": "dev.json", "test": "test1.json", "test2": "test2.json"}
 SOURCE = "https://github.com/lil-lab/nlvr (nlvr2/data; pictures on request)"
@@ -43,7 +42,7 @@ TASKS = (
         lambda i: f"{i.question}\nIs this true of the two images? {prompts.SHORT}"
       )
     },
-    score=mean_score(accuracy=lambda item, answer: exact_match(answer.strip(), item.answers)),
+    score=mean_score({"accuracy": is_accepted}),
     metric="exact match of True or False, case and punctuation ignored",
     source=SOURCE,
     files=(NLVR2["test"],),

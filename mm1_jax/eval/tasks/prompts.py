@@ -13,7 +13,7 @@ A user's turn begins with its pictures, each on a line, as in the conversations 
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from mm1_jax.eval.task import Content, Form, Item, Picture
+from mm1_jax.eval.task import Content, Form, Item
 
 IMAGE = "<image>"  # where a picture goes, in the questions of some benchmarks
 SHORT = "Answer the question using a single word or phrase."
@@ -28,31 +28,25 @@ _OTHER_PART = re.compile("Question|Answer|Short")
 
 
 def turn(item: Item, text: str) -> Content:
-  """Returns a user's turn: pictures first, or where the text has `<image>`."""
+  """Returns a user's turn: pictures first, each on a line, or where the text has `<image>`."""
+  return with_pictures(item, text, "\n")
+
+
+def with_pictures(item: Item, text: str, after: str = "") -> Content:
+  """Returns text with an item's pictures where it has `<image>`; if nowhere, they come first.
+
+  Args:
+    item: of the pictures.
+    text: with `<image>` as often as there are pictures, or never.
+    after: what follows each of the pictures that come first.
+  """
   parts = text.split(IMAGE)
   if len(parts) == 1:
-    lines: Content = [part for picture in item.pictures for part in (picture, "\n")]
-    return _joined([*lines, text])
-  return _joined(interleave(parts, item.pictures))
-
-
-def interleave(parts: Sequence[str], pictures: Sequence[Picture]) -> Content:
-  """Returns parts[0], picture 0, parts[1], picture 1, ...; there is one part more than pictures."""
+    parts = ["", *[after] * (len(item.pictures) - 1), after + text] if item.pictures else [text]
   content: Content = [parts[0]]
-  for picture, part in zip(pictures, parts[1:], strict=True):
+  for picture, part in zip(item.pictures, parts[1:], strict=True):
     content += [picture, part]
-  return content
-
-
-def _joined(content: Content) -> Content:
-  """Returns content without empty texts and neighbouring ones."""
-  joined: Content = []
-  for part in content:
-    if joined and isinstance(part, str) and isinstance(joined[-1], str):
-      joined[-1] += part
-    elif part != "":
-      joined.append(part)
-  return joined
+  return [part for part in content if part != ""]
 
 
 def lettered(choices: Sequence[str]) -> str:
@@ -97,7 +91,7 @@ def vqa_shots(max_new_tokens: int = 5) -> Mapping[str, Form]:
   """
 
   def prompt(item: Item) -> Content:
-    return [*item.pictures, f"Question:{item.question} Short answer:"]
+    return with_pictures(item, f"Question:{item.question} Short answer:")
 
   def demonstration(item: Item) -> str:
     return f"{most_frequent(item.answers)}\n"

@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores that are means over items, in total and by group."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from mm1_jax.eval.metrics.limits import LONGEST, is_cut
 from mm1_jax.eval.metrics.statistics import Estimate, estimate
+from mm1_jax.eval.metrics.strings import exact_match
 from mm1_jax.eval.task import EvalError, Item, Likelihood, Reply, Score, Scores
 
-# The value of an item's answer, in the metric's own unit.
+# The value of an item's answer.
 Value = Callable[[Item, str], float]
 
 
-def mean_score(
-  group: str = "", right_from: float | None = 0.5, **metrics: Value
-) -> Score:
-  """Returns the score that is the mean of each metric over items; the first is the headline.
+def mean_score(metrics: Mapping[str, Value], group: str = "") -> Score:
+  """Returns the score that is the mean of each metric over items.
 
   Args:
+    metrics: by name, from 0 to 1; the first is the headline, and from 0.5 an answer is right.
     group: detail of items by which the headline is told too, as `metric/group`; "" for none.
-    right_from: value of the headline from which an answer is right; None if it cannot be said.
-    **metrics: by name.
   """
 
   def score(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
@@ -33,10 +31,14 @@ def mean_score(
     values = {name: estimate(column) for name, column in columns.items()}
     headline, first = next(iter(columns.items()))
     values |= by_group(headline, first, items, group)
-    right = None if right_from is None else first >= right_from
-    return Scores(values, first, right, seen(answers))
+    return Scores(values, first, first >= 0.5, seen(answers))
 
   return score
+
+
+def is_accepted(item: Item, answer: str) -> float:
+  """Returns 1.0 if an answer is one of the item's, case and punctuation ignored; else 0.0."""
+  return exact_match(answer.strip(), item.answers)
 
 
 def texts(items: Sequence[Item], replies: Sequence[Reply]) -> list[str]:
@@ -52,9 +54,7 @@ def texts(items: Sequence[Item], replies: Sequence[Reply]) -> list[str]:
   return answers
 
 
-def likelihoods(
-  items: Sequence[Item], replies: Sequence[Reply]
-) -> list[tuple[Likelihood, ...]]:
+def likelihoods(items: Sequence[Item], replies: Sequence[Reply]) -> list[tuple[Likelihood, ...]]:
   """Returns the options' likelihoods of items whose truth is known.
 
   Raises:

@@ -30,8 +30,7 @@ from etils import epath
 
 from mm1_jax.eval.metrics.likelihood import choose, perplexity
 from mm1_jax.eval.metrics.statistics import Estimate, bootstrap, estimate
-from mm1_jax.eval.metrics.strings import exact_match
-from mm1_jax.eval.task import Content, EvalError, Form, Item, Reply, Scores, Task
+from mm1_jax.eval.task import Content, EvalError, Form, Item, Reply, Score, Scores, Task
 from mm1_jax.eval.tasks import files, scoring
 
 Make = Callable[[Mapping[str, Any], str], Item]
@@ -46,7 +45,8 @@ def read(
 ) -> list[Item]:
   """Rows of one official file; `make` turns one, with its number as default id, into an item."""
   path = files.find(folder, files.choose(names, split), source)
-  rows = files.read_json(path)["Data"] if make is _triviaqa and path.suffix == ".json" else files.read_rows(path)
+  trivia = make is _triviaqa and path.suffix == ".json"
+  rows = files.read_list(path, "Data") if trivia else files.read_rows(path)
   labels = _labels(path, len(rows))
 
   def make_row(numbered: tuple[int, Mapping[str, Any]]) -> Iterator[Item]:
@@ -69,9 +69,7 @@ def _labels(path: epath.Path, n: int) -> list[str]:
   return lines
 
 
-def choice_item(
-  id: str, question: str, choices: Sequence[str], right: int, **details: Any
-) -> Item:
+def choice_item(id: str, question: str, choices: Sequence[str], right: int, **details: Any) -> Item:
   if not 0 <= right < len(choices):
     raise EvalError(f"the right choice is number {right} of {len(choices)}")
   return Item(id, question, (), (choices[right],), tuple(choices), right, details)
@@ -106,7 +104,7 @@ def _social_iqa(row: Mapping[str, Any], id: str) -> Item:
 def _hellaswag(row: Mapping[str, Any], id: str) -> Item:
   question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
   endings = tuple(without_markup(ending) for ending in row["endings"])
-  return choice_item(str(row.get("ind", id)), without_markup(question), endings, int(row["label"]))
+  return choice_item(id, without_markup(question), endings, int(row["label"]))
 
 
 def without_markup(text: str) -> str:
@@ -128,7 +126,9 @@ def _boolq(row: Mapping[str, Any], id: str) -> Item:
 
 
 def _sciq(row: Mapping[str, Any], id: str) -> Item:
-  texts = tuple(row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer"))
+  texts = tuple(
+    row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")
+  )
   return choice_item(id, row["question"], texts, 3, support=row["support"])
 
 
@@ -138,14 +138,17 @@ def _lambada(row: Mapping[str, Any], id: str) -> Item:
 
 
 def _triviaqa(row: Mapping[str, Any], id: str) -> Item:
-  """The official JSON, or the Parquet of lm-eval; answers are all aliases."""
+  """The official JSON, or the Parquet of lm-eval, which has some questions twice: ids get numbers.
+
+  Answers are all aliases.
+  """
   known = {name.lower().replace("_", ""): value for name, value in row.items()}
   answer = {name.lower(): value for name, value in known["answer"].items()}
-  return Item(str(known.get("questionid", id)), known["question"], (), tuple(answer["aliases"]))
+  return Item(f"{known['questionid']}/{id}", known["question"], (), tuple(answer["aliases"]))
 
 
 def _webqs(row: Mapping[str, Any], id: str) -> Item:
-  """The official JSON, whose answers are (list (description "A") ...), or the Parquet of lm-eval."""
+  """The official JSON, with answers as (list (description "A") ...), or the Parquet of lm-eval."""
   if "targetValue" in row:
     answers = re.findall(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^()"\s]+))\)', row["targetValue"])
     texts = [re.sub(r"\\(.)", r"\1", quoted) or plain for quoted, plain in answers]
@@ -278,8 +281,14 @@ def _parquet(part: str, split: str) -> tuple[str, ...]:
 
 
 def _task(
-  name: str, title: str, make: Make, splits: Mapping[str, tuple[str, ...]], source: str, form: str,
-  score=choice_score, metric: str = "likeliest choice; acc_norm divides by characters, acc_bytes by bytes",
+  name: str,
+  title: str,
+  make: Make,
+  splits: Mapping[str, tuple[str, ...]],
+  source: str,
+  form: str,
+  score: Score = choice_score,
+  metric: str = "likeliest choice; acc_norm divides by characters, acc_bytes by bytes",
 ) -> Task:
   split = next(iter(splits))
   return Task(
@@ -353,7 +362,9 @@ TASKS = (
     _winogrande,
     {
       "validation": (
-        "dev.jsonl", "winogrande_1.1/dev.jsonl", *_parquet("winogrande_xl", "validation"),
+        "dev.jsonl",
+        "winogrande_1.1/dev.jsonl",
+        *_parquet("winogrande_xl", "validation"),
         "winogrande.jsonl",
       ),
       "train": ("train_xl.jsonl", "winogrande_1.1/train_xl.jsonl"),
@@ -418,9 +429,7 @@ TASKS = (
     },
     "https://nlp.cs.washington.edu/triviaqa/ (triviaqa-rc)",
     "triviaqa",
-    scoring.mean_score(
-      exact_match=lambda item, answer: exact_match(answer.strip(), item.answers)
-    ),
+    scoring.mean_score({"exact_match": scoring.is_accepted}),
     "exact match of an alias, case and punctuation ignored",
   ),
   _task(

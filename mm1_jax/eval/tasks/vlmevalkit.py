@@ -3,8 +3,8 @@
 
   index  image  question  hint  A  B  C  D  answer  category  l2-category  split  image_path
 
-`image` is base64, a Python list of several, or the index of a row that has the picture. With columns
-A, B, ... a row is multiple choice; without, its answer is a text. What the rules of pandas take for
+`image` is base64, a Python list of several, or the index of a row that has the picture. With
+columns A, B, ... a row is multiple choice; without, its answer is a text. What pandas takes for
 missing is a text here (VLMEvalKit loses choices such as "None"); only an empty field, or "nan", is
 none.
 """

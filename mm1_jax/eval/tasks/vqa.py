@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about a picture that people answered in their own words: VQAv2, OK-VQA, VizWiz, TextVQA,
-GQA."""
+"""Questions about a picture, answered in few words: VQAv2, OK-VQA, VizWiz, TextVQA, GQA."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from mm1_jax.eval.metrics.strings import exact_match
 from mm1_jax.eval.metrics.vqa import vqa_accuracy
 from mm1_jax.eval.task import EvalError, Item, Score, Task
 from mm1_jax.eval.tasks import answer_files, files, prompts
-from mm1_jax.eval.tasks.scoring import Value, mean_score
+from mm1_jax.eval.tasks.scoring import Value, is_accepted, mean_score
 
 VQAV2 = {  # split: questions, annotations, folder of pictures
   "train": (
@@ -39,7 +37,9 @@ OKVQA = {
     "val2014",
   ),
 }
-VIZWIZ = {split: (f"Annotations/{split}.json", f"{split}.json") for split in ("train", "val", "test")}
+VIZWIZ = {
+  split: (f"Annotations/{split}.json", f"{split}.json") for split in ("train", "val", "test")
+}
 TEXTVQA = {split: f"TextVQA_0.5.1_{split}.json" for split in ("train", "val", "test")}
 GQA = {
   "train": "train_balanced_questions.json",
@@ -152,11 +152,11 @@ def accuracy(normalization: str) -> Value:
 
 def _score(normalization: str, other: str = "official") -> Score:
   names = {f"accuracy_{name}": accuracy(name) for name in (normalization, other)}
-  return mean_score("answer_type", **names)
+  return mean_score(names, "answer_type")
 
 
-def _metric(normalization: str) -> str:
-  return f"VQA accuracy, leave one out; answers normalised as '{normalization}', and 'official'"
+def _metric(normalization: str, other: str = "official") -> str:
+  return f"VQA accuracy, leave one out; answers normalised as '{normalization}', and '{other}'"
 
 
 # --- Tasks ---
@@ -189,8 +189,8 @@ TASKS = (
     split="val",
     forms={**prompts.vqa_shots(), "sft": prompts.short_answer(32, prompts.UNANSWERABLE)},
     score=_score("lmms", "textvqa"),
-    metric="VQA accuracy, leave one out; answers normalised as 'lmms', and 'textvqa' (lmms-eval's for this "
-    "set); words are not stemmed, as OpenFlamingo does",
+    metric=f"{_metric('lmms', 'textvqa')} (lmms-eval's for this set); words are not stemmed, which "
+    "OpenFlamingo does",
     demonstrations="train",
     submission=None,
     source=OKVQA_SOURCE,
@@ -207,8 +207,7 @@ TASKS = (
       "sft": prompts.short_answer(32, prompts.UNANSWERABLE, capital=True),
     },
     score=_score("lmms", "textvqa"),
-    metric="VQA accuracy, leave one out; answers normalised as 'lmms', and 'textvqa' (lmms-eval's for this "
-    "set)",
+    metric=f"{_metric('lmms', 'textvqa')} (lmms-eval's for this set)",
     demonstrations="train",
     submission=answer_files.json_list(
       "vizwiz_answers.json", lambda item, answer: {"image": item.id, "answer": answer}
@@ -237,7 +236,7 @@ TASKS = (
     splits=tuple(GQA),
     split="testdev",
     forms={**prompts.vqa_shots(), "sft": prompts.short_answer()},
-    score=mean_score("type", accuracy=lambda item, answer: exact_match(answer, item.answers)),
+    score=mean_score({"accuracy": is_accepted}, "type"),
     metric="exact match, case and punctuation ignored",
     demonstrations="train",
     submission=answer_files.json_list(

@@ -15,7 +15,8 @@ from mm1_jax.eval.tasks import answer_files, files, prompts, scoring, vlmevalkit
 
 POPE_KINDS = ("random", "popular", "adversarial")
 POPE_SOURCE = (
-  "https://github.com/AoiDragon/POPE (output/coco; pictures: COCO val2014), or POPE.tsv of VLMEvalKit"
+  "https://github.com/AoiDragon/POPE (output/coco; pictures: COCO val2014), or POPE.tsv of "
+  "VLMEvalKit"
 )
 MME_SOURCE = (
   "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models (branch Evaluation), or "
@@ -34,7 +35,10 @@ def read_pope(folder: epath.Path, split: str) -> list[Item]:
   path = files.find(folder, [names[0], f"coco/{names[0]}", "POPE.tsv"], POPE_SOURCE)
   if path.suffix == ".tsv":
     return vlmevalkit.read(path)
-  paths = {files.find(path.parent, [n], POPE_SOURCE): kind for n, kind in zip(names, POPE_KINDS, strict=True)}
+  paths = {
+    files.find(path.parent, [n], POPE_SOURCE): kind
+    for n, kind in zip(names, POPE_KINDS, strict=True)
+  }
   pictures = files.below(folder, "val2014", "images/val2014")
 
   def rows(path: epath.Path) -> Iterator[tuple[str, Any]]:
@@ -60,10 +64,14 @@ def pope_score(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
   yes = np.array([word == "yes" for word in said])
   true = np.array([truth.strip().lower() == "yes" for truth in truths])
   kinds = np.array([item.details.get("category", "") for item in items])
-  right = np.array([word == truth.strip().lower() for word, truth in zip(said, truths, strict=True)])
+  right = np.array(
+    [word == truth.strip().lower() for word, truth in zip(said, truths, strict=True)]
+  )
 
   def mean_f1(at: np.ndarray) -> float:
-    return float(np.mean([_f1(yes[i], true[i]) for k in set(kinds) if len(i := at[kinds[at] == k])]))
+    return float(
+      np.mean([_f1(yes[i], true[i]) for k in set(kinds) if len(i := at[kinds[at] == k])])
+    )
 
   n, all_items = len(items), np.arange(len(items))
   try:
@@ -154,10 +162,12 @@ def mme_score(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
     totals = yes_no.mme(answers, truths, categories, pictures)
   except ValueError as e:
     raise EvalError(f"{e}. MME is scored over whole pictures: choose whole categories.") from e
-  right = np.array([
-    yes_no.by_prefix(answer) == truth.lower().strip(" .")
-    for answer, truth in zip(answers, truths, strict=True)
-  ])
+  right = np.array(
+    [
+      yes_no.by_prefix(answer) == truth.lower().strip(" .")
+      for answer, truth in zip(answers, truths, strict=True)
+    ]
+  )
   found = {c: _category(c, categories, pictures, right) for c in dict.fromkeys(categories)}
   values = {}
   for name, members in (("perception", yes_no.PERCEPTION), ("cognition", yes_no.COGNITION)):
@@ -177,7 +187,7 @@ def _category(
   for c, picture, ok in zip(categories, pictures, right, strict=True):
     if c == category:
       of.setdefault(picture, []).append(bool(ok))
-  return estimate([100 * (np.mean(both) + all(both)) for both in of.values()])
+  return estimate([100.0 * (sum(both) / len(both) + all(both)) for both in of.values()])
 
 
 TASKS = (
