@@ -356,11 +356,10 @@ def _choices(item: Item, reply: Any, form: Form) -> str:
     texts = [text for _, text in form.options(item)]
   if not texts:
     return ""
-  right = item.right if item.choices and item.answers else -1
   best = max((one.log_prob for one in likelihoods), default=math.nan)
   head = "<th class=left>log-likelihood<th>tokens" if likelihoods else ""
   lines = "".join(
-    f"<tr><td>{'<span class=good>✓</span>' if i == right else ''}<td class=left>{elided(text)}"
+    f"<tr><td>{'<span class=good>✓</span>' if i == item.right else ''}<td class=left>{elided(text)}"
     f"{_likelihood(likelihoods[i], best) if likelihoods else ''}"
     for i, text in enumerate(texts)
   )
