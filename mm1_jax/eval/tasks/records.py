@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out shards of a run's own data: `records:NAME` reads NAME-heldout-*.arrayrecord.
 
-A conversation is asked its first question; the answer is right if it is the same but for case,
-spaces and a last full stop. A document that is one picture and a text is a
+A conversation is asked its first question; the answer is right if it is the same, case and
+punctuation ignored. A document that is one picture and a text is a
 picture to caption. Demonstrations come from NAME-train-*.arrayrecord. Scores are also by the
 records' sources.
 """
@@ -36,7 +36,7 @@ def get_task(name: str) -> Task:
     split=SPLITS[0],
     forms=FORMS,
     score=score,
-    metric=f"exact match but for case, spaces and a last full stop; of captions {captions.METRIC}",
+    metric=f"exact match, case and punctuation ignored; of captions {captions.METRIC}",
     demonstrations="train",
     source="python -m mm1_jax.data.build",
     files=(f"{name.removeprefix(PREFIX)}-heldout-*.arrayrecord",),
@@ -101,11 +101,6 @@ def prompt(item: Item) -> Content:
   return list(item.details.get("content", item.pictures))
 
 
-def plain(answer: str) -> str:
-  """Returns an answer without case, outer spaces and a last full stop."""
-  return answer.strip().removesuffix(".").strip().lower()
-
-
 def score(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
   """Returns the share of right answers, captions' CIDEr, or nats of the text, also by source."""
   if not isinstance(replies[0], str):
@@ -124,10 +119,7 @@ def _nats(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
   return Scores(values, nats, np.array([one.greedy for one in own]))
 
 
-_exact = scoring.mean_score(
-  group="source",
-  exact_match=lambda item, answer: float(plain(answer) == plain(item.answers[0])),
-)
+_exact = scoring.mean_score({"exact_match": scoring.is_accepted}, "source")
 
 
 def _likelihood(form: Form) -> Form:
