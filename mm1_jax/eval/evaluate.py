@@ -45,6 +45,8 @@ class Settings:
     seed: of draws.
     controls: keys of `CONTROLS`.
     batch_size: prompts that are generated from at once.
+    bos: whether documents begin with `<s>`, as in training. Imported models that were trained
+      without one, and lm-eval's `hf` model of them, begin with the text.
   """
 
   tasks: tuple[str, ...]
@@ -56,6 +58,7 @@ class Settings:
   seed: int = 0
   controls: tuple[str, ...] = ("own",)
   batch_size: int = 8
+  bos: bool = True
 
 
 class Job(NamedTuple):
@@ -256,7 +259,7 @@ def make_asking(job: Job, items: Sequence[Item], data: Data, settings: Settings)
     "other": replies.other_pictures(items) if job.control == "other" else None,
   }[job.control]
   assert change is not None
-  return Asking(form, job.shots, shown, change, settings.batch_size)
+  return Asking(form, job.shots, shown, change, settings.batch_size, settings.bos)
 
 
 def _scored(job: Job, answered: list[Answered]) -> Result:

@@ -29,7 +29,7 @@ from mm1_jax.batch import Batch
 from mm1_jax.data import packing
 from mm1_jax.eval.task import Content, Likelihood
 from mm1_jax.inference.model import Model, bucket, power_of_two
-from mm1_jax.inference.prompts import PromptError, Request
+from mm1_jax.inference.prompts import PromptError, Request, RoomError
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import LAYOUT, num_row_shards
 
@@ -113,7 +113,7 @@ def continuations(
       raise PromptError(f"the continuation {text!r} has no tokens.")
     room = model.run.data.seq_len - len(request.ids) + 1  # the last id is not read
     if len(target) > room:
-      raise PromptError(
+      raise RoomError(
         f"a context of {len(request.ids)} positions and a continuation of {len(target)} tokens "
         f"exceed the {model.run.data.seq_len} positions that the model was trained on."
       )

@@ -10,6 +10,7 @@ the same replies whether or not the job was stopped before it.
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from mm1_jax.eval.likelihood import Continuation, continuations, log_likelihoods
 from mm1_jax.eval.task import Content, EvalError, Form, Item, Likelihood, Picture, Reply
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
-from mm1_jax.inference.prompts import PromptError, Request
+from mm1_jax.inference.prompts import PromptError, Request, RoomError
 from mm1_jax.inference.sampler import GREEDY
 
 CHUNK = 256  # items that are read, sorted by shape and kept together
@@ -52,6 +53,7 @@ class Asking:
     demonstrations: that are drawn from; None with 0 shots.
     change: what a control shows instead of an item's content.
     batch_size: prompts that are generated from at once.
+    bos: whether documents begin with `<s>`, as in training.
   """
 
   form: Form
@@ -59,6 +61,7 @@ class Asking:
   demonstrations: Demonstrations | None = None
   change: Change = lambda item, content: content
   batch_size: int = 8
+  bos: bool = True
 
   def encode(
     self, model: Model, item: Item
@@ -74,13 +77,13 @@ class Asking:
     shown = self.demonstrations.of(item, num) if num and self.demonstrations else []
     try:
       return tuple(shown), self._encode(model, item, shown)
-    except PromptError as e:
-      if shown and (fit := self._number_that_fits(model, item, shown)) is not None:
-        raise EvalError(
-          f"{num} demonstrations and item '{item.id}' do not fit the {model.run.data.seq_len} "
-          f"positions that the model was trained on; {fit} would. Give fewer --shots."
-        ) from e
-      raise
+    except RoomError as e:
+      if not shown or (fit := self._number_that_fits(model, item, shown)) is None:
+        raise
+      raise EvalError(
+        f"{num} demonstrations and item '{item.id}' do not fit the {model.run.data.seq_len} "
+        f"positions that the model was trained on; {fit} would. Give fewer --shots."
+      ) from e
 
   def _encode(self, model: Model, item: Item, shown: list[Item]) -> Request | list[Continuation]:
     form = self.form
@@ -89,24 +92,23 @@ class Asking:
       return self._context(shown, self.change(item, content))
 
     if form.options is None:
-      content = reads(form.prompt(item))
-      if not content and not form.chat:
-        return Request([model.tokenizer.bos_id], [], chat=False)
-      return model.encode(content, chat=form.chat, max_new_tokens=form.max_new_tokens)
+      return self._request(model, reads(form.prompt(item)))
     options = form.options(item)
-    contexts: list[Content] = []
-    for content, _ in options:
-      if content not in contexts:
-        contexts.append(content)
-    found: list[Continuation | None] = [None] * len(options)
-    for content in contexts:
-      at = [i for i, (other, _) in enumerate(options) if other == content]
-      texts = [options[i][1] for i in at]
-      for i, one in zip(
-        at, continuations(model, reads(content), texts, chat=form.chat), strict=True
-      ):
-        found[i] = one
-    return [one for one in found if one is not None]
+    found: list[Continuation] = []
+    # Choices that follow the same content are encoded together, so that its pictures are read once.
+    for content, group in itertools.groupby(options, lambda option: option[0]):
+      texts = [text for _, text in group]
+      found += continuations(model, reads(content), texts, chat=form.chat, bos=self.bos)
+    return found
+
+  def _request(self, model: Model, content: Any) -> Request:
+    """Returns what a text is generated after."""
+    form, tokenizer = self.form, model.tokenizer
+    if not content:  # a control that shows nothing
+      return Request([tokenizer.bos_id if self.bos else tokenizer.eos_id], [], chat=False)
+    request = model.encode(content, chat=form.chat, max_new_tokens=form.max_new_tokens)
+    starts = not request.chat and request.ids[0] == tokenizer.bos_id
+    return request if self.bos or not starts else request._replace(ids=request.ids[1:])
 
   def _context(self, shown: list[Item], content: Content) -> Any:
     form = self.form
@@ -122,7 +124,7 @@ class Asking:
     for num in range(len(shown) - 1, -1, -1):
       try:
         self._encode(model, item, shown[:num])
-      except PromptError:
+      except RoomError:
         continue
       return num
     return None
