@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from etils import epath
 
-import mm1_jax
+from mm1_jax import __version__
 from mm1_jax.eval import few_shot
 from mm1_jax.eval.evaluate import (
   Job,
@@ -50,7 +50,7 @@ def to_json(results: Sequence[Result], settings: Settings, run: dict[str, Any]) 
     "format": FORMAT,
     "run": run,
     "versions": {
-      "mm1_jax": mm1_jax.__version__,
+      "mm1_jax": __version__,
       "jax": jax.__version__,
       "python": platform.python_version(),
     },

@@ -45,7 +45,11 @@ _REPLACED = _BRACKETS | {
 }
 # Words that keep their full stop, wherever they are.
 _ABBREVIATIONS = set(
-  ["jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec", "mon", "tue", "tues", "wed", "thu", "thurs", "fri", "mr", "mrs", "ms", "mmes", "messrs", "drs", "dr", "prof", "rev", "hon", "pres", "gov", "gen", "col", "lt", "sgt", "maj", "capt", "cpl", "sen", "rep", "reps", "sens", "adm", "st", "ste", "mt", "ft", "jr", "sr", "bros", "inc", "cos", "corp", "ltd", "co", "vs", "etc", "al", "seq", "sq", "bldg", "pl", "dept", "ave", "blvd", "rd", "ala", "ariz", "ark", "calif", "colo", "conn", "del", "fla", "ga", "ill", "ind", "kan", "ky", "la", "md", "mich", "minn", "mo", "mont", "neb", "nev", "okla", "ore", "pa", "penn", "tenn", "tex", "va", "vt", "wash", "wis", "wyo", "ph", "alex", "wm", "jos", "assn"]
+  """jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri mr mrs ms mmes
+  messrs drs dr prof rev hon pres gov gen col lt sgt maj capt cpl sen rep reps sens adm st ste mt ft
+  jr sr bros inc cos corp ltd co vs etc al seq sq bldg pl dept ave blvd rd ala ariz ark calif colo
+  conn del fla ga ill ind kan ky la md mich minn mo mont neb nev okla ore pa penn tenn tex va vt
+  wash wis wyo ph alex wm jos assn""".split()
 )
 _BEFORE_DIGITS = {"no", "nos", "fig", "figs", "pp", "p"}
 # A capital letter and a full stop are an initial, unless a word follows that begins a sentence.
@@ -102,7 +106,7 @@ def ptb_tokenize(text: str) -> list[str]:
       tokens.append("".join(_BRACKETS.get(c, c) if c in "()" else c for c in token.lower()))
     elif kind == "ellipsis" or kind == "dash":
       continue  # removed as punctuation
-    elif kind != "other" or (unicodedata.category(token)[0] != "C" and token < "\U00010000"):
+    elif kind != "other" or unicodedata.category(token)[0] != "C" and token < "\U00010000":
       tokens.append(_REPLACED.get(token, token.lower()))
   return [token for token in tokens if token and token not in _REMOVED]
 
@@ -114,7 +118,7 @@ def _keeps_stop(word: str, text: str, after: int) -> bool:
   if len(word) == 1 and word.isascii() and word.isalpha():
     return not _SENTENCE.match(text, after)
   following = text[after : after + 2].strip()[:1]
-  return word.lower() in _ABBREVIATIONS or (word.lower() in _BEFORE_DIGITS and following.isdigit())
+  return word.lower() in _ABBREVIATIONS or word.lower() in _BEFORE_DIGITS and following.isdigit()
 
 
 def _parts(word: str) -> list[str]:
