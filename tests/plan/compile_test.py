@@ -35,6 +35,7 @@ def debug_run(kind: str = "dense", **data) -> RunConfig:
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_the_command_plans_decode(tmp_path):
   cache = tmp_path / "cache"
   arguments = ["--config=configs/mm1_debug.py", "--topology=v5e-4", "--what=decode"]
