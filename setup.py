@@ -70,6 +70,7 @@ EXTRAS = {
     *EVAL,
     *QUANT,
     *SERVE,
+    "beartype",  # compares shape annotations with arrays, in tests
     "ipykernel",
     "nbclient",
     "playwright",  # drives the web page with the machine's chromium; brings no browser

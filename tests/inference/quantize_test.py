@@ -54,6 +54,7 @@ def test_matrices_are_stored_in_their_kind(moe):
   assert gate.scales.shape == (1, 4, 1, 24)  # units, experts, one for the width, mlp
 
 
+@pytest.mark.slow
 def test_it_answers_also_on_two_devices(workdir):
   """Fails if scales do not follow their values over the mesh."""
   one = Model.load(workdir, quantize="int8")

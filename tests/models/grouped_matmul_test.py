@@ -14,7 +14,7 @@ from mm1_jax.models import grouped_matmul as lib
 # Rows of each group: an empty one, one of a single row, one longer than a block; then of no group.
 SIZES = np.array([37, 0, lib.CPU_BLOCK + 70, 1, 22])
 IN, OUT = 24, 40
-NUM_ROWS = lib.padded_rows(SIZES.sum() + 5)
+NUM_ROWS = lib.padded_rows(int(SIZES.sum()) + 5)
 
 PRODUCTS = {
   "chosen": lib.grouped_matmul,

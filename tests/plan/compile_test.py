@@ -35,6 +35,7 @@ def debug_run(kind: str = "dense", **data) -> RunConfig:
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_the_command_plans_decode(tmp_path):
   cache = tmp_path / "cache"
   arguments = ["--config=configs/mm1_debug.py", "--topology=v5e-4", "--what=decode"]
@@ -142,7 +143,7 @@ def test_rematerializations_are_in_what_the_compiler_says(monkeypatch, tmp_path)
 
 @needs_libtpu
 @pytest.mark.long
-@pytest.mark.parametrize("module", FAMILY, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", FAMILY, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_the_family_fits_its_v5p_presets_and_moves_no_array_twice(module, tmp_path):
   """An array that is put together whole, to be split another way, can cost more than a layer.
 
