@@ -25,7 +25,7 @@ TEXT_CORE_TASKS = (
   "arc_easy",
   "arc_challenge",
   "piqa",
-  "lambada_openai",
+  "lambada",
   "winogrande",
   "hellaswag",
   "sciq",

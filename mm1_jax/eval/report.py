@@ -17,7 +17,7 @@ from mm1_jax.eval.task import EvalError
 HEADER = ("task", "split", "form", "shots", "control", "n (dropped)", "metric", "value ± error")
 # A metric by group, such as MMMU's 30 subjects, has so many lines in a terminal.
 MOST_GROUPS = 12
-LONGEST = 22  # characters of a name in a terminal
+WIDTHS = (18, 11, 12, 8, 9, 16, 20, 40)  # characters of a cell in a terminal, at most
 NOTE = "error: one standard error; shares are in %"
 # Metrics, by how their names begin or end, in a unit of their own; others up to 1 are shares.
 _NO_SHARES = ("cider", "perception", "cognition", "bits_per_byte", "perplexity")
@@ -32,7 +32,7 @@ def table(of: Sequence[Result]) -> str:
   Below a control is how much better items are with their own pictures.
   """
   lines = list(lines_of(results.entries(of), MOST_GROUPS))
-  lines = [tuple(_clipped(cell) for cell in line) for line in lines]
+  lines = [tuple(map(_clipped, line, WIDTHS)) for line in lines]
   note = f"{NOTE}; x: draws of demonstrations" if _has_trials(lines) else NOTE
   return f"{_columns([HEADER, *lines], right=(3, 5, 7))}\n{note}"
 
@@ -94,7 +94,7 @@ def _has_trials(lines: Iterable[Sequence[str]]) -> bool:
   return any(" x" in line[3] for line in lines)
 
 
-def _clipped(text: str, longest: int = LONGEST) -> str:
+def _clipped(text: str, longest: int) -> str:
   """Returns a text without its middle if it is long: names differ at both ends."""
   return text if len(text) <= longest else f"{text[: longest // 2]}…{text[1 - longest // 2 :]}"
 
