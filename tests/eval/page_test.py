@@ -145,11 +145,12 @@ class TestPictures:
     found = written(one, two)
     assert found.source.count("data:image/jpeg;base64,") == 2
     assert len(re.findall(r'class="picture p\d+"', found.source)) == 8
-    assert "aspect-ratio: 40 / 20" in found.source
+    assert "width: 40px; aspect-ratio: 40 / 20" in found.source
 
   def test_they_are_small(self, written):
     found = written(make_result([self.ask(png(size=(3000, 1500)))]))
-    assert "aspect-ratio: 224 / 112" in found.source
+    assert "width: 224px; aspect-ratio: 224 / 112" in found.source
+    assert re.search(r"\.small \.p0 { width: 96px; }", found.source)
     assert len(found.source) < 20_000
 
   def test_a_file(self, written, tmp_path):

@@ -122,7 +122,7 @@ class TestMarkdown:
   def test_what_differs_is_said_in_the_row(self):
     result = with_values("vqav2", split="val", form="openflamingo", accuracy_lmms=(0.4, 0.01))
     (row,) = self.rows(report.markdown(values_of([result], limit=100)), "Beside MM1")
-    for what in ("test-dev", "part of the split", "beams of 3", "without pictures"):
+    for what in ("test-dev", "at most 100 items", "beams of 3", "without pictures"):
       assert what in row[7]
 
   def test_captions_are_beside_both_tokenizers(self):
