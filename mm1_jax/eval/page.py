@@ -169,9 +169,9 @@ def _summary(values: Mapping[str, Any]) -> str:
   )
   return (
     f"<section><div class=scroll><table>{head}{''.join(lines)}</table></div>"
-    "<p class=note>Errors are standard errors. Shares are in %; a bar begins at 0 and ends at 100 %, or at the largest value "
-    "of its metric. In the last line of a control is the paired difference of items with their "
-    "own pictures and this control.</p>"
+    "<p class=note>Errors are standard errors. Shares are in %; a bar begins at 0 and ends at "
+    "100 %, or at the largest value of its metric. In the last line of a control is the paired "
+    "difference of items with their own pictures and this control.</p>"
     f"<details><summary>Run, versions and settings</summary><table>{facts}</table></details>"
     "</section>\n"
   )

@@ -214,9 +214,9 @@ class TestHostileText:
 def test_bars_begin_at_zero_and_show_the_error():
   top = {"cider": 200.0}
   bar = page._bar("accuracy", {"mean": 0.5, "standard_error": 0.1}, {})
-  assert '<rect width="90.0"' in bar
-  assert "M72.0 4.0v8M108.0 4.0v8M72.0 8.0H108.0" in bar
+  assert '<rect width="70.0"' in bar
+  assert "M56.0 4.0v8M84.0 4.0v8M56.0 8.0H84.0" in bar
   bar = page._bar("cider", {"mean": 50.0, "standard_error": None}, top)
-  assert '<rect width="45.0"' in bar
+  assert '<rect width="35.0"' in bar
   assert "<path" not in bar
   assert page._bar("m", {"mean": None, "standard_error": None}, {}) == ""
