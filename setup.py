@@ -41,6 +41,7 @@ CONVERT = ["safetensors", "tokenizers"]
 DATA = ["apache-beam", "pyarrow", "zstandard"]
 DOCS = ["mkdocs", "mkdocs-material"]
 DRAW = ["matplotlib"]
+LM_EVAL = ["lm-eval"]
 QUANT = ["qwix"]
 SERVE = ["gradio"]
 EXTRAS = {
@@ -54,6 +55,9 @@ EXTRAS = {
   "bench": ["tensorflow-cpu", "torch", "webdataset"],  # peers of bench/data.py, in a venv of theirs
   "goldens": [*CONVERT, "torch", "transformers"],  # makes the files that imports are compared with
   "quant": QUANT,  # mm1 ask --quantize
+  "lm-eval": LM_EVAL,  # python -m mm1_jax.eval lm_eval
+  # lmms-eval --model mm1_jax: 3 GB with PyTorch, so in a venv of its own.
+  "lmms-eval": ["lmms-eval"],
   "serve": SERVE,  # mm1 serve
   "docs": DOCS,  # make docs
   "dev": [
@@ -61,6 +65,7 @@ EXTRAS = {
     *DATA,
     *DOCS,
     *DRAW,
+    *LM_EVAL,
     *QUANT,
     *SERVE,
     "ipykernel",
@@ -90,7 +95,10 @@ setup(
   package_data={"mm1_jax": ["data/sample/**", "data/templates/*.json", "data/inspect/page.css"]},
   install_requires=REQUIRES,
   extras_require=EXTRAS,
-  entry_points={"console_scripts": ["mm1 = mm1_jax.__main__:door"]},
+  entry_points={
+    "console_scripts": ["mm1 = mm1_jax.__main__:door"],
+    "lmms_eval.models": ["mm1_jax = mm1_jax.eval.adapters.lmms_eval:manifest"],
+  },
   classifiers=[
     "Intended Audience :: Science/Research",
     "Programming Language :: Python :: 3.11",

@@ -10,6 +10,8 @@ EXTRAS = {
   "convert": ("converting weights or reading a tokenizer.json", ("safetensors", "tokenizers")),
   "data": ("building shards", ("apache_beam", "pyarrow", "zstandard")),
   "draw": ("drawing", ("matplotlib",)),
+  "lm-eval": ("lm-evaluation-harness", ("lm_eval",)),
+  "lmms-eval": ("lmms-eval", ("lmms_eval",)),
   "quant": ("quantizing", ("qwix",)),
   "serve": ("the web page", ("gradio",)),
 }
