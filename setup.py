@@ -41,6 +41,7 @@ CONVERT = ["safetensors", "tokenizers"]
 DATA = ["apache-beam", "pyarrow", "zstandard"]
 DOCS = ["mkdocs", "mkdocs-material"]
 DRAW = ["matplotlib"]
+EVAL = ["pyarrow"]
 LM_EVAL = ["lm-eval"]
 QUANT = ["qwix"]
 SERVE = ["gradio"]
@@ -51,8 +52,13 @@ EXTRAS = {
   "convert": CONVERT,  # mm1 convert, and the tokenizer.json of converted models
   "data": DATA,  # mm1 data
   "draw": DRAW,  # mm1 inspect, first_batch.png, pictures of plans and reports
+  "eval": EVAL,  # benchmarks in Parquet files
   "plan": ["libtpu"],  # mm1 plan; `make libtpu` keeps it out of JAX's way
-  "bench": ["tensorflow-cpu", "torch", "webdataset"],  # peers of bench/data.py, in a venv of theirs
+  "bench": [
+    "tensorflow-cpu",
+    "torch",
+    "webdataset",
+  ],  # peers of bench.data.loaders, in a venv of theirs
   "goldens": [*CONVERT, "torch", "transformers"],  # makes the files that imports are compared with
   "quant": QUANT,  # mm1 ask --quantize
   "lm-eval": LM_EVAL,  # python -m mm1_jax.eval lm_eval
@@ -65,9 +71,11 @@ EXTRAS = {
     *DATA,
     *DOCS,
     *DRAW,
+    *EVAL,
     *LM_EVAL,
     *QUANT,
     *SERVE,
+    "beartype",  # compares shape annotations with arrays, in tests
     "ipykernel",
     "nbclient",
     "playwright",  # drives the web page with the machine's chromium; brings no browser

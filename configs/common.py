@@ -162,9 +162,9 @@ def encoder_from_random(config: ConfigDict) -> ConfigDict:
   """Sets the rates of an encoder and a connector that start from random weights.
 
   MM1's law is for decoders beside a trained encoder. At the 1.9e-3 that it gives `mm1_debug` an
-  encoder learns a third of what it does at 4e-4, or collapses; `python -m bench.encoder_rates` has
-  the sweep. Larger ones were not swept here; CLIP's were trained at 4e-4 to 5e-4 (arXiv 2103.00020,
-  table 20).
+  encoder learns a third of what it does at 4e-4, or collapses; the sweep is
+  `python -m bench.train.encoder_rates`. Larger ones were not swept here; CLIP's were trained at
+  4e-4 to 5e-4 (arXiv 2103.00020, table 20).
   """
   config.optimizer.vit_learning_rate = config.optimizer.connector_learning_rate = 4e-4
   return config

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the reference pages that are made of the code: `python -m docs.generate`.
 
-- `reference/config.md`: every setting, from the dataclasses of `mm1_jax/config.py` and their
+- `reference/config.md`: every setting, from the dataclasses of `mm1_jax/config/` and their
   comments;
 - `reference/metrics.md`: what a run logs, from `mm1_jax/legend.py`;
 - `reference/cli.md`: commands and flags, from the parsers that answer --help;
@@ -95,7 +95,7 @@ def config_page() -> str:
     "its path: `--config.train.num_steps=20`, `--config.model.decoder.moe.capacity_factor=None`,\n"
     "`--config.optimizer.frozen=\"('vit',)\"`. What lies outside a range is refused, with the\n"
     "path, the value and the range; so are NaN and infinity. Whole numbers are below 2^31.\n\n"
-    "`mm1_jax/config.py` also has the rules between settings.\n",
+    "`mm1_jax/config/` also has the rules between settings.\n",
   ]
   for path, group in _groups(config.RunConfig, ""):
     title = f"`{path}`" if path else "The run"

@@ -8,9 +8,10 @@ Saving is asynchronous and atomic: a step's folder has its name only when all of
 are restored straight onto the current mesh, whatever mesh they were saved from.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -237,6 +238,32 @@ def restore_params(path: epath.PathLike, like: Any) -> Any:
   where = find_step(path) / PARAMS
   check_match(saved_shapes(where), to_names(like), where)
   return from_names(like, _restore(where, to_names(like)))
+
+
+def digest(path: epath.PathLike) -> str:
+  """Returns a hash that differs between checkpoints, of the run's newest step or the one at `path`.
+
+  Of the params' files it takes names, sizes, and the first and last 64 kB: names and the index at a
+  file's end change with each save, so that 100 GB need not be read.
+  """
+  step, edge = find_step(path), 65536
+  workdir, hasher = step.parent.parent, hashlib.sha256()
+  for own in (CONFIG, TEMPLATE, *(name for name, *_ in TOKENIZERS.values())):
+    if (workdir / own).exists():
+      hasher.update(own.encode() + (workdir / own).read_bytes())
+  for file in sorted(_files(step / PARAMS)):
+    size = file.stat().length
+    hasher.update(f"{file.relative_to(step)} {size}".encode())
+    with file.open("rb") as opened:
+      hasher.update(opened.read(edge))
+      opened.seek(max(0, size - edge))
+      hasher.update(opened.read(edge))
+  return hasher.hexdigest()[:32]
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in folder.iterdir():
+    yield from _files(path) if path.is_dir() else (path,)
 
 
 def refuse_run(workdir: epath.PathLike) -> None:

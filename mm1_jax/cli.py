@@ -39,6 +39,7 @@ PROGRAMS = {
   ),
   "chat": ("mm1_jax.inference.chat", "talks with a model in the terminal"),
   "serve": ("mm1_jax.inference.app", "talks with a model on a web page"),
+  "eval": ("mm1_jax.eval", "evaluates a model on benchmarks, with errors and controls"),
   "convert": ("mm1_jax.convert", "imports open weights; exports, merges and upcycles runs"),
 }
 _OVERRIDE = re.compile(r"--?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)

@@ -10,16 +10,21 @@ import html
 import io
 import unicodedata
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:  # pages need no matplotlib, which is of an extra
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by the colour-blind; its red is left to what is wrong.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31", "#7a68a6", "#b8a800")
 INK, MUTED, PADDING, PAPER, WRONG = "#1f2430", "#5f6570", "#d9dbe0", "#ffffff", "#c0260b"
 DPI = 110
+# Of a text that is longer, so many characters at its beginning and its end are shown.
+BEGINNING, END = 1500, 300
 JOINERS = "\u200c\u200d"  # control characters that some scripts and emojis are written with
 
 STYLE = """
@@ -37,18 +42,20 @@ def color(number: int) -> str:
   return COLORS[number % len(COLORS)]
 
 
-def to_png(figure: Figure) -> bytes:
+def to_png(figure: "Figure") -> bytes:
   out = io.BytesIO()
   _paint(figure).print_png(out)
   return out.getvalue()
 
 
-def to_pixels(figure: Figure) -> np.ndarray:
+def to_pixels(figure: "Figure") -> np.ndarray:
   """Returns uint8[H, W, 3]."""
   return np.asarray(_paint(figure).buffer_rgba())[..., :3].copy()
 
 
-def _paint(figure: Figure) -> FigureCanvasAgg:
+def _paint(figure: "Figure") -> "FigureCanvasAgg":
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+
   canvas = FigureCanvasAgg(figure)
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -68,6 +75,20 @@ def printable_lines(text: str) -> str:
 def as_html(text: str) -> str:
   """Returns text escaped, its lines and spaces kept, control characters as spaces."""
   return html.escape("\n".join(_without_controls(line) for line in text.split("\n")))
+
+
+def elided(text: str) -> str:
+  """Returns a text as HTML; of a long one its beginning and its end, and how much is left out."""
+  left_out = len(text) - BEGINNING - END
+  if left_out <= 0:
+    return as_html(text)
+  gap = f" <span class=cut>… {left_out:,} characters not shown …</span> "
+  return as_html(text[:BEGINNING]) + gap + as_html(text[-END:])
+
+
+def shorten(text: str, length: int) -> str:
+  """Returns a text as HTML, cut to `length` characters."""
+  return as_html(text if len(text) <= length else f"{text[: length - 1]}…")
 
 
 def _without_controls(text: str) -> str:

@@ -12,6 +12,7 @@ EXTRAS = {
   "draw": ("drawing", ("matplotlib",)),
   "lm-eval": ("lm-evaluation-harness", ("lm_eval",)),
   "lmms-eval": ("lmms-eval", ("lmms_eval",)),
+  "eval": ("reading Parquet files", ("pyarrow",)),
   "quant": ("quantizing", ("qwix",)),
   "serve": ("the web page", ("gradio",)),
 }

@@ -13,12 +13,19 @@ class Metric(NamedTuple):
   meaning: str
 
 
+# Ends the name of a number that is the standard error of the one without it.
+STANDARD_ERROR = "/standard_error"
 # A value is a mean over the steps since the line before, unless its meaning says otherwise.
 SCALARS = (
   Metric("loss", "nats per token", "Cross-entropy, mean over all target tokens."),
   Metric("loss/{source}", "nats per token", "The same, of one source's tokens."),
   Metric("z_loss", "nats per token", "`train.z_loss` times the squared log normaliser."),
   Metric("eval/loss/{source}", "nats per token", "Of a held-out source; experts drop no token."),
+  Metric(
+    "eval_tasks/{task}/{metric}",
+    "",
+    "A benchmark's metric on a fixed part of it, see `eval_tasks`; /standard_error is its error.",
+  ),
   Metric("lr", "", "Learning rate of the decoder, of the newest step."),
   Metric("lr/{part}", "", "Of vit, connector, decoder: those that are trained."),
   Metric("grad_norm", "", "Norm of the gradient of all trained params, before clipping."),

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
   import psutil
 
   from mm1_jax import distributed, inputs
+  from mm1_jax.eval.in_training import make_evaluators
   from mm1_jax.train.loop import train
 
   cluster = distributed.find_cluster(args.coordinator, args.num_processes, args.process_id)
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     distributed.check_same("code and config", distributed.code_version() | run.to_dict())
     inputs.check(run, workdir, **cli.ways_on(args))
     launched = psutil.Process().create_time()  # so that imports and waiting for hosts count
-    state = train(run, workdir, launched=launched)
+    evaluators = make_evaluators(run)
+    state = train(run, workdir, launched=launched, evaluators=evaluators)
     stopped = int(state.step) < run.train.num_steps
   if stopped:
     sys.exit(args.stopped_code)

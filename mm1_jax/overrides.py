@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Overrides of a config, such as `model.decoder.moe.capacity_factor=None`.
 
-A text is parsed by the type of its field in the dataclasses of `config.py`. Overrides are put into
+A text is parsed by the type of its field in the dataclasses of `config/`. Overrides are put into
 the plain values that a config file returned; `RunConfig.from_dict` then builds and checks the run.
 """
 

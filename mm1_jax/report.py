@@ -33,8 +33,10 @@ from mm1_jax.drawing import (
   printable_lines,
   to_png,
 )
+from mm1_jax.legend import STANDARD_ERROR
 from mm1_jax.metrics import read_metrics, read_tables
 
+TASKS = "eval_tasks/"
 Run = Mapping[str, Mapping[int, Any]]  # series of numbers and of tables, by name and step
 
 
@@ -216,8 +218,36 @@ def _draw_experts(figure, ax: Axes, run) -> None:
   bar.outline.set_visible(False)
 
 
+def _task_keys(run) -> list[str]:
+  """Returns the first metric of each benchmark."""
+  names = [n for n in run if n.startswith(TASKS) and not n.endswith(STANDARD_ERROR)]
+  return list({name.split("/")[1]: name for name in reversed(names)}.values())[::-1]
+
+
+def _draw_tasks(_figure, ax: Axes, run) -> None:
+  """Benchmarks with one standard error: shares on the left, other units (dotted) on the right."""
+  right = None
+  for name, color in zip(_task_keys(run), itertools.cycle(COLORS)):
+    steps, values = _points(run[name])
+    errors = run.get(f"{name}{STANDARD_ERROR}", {})
+    share = values.max(initial=0) <= 1
+    if not share and right is None:
+      right = ax.twinx()
+      right.tick_params(colors=MUTED, labelsize=9)
+      right.spines[["top", "left", "right", "bottom"]].set_visible(False)
+    axis, style = (ax, "-") if share else (right or ax, ":")
+    axis.errorbar(
+      steps, values, [errors.get(int(step), 0) for step in steps], color=color, linewidth=1.4,
+      linestyle=style, marker="o", markersize=4, capsize=2,
+    )  # fmt: skip
+    ax.plot([], [], color=color, linestyle=style, marker="o", label=name.removeprefix(TASKS))
+  ax.set_xlabel("step", fontsize=9, color=MUTED)
+  _legend(ax)
+
+
 PANELS = (
   Panel("loss", 3.4, _loss_keys, _draw_loss),
+  Panel("benchmarks", 2.8, _task_keys, _draw_tasks),
   Panel("expert load", 2.6, _expert_keys, _draw_experts),
   Panel(
     "optimizer",

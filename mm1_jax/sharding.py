@@ -203,6 +203,18 @@ def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def fetch(tree: Any) -> Any:
+  """Returns arrays as numpy; those of which this process has a part only are gathered first.
+
+  All processes of the mesh have to call it alike.
+  """
+  whole = [x for x in jax.tree.leaves(tree) if not x.is_fully_addressable]
+  if whole:
+    place = NamedSharding(whole[0].sharding.mesh, LAYOUT.replicated)
+    tree = jax.jit(lambda x: x, out_shardings=place)(tree)
+  return jax.device_get(tree)
+
+
 def device_batch(batch: Batch, mesh: Mesh) -> Batch:
   """Puts a process's rows on the mesh as one global batch, split by rows."""
   sharding = NamedSharding(mesh, LAYOUT.act_b)

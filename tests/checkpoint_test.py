@@ -6,16 +6,11 @@ import json
 import logging
 import pathlib
 import shutil
-import sys
-
-sys.path.append(str(pathlib.Path(__file__).parent / "models"))
 
 import jax
 import numpy as np
 import pytest
-import tiny
 
-import mm1_jax.data
 from mm1_jax import checkpoint
 from mm1_jax.checkpoint import Checkpointer, CheckpointError, to_names
 from mm1_jax.config import (
@@ -29,8 +24,9 @@ from mm1_jax.data.template import load_template
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
 from mm1_jax.train.step import TrainState, init_state
+from tests.helpers import tiny
+from tests.helpers.records import TOKENIZER
 
-SAMPLE_TOKENIZER = pathlib.Path(mm1_jax.data.__file__).parent / "sample" / "tokenizer.model"
 ONE, EIGHT = (1, 1, 1, 1), (2, 2, 2, 1)
 DATA = {"batch": 7, "plan": {"window": 1, "carry": [[0, 5, 12], [1, 2, 3]]}, "fingerprint": "ab"}
 
@@ -38,7 +34,7 @@ DATA = {"batch": 7, "plan": {"window": 1, "carry": [[0, 5, 12], [1, 2, 3]]}, "fi
 def run_config(moe=None, **changes) -> RunConfig:
   run = tiny.run_config(moe, **changes)
   connector = ConnectorConfig(kind="average_pool", token_grid=(1, 2), hidden=8)
-  data = dataclasses.replace(run.data, tokenizer=str(SAMPLE_TOKENIZER))
+  data = dataclasses.replace(run.data, tokenizer=str(TOKENIZER))
   model = dataclasses.replace(run.model, connector=connector)
   return dataclasses.replace(run, model=model, data=data)
 
@@ -462,7 +458,7 @@ def test_config_and_tokenizer_travel(saved, tmp_path):
   assert run == dataclasses.replace(
     original, data=dataclasses.replace(original.data, tokenizer=tokenizer)
   )
-  assert pathlib.Path(tokenizer).read_bytes() == SAMPLE_TOKENIZER.read_bytes()
+  assert pathlib.Path(tokenizer).read_bytes() == TOKENIZER.read_bytes()
 
 
 def test_a_run_can_be_written_over_itself(copy):
@@ -470,16 +466,14 @@ def test_a_run_can_be_written_over_itself(copy):
   run = checkpoint.read_run(copy)
   checkpoint.write_run_files(copy, run)
   assert checkpoint.read_run(copy) == run
-  assert (copy / "tokenizer.model").read_bytes() == SAMPLE_TOKENIZER.read_bytes()
+  assert (copy / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
 
 
 def test_a_template_of_ones_own_travels_with_the_run(tmp_path):
   mine = tmp_path / "mine.json"
   mine.write_text(dataclasses.replace(load_template(), bos=False).to_json())
   for template in (str(mine), "chatml"):
-    data = dataclasses.replace(
-      RunConfig().data, tokenizer=str(SAMPLE_TOKENIZER), chat_template=template
-    )
+    data = dataclasses.replace(RunConfig().data, tokenizer=str(TOKENIZER), chat_template=template)
     run = dataclasses.replace(RunConfig(), data=data)
     checkpoint.write_run_files(tmp_path / pathlib.Path(template).stem, run)
   mine.unlink()

@@ -19,21 +19,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import (
-  common,
-  mm1_3b,
-  mm1_3b_moe,
-  mm1_5_continual,
-  mm1_5_sft,
-  mm1_7b,
-  mm1_7b_moe,
-  mm1_30b,
-  mm1_30b_moe,
-  mm1_debug,
-  mm1_debug_sft,
-  mm1_proxy,
-  mm1_sft,
-)
 from mm1_jax.config import (
   ConfigError,
   ConnectorConfig,
@@ -48,6 +33,21 @@ from mm1_jax.config import (
   SourceConfig,
   TrainConfig,
   VisionConfig,
+)
+from mm1_jax.configs import (
+  common,
+  mm1_3b,
+  mm1_3b_moe,
+  mm1_5_continual,
+  mm1_5_sft,
+  mm1_7b,
+  mm1_7b_moe,
+  mm1_30b,
+  mm1_30b_moe,
+  mm1_debug,
+  mm1_debug_sft,
+  mm1_proxy,
+  mm1_sft,
 )
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.topology import find_topology
@@ -189,7 +189,7 @@ def test_high_resolution_sft_has_room_for_its_pictures():
 def test_every_config_file_is_tested():
   """A config file that no test loads rots first."""
   files = {path.stem for path in (REPO / "configs").glob("mm1_*.py")}
-  tested = {getattr(f, "func", f).__module__.removeprefix("configs.") for f in CONFIGS.values()}
+  tested = {getattr(f, "func", f).__module__.rpartition(".")[2] for f in CONFIGS.values()}
   assert files == tested
 
 
@@ -637,7 +637,7 @@ def test_no_clipping_is_none_and_the_message_says_so():
 # The mesh, and the presets of slices.
 
 
-@pytest.mark.parametrize("module", FAMILY, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", FAMILY, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_presets_divide_over_their_slices(module):
   assert {slice_name.partition("-")[0] for slice_name in module.SLICES} >= {"v5p", "v6e", "tpu7x"}
   for slice_name in module.SLICES:

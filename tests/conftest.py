@@ -10,6 +10,8 @@ import sys
 import pytest
 from absl import flags
 
+from tests.helpers import shapes
+
 NUM_DEVICES = 8
 
 
@@ -32,5 +34,6 @@ def pytest_configure(config: pytest.Config) -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
   os.environ.setdefault("MPLBACKEND", "Agg")
   os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+  shapes.check_annotations()
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags

@@ -31,6 +31,7 @@ EXTRA_OF = {
   "mm1_jax.drawing": "draw",
   "mm1_jax.eval.adapters.lm_eval": "lm-eval",
   "mm1_jax.eval.adapters.lmms_eval": "lmms-eval",
+  "mm1_jax.eval.tasks.files": "eval",
   "mm1_jax.inference.page": "serve",
   "mm1_jax.inference.quantize": "quant",
   "mm1_jax.plan.picture": "draw",

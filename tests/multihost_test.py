@@ -29,7 +29,6 @@ from mm1_jax.metrics import read_metrics
 from mm1_jax.sharding import arrange
 
 ROOT = pathlib.Path(__file__).parents[1]
-WORKER = pathlib.Path(__file__).parent / "multihost_worker.py"
 NUM_DEVICES, NUM_STEPS = 8, 6
 TIMEOUT = 400  # seconds that any test's processes have, on a machine that is busy
 PEER_TIMEOUT = 10
@@ -99,8 +98,9 @@ def start(
       args += [f"--process-id={i}", f"--peer-timeout={PEER_TIMEOUT}", "--start-timeout=120"]
     flags = f"--xla_force_host_platform_device_count={NUM_DEVICES // num_processes}"
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+    hook = json.dumps((hooks or {}).get(i))
     process = subprocess.Popen(
-      [sys.executable, str(WORKER), json.dumps((hooks or {}).get(i)), *args],
+      [sys.executable, "-m", "tests.helpers.multihost_worker", hook, *args],
       cwd=ROOT,
       env=environment | {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"},
       stdout=out,

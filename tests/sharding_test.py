@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.batch import Batch
 from mm1_jax.config import FSDP_AXES, MESH_AXES, ConfigError, MeshConfig, RunConfig
+from mm1_jax.configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.topology import find_topology
 from mm1_jax.sharding import (
@@ -207,7 +207,9 @@ FAMILY = {
 LARGE = 64 * 10**6  # bytes
 
 
-@pytest.fixture(scope="module", params=FAMILY, ids=lambda module: module.__name__.split(".")[1])
+@pytest.fixture(
+  scope="module", params=FAMILY, ids=lambda module: module.__name__.rpartition(".")[2]
+)
 def family(request):
   """Returns a family config's name, mesh, and abstract state on it."""
   slice_name = FAMILY[request.param]
@@ -232,7 +234,7 @@ def num_bytes(leaf) -> int:
 def test_no_large_array_of_the_family_is_replicated(family):
   """Params and moments are split over all axes but `data`, on every slice that has a preset."""
   run_name, _, state = family
-  module = next(m for m in FAMILY if m.__name__ == f"configs.{run_name}")
+  module = next(m for m in FAMILY if m.__name__ == f"mm1_jax.configs.{run_name}")
   leaves = jax.tree_util.tree_leaves_with_path((state.model, state.opt_state))
   large = [(path, leaf) for path, leaf in leaves if num_bytes(leaf) > LARGE]
   assert len(large) > 3 * 10

@@ -22,20 +22,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from mm1_jax.batch import Batch
 from mm1_jax.data import packing
 from mm1_jax.eval.task import Content, Likelihood
-from mm1_jax.inference.model import Model, power_of_two
-from mm1_jax.inference.prompts import PromptError, Request
+from mm1_jax.inference.model import Model, bucket, power_of_two
+from mm1_jax.inference.prompts import PromptError, Request, RoomError
 from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import LAYOUT, device_batch, num_row_shards
+from mm1_jax.sharding import LAYOUT, num_row_shards
 
 ROW = 512  # positions of a row, unless a tree is longer or the model was trained on shorter ones
 POSITIONS = 8192  # of a batch on each device
 CHUNK = 1024  # predictions whose logits exist at a time on each device
-MULTIPLE = 64  # of M: a program is compiled for each
 
 
 class Continuation(NamedTuple):
@@ -112,7 +112,7 @@ def continuations(
       raise PromptError(f"the continuation {text!r} has no tokens.")
     room = model.run.data.seq_len - len(request.ids) + 1  # the last id is not read
     if len(target) > room:
-      raise PromptError(
+      raise RoomError(
         f"a context of {len(request.ids)} positions and a continuation of {len(target)} tokens "
         f"exceed the {model.run.data.seq_len} positions that the model was trained on."
       )
@@ -162,9 +162,10 @@ def log_likelihoods(
   done = 0
   for rows in _batches(model, _trees(asked, model.run.data.seq_len)):
     with jax.set_mesh(model.mesh):
-      batch = device_batch(rows.batch, model.mesh)
-      more = jax.device_put((rows.branch_ids, rows.at, rows.targets), batch.tokens.sharding)
-      log_probs, greedy = jax.device_get(_predict(model.params, batch, *more))
+      # Where several processes share the mesh, each has all of the rows.
+      place = NamedSharding(model.mesh, LAYOUT.act_b)
+      arrays = jax.device_put((rows.batch, rows.branch_ids, rows.at, rows.targets), place)
+      log_probs, greedy = jax.device_get(_predict(model.params, *arrays))
     for number, row, start, stop in rows.places:
       log_prob = float(np.sum(log_probs[row, start:stop], dtype=np.float64))
       found[number] = Likelihood(log_prob, bool(greedy[row, start:stop].all()), stop - start)
@@ -261,7 +262,7 @@ def _lay_out(model: Model, rows: list[list[_Tree]], shape: packing.RowShape) -> 
         images[row, num_images], image_mask[row, num_images] = picture, True
         num_images += 1
   most = max(len(pairs) for pairs in predicted)
-  padded = np.zeros((len(rows), most + -most % MULTIPLE, 2), np.int32)
+  padded = np.zeros((len(rows), bucket(most), 2), np.int32)
   for row, pairs in enumerate(predicted):
     padded[row, : len(pairs)] = np.reshape(pairs, (-1, 2))
   batch = Batch(

@@ -41,6 +41,7 @@ class Item:
     answers: all that are accepted or that people gave, in the file's order. Empty where the split's
       answers are not published.
     choices: of a multiple-choice question; its `answers` is then the right one's text.
+    right: index of the right choice; -1 where there are none, or it is not published.
     details: what forms, metrics or reports need besides: category, hint, type of the answer.
   """
 
@@ -49,12 +50,8 @@ class Item:
   pictures: tuple[Picture, ...] = ()
   answers: tuple[str, ...] = ()
   choices: tuple[str, ...] = ()
+  right: int = -1
   details: Mapping[str, Any] = dataclasses.field(default_factory=lambda: types.MappingProxyType({}))
-
-  @property
-  def right(self) -> int:
-    """The index of the right choice."""
-    return self.choices.index(self.answers[0])
 
 
 class Likelihood(NamedTuple):
@@ -142,6 +139,7 @@ class Task:
     demonstrations: split that demonstrations are drawn from; None if there are no shots.
     submission: the official answer file, if there is one.
     source: where the official files come from, for messages.
+    files: what `read` needs of the default split, by official name.
   """
 
   name: str
@@ -155,3 +153,4 @@ class Task:
   demonstrations: str | None = None
   submission: Submission | None = None
   source: str = ""
+  files: tuple[str, ...] = ()

@@ -127,7 +127,7 @@ def finished(beams: Beams, search: Search) -> Bool[Array, " B"]:
   return jnp.max(beams.scores, axis=1) / length**search.penalty <= beams.best_score
 
 
-def _grow(beams: Beams, logits: Float[Array, "B*K V"], search: Search) -> Beams:
+def _grow(beams: Beams, logits: Float[Array, "BK V"], search: Search) -> Beams:
   """Gives every beam its next token, and keeps the K best of a row that have not ended."""
   num_rows, num_beams = beams.scores.shape
   log_probs = jax.nn.log_softmax(jnp.where(search.allowed[None], logits, -jnp.inf))

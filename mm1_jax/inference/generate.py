@@ -64,11 +64,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
   """Adds which model is asked, and the devices that it is spread over."""
   add = parser.add_argument
-  add("--checkpoint", required=True, metavar="RUN", help="a run's workdir, or one of its steps")
-  add("--data", type=int, default=1, metavar="N", help="devices to split rows over (1)")
+  add("--checkpoint", required=required, metavar="RUN", help="a run's workdir, or one of its steps")
+  add("--replicas", type=int, default=1, metavar="N", help="of all params, to split rows over (1)")
   add("--fsdp", type=int, default=1, metavar="N", help="to split rows and params over (1)")
   add("--expert", type=int, default=1, metavar="N", help="the same, and experts (1)")
   add("--tensor", type=int, default=1, metavar="N", help="to split heads and mlp over (1)")
@@ -103,10 +103,12 @@ def load(args: argparse.Namespace) -> "Model":
   from mm1_jax.inference.model import Model
 
   start = time.perf_counter()
-  axes = {axis: getattr(args, axis) for axis in ("data", "fsdp", "expert", "tensor")}
+  axes = {axis: getattr(args, axis) for axis in ("fsdp", "expert", "tensor")}
   tiling = {"max_tiles": args.max_tiles, "last": args.cut_last}
   tiling = {key: value for key, value in tiling.items() if value is not None}
-  model = Model.load(args.checkpoint, **axes, tiling=tiling, quantize=args.quantize)
+  model = Model.load(
+    args.checkpoint, data=args.replicas, **axes, tiling=tiling, quantize=args.quantize
+  )
   tell(f"loaded '{args.checkpoint}' in {time.perf_counter() - start:.1f} s")
   return model
 

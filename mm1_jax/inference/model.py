@@ -27,7 +27,7 @@ from mm1_jax.inference.beam import BeamSearch, Search
 from mm1_jax.inference.prompts import Prompt, PromptError, Request, check_room, read_prompt
 from mm1_jax.inference.sampler import GREEDY, Draw, Sampling
 from mm1_jax.models.mm1 import IN_FLOAT32, MM1
-from mm1_jax.sharding import LAYOUT, abstract_state, make_params_mesh, num_row_shards
+from mm1_jax.sharding import LAYOUT, abstract_state, fetch, make_params_mesh, num_row_shards
 
 SHORTEST = 64  # positions that any prompt gets room for
 # Tokens between two reads by the host, which checks stop strings, streams, and notices Ctrl-C.
@@ -231,7 +231,7 @@ class Model:
       )
     until = 1
     while True:
-      new, counts, done = jax.device_get((state.tokens, state.lengths, state.done))
+      new, counts, done = fetch((state.tokens, state.lengths, state.done))
       ended = bool(done.all()) or until == max_new_tokens
       texts = [
         say(ids[:count].tolist(), last=ended or bool(end))
@@ -266,15 +266,15 @@ class Model:
       # A stop text ends a beam, so its score counts no more: each token has to be looked at.
       at_once = 1 if any(say.stop for say in says) else TOKENS_AT_ONCE
       until = 1
-      while not jax.device_get(beam.finished(beams, search)).all():
+      while not fetch(beam.finished(beams, search)).all():
         stopped = np.zeros(beams.scores.shape, bool)
         if at_once == 1:
-          tokens = jax.device_get(beams.tokens)[:, :, :until].tolist()
+          tokens = fetch(beams.tokens)[:, :, :until].tolist()
           for row, say in enumerate(says):
             stopped[row] = [say.would_stop(ids) for ids in tokens[row]]
         until = min(until + at_once, max_new_tokens)
         beams = beam.decode(self.params, beams, rows[2], search, jnp.asarray(stopped), until)
-    best, lengths = jax.device_get((beams.best, beams.best_length))
+    best, lengths = fetch((beams.best, beams.best_length))
     return [
       say(ids[:length].tolist(), last=True)
       for say, ids, length in zip(says, best, lengths, strict=False)

@@ -37,6 +37,10 @@ class PromptError(UserError):
   """A prompt or a setting that cannot be used; the message says what is wrong with it."""
 
 
+class RoomError(PromptError):
+  """A prompt and its answer are longer than the rows that the model was trained on."""
+
+
 class Request(NamedTuple):
   """A prompt as the model reads it."""
 
@@ -87,12 +91,12 @@ def read_prompt(
 
 
 def check_room(num_positions: int, num_images: int, run: RunConfig, max_new_tokens: int) -> None:
-  """Raises a PromptError if an answer does not fit after a prompt."""
+  """Raises a RoomError if an answer does not fit after a prompt."""
   longest = run.data.seq_len
   room = longest - num_positions
   if max_new_tokens > room:
     images = f" ({num_images} x {run.image_positions} of them for images)" if num_images else ""
-    raise PromptError(
+    raise RoomError(
       f"the prompt takes {num_positions} positions{images} and the answer up to {max_new_tokens} "
       f"more, but the model was trained on {longest}"
       f"{f'; at most {room} new tokens would fit' if room > 0 else ''}."

@@ -72,9 +72,11 @@ def branching_mask(
                          [1 1 1 0]
                          [1 0 0 1]]
   """
-  own = branch_ids[:, :, None] == branch_ids[:, None, :]
-  stem = branch_ids[:, None, :] == 0
-  return packed_causal_mask(segment_ids, segment_ids, 0) & (own | stem)[:, None]
+  rows = P(spec_of(segment_ids)[0])  # all of a row's keys, where its positions are split
+  key_segments, key_branches = (jax.sharding.reshard(x, rows) for x in (segment_ids, branch_ids))
+  own = branch_ids[:, :, None] == key_branches[:, None, :]
+  stem = key_branches[:, None, :] == 0
+  return packed_causal_mask(segment_ids, key_segments, 0) & (own | stem)[:, None]
 
 
 def rope(

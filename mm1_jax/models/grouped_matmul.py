@@ -43,7 +43,7 @@ def padded_rows(num_rows: int) -> int:
 
 def grouped_matmul(
   rows: Float[Array, "M K"],
-  weights: Float[Array, "E K N"],
+  weights: Float[Array, "E K N"] | Float[Array, "E N K"],
   sizes: Int[Array, " E"],
   *,
   transpose: bool = False,

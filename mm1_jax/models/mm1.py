@@ -49,8 +49,8 @@ class MM1(nnx.Module):
 
   def embed_image(
     self, images: UInt8[Array, "B N H W 3"], mask: Bool[Array, "B N"] | None = None
-  ) -> Float[Array, "B N*T D"]:
-    """Returns the tokens of a row's pictures, in slot order.
+  ) -> Float[Array, "B NT D"]:
+    """Returns the tokens of a row's pictures, in slot order: N * T of them (NT).
 
     The pictures are split over all chips, also over those that share a row. `mask` says which slots
     hold one; with it, `ModelConfig.image_group` may leave out slots that do not.
@@ -82,7 +82,7 @@ class MM1(nnx.Module):
   def merge(
     self,
     text: Float[Array, "B S D"],
-    images: Float[Array, "B N*T D"],
+    images: Float[Array, "B NT D"],
     tokens: Int[Array, "B S"],
   ) -> Float[Array, "B S D"]:
     """Puts the i-th image token of a row at its i-th placeholder."""
@@ -148,7 +148,7 @@ class MM1(nnx.Module):
     return self.decoder(self.embed_text(tokens), positions, jnp.ones_like(tokens), cache)
 
 
-def image_spread(tokens: Float[Array, "B N*T D"], mask: Bool[Array, "B N"]) -> Float[Array, ""]:
+def image_spread(tokens: Float[Array, "B NT D"], mask: Bool[Array, "B N"]) -> Float[Array, ""]:
   """Returns by how much image tokens differ between pictures: their RMS deviation over their RMS.
 
   The deviation is from the mean over all pictures of the batch, token by token of a picture. At 0

@@ -14,6 +14,7 @@ from clu import metrics as clu_metrics
 from mm1_jax.batch import Batch
 from mm1_jax.config import RunConfig
 from mm1_jax.data.pipeline import BatchStats
+from mm1_jax.legend import STANDARD_ERROR
 from mm1_jax.metrics import (
   MetricWriter,
   StepTimer,
@@ -77,10 +78,15 @@ class StepLog:
     self._finished = self._watcher.submit(_when_ready, metrics)
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Writes scalars and shows them on a line."""
+    """Writes scalars and shows them on a line, with their errors where these are among them."""
     self.writer.write_scalars(step, scalars)
-    if scalars:
-      logging.info("step %d | %s", step, " | ".join(f"{k} {v:.4f}" for k, v in scalars.items()))
+    shown = []
+    for name, value in scalars.items():
+      if not name.endswith(STANDARD_ERROR):
+        error = scalars.get(f"{name}{STANDARD_ERROR}")
+        shown.append(f"{name} {value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    if shown:
+      logging.info("step %d | %s", step, " | ".join(shown))
 
   def write_tables(self, step: int) -> None:
     """Writes the load of each expert, as a mean over the steps since the last time."""

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import functools
 import time
+from collections.abc import Sequence
 
 import jax
 import PIL.Image
@@ -26,7 +27,7 @@ from mm1_jax.sharding import abstract_batch, abstract_state, device_batch, make_
 from mm1_jax.train import start
 from mm1_jax.train.feed import training_batches
 from mm1_jax.train.guard import TrainingDiverged, Verdicts
-from mm1_jax.train.heldout import held_out_loss
+from mm1_jax.train.heldout import Evaluator, held_out_loss
 from mm1_jax.train.log import StepLog
 from mm1_jax.train.step import Metrics, TrainState, init_state, train_step_on
 from mm1_jax.train.stop import Stop
@@ -35,12 +36,19 @@ from mm1_jax.train.tally import Tally
 PROGRAMS = "programs"  # folder of compiled ones, in the workdir
 
 
-def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = None) -> TrainState:
+def train(
+  run: RunConfig,
+  workdir: epath.PathLike,
+  *,
+  launched: float | None = None,
+  evaluators: Sequence[Evaluator] = (),
+) -> TrainState:
   """Trains `run` in `workdir` up to `run.train.num_steps`, from its newest checkpoint if any.
 
   SIGTERM and SIGINT, to any of the processes, save the state and return after the current step.
 
   Args:
+    evaluators: what is measured beside the held-out loss, each at its own interval and at the end.
     launched: when the command was, by `time.time()`, for the time to the first step; else now.
 
   Raises:
@@ -78,7 +86,7 @@ def train(run: RunConfig, workdir: epath.PathLike, *, launched: float | None = N
       ):
         compile_seconds = compiling.result() if compiling else 0.0
         log = StepLog(run, writer, launched=launched, compile_seconds=compile_seconds)
-        return _run_steps(run, mesh, state, pipeline, checkpointer, log)
+        return _run_steps(run, mesh, state, pipeline, checkpointer, log, evaluators)
 
 
 def _run_steps(
@@ -88,6 +96,7 @@ def _run_steps(
   pipeline: Pipeline,
   checkpointer: Checkpointer,
   log: StepLog,
+  evaluators: Sequence[Evaluator],
 ) -> TrainState:
   """Takes the steps that are left. The order inside is a contract.
 
@@ -100,11 +109,19 @@ def _run_steps(
   verdicts, drops = Verdicts(run, checkpointer), Drops(run.data.max_drop_fraction)
   results = Results(log, verdicts, drops)
 
-  def evaluate() -> None:
+  def evaluate(*, last: bool = False) -> None:
+    """Measures what is due at this step; at the last one, what was not measured at it."""
+    held_out = (step % run.train.eval_every == 0) != last
+    due = [e for e in evaluators if (step % e.every == 0) != last]
+    if not (held_out or due):
+      return
     results.flush()  # what is left of the step is not part of evaluating
     with log.timer.excluded():
-      log.write(step, held_out_loss(state.model, run, mesh))
-      log.write_tables(step)
+      if held_out:
+        log.write(step, held_out_loss(state.model, run, mesh))
+        log.write_tables(step)
+      for evaluator in due:
+        log.write(step, evaluator(state.model, mesh))
       log.writer.flush()
 
   def accepted() -> bool:
@@ -131,15 +148,14 @@ def _run_steps(
       tally = Tally.read(sums)
       results.put(step, metrics, tally)
       stop.votes = tally.stopping
-      if step % run.train.eval_every == 0:
-        evaluate()
+      evaluate()
       save_due |= step % run.checkpoint.every == 0
       if save_due and accepted():
         save()
         save_due = False
     results.flush()
-    if step % run.train.eval_every and not stop.agreed:
-      evaluate()
+    if not stop.agreed:
+      evaluate(last=True)
     log.write_tables(step)  # of a run that is stopped, what no evaluation has written
     if checkpointer.latest_step != step and accepted():
       save()

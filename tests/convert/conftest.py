@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of tiny open weights, as other libraries save them."""
+"""Folders of tiny open weights, as other libraries save them.
+
+Tests' helpers import JAX, which the other conftest.py has to set up first: so that waits.
+"""
 
 import pathlib
-import sys
 
 import pytest
 
-# Their tiny models.
-sys.path += [str(pathlib.Path(__file__).parents[1] / name) for name in ("models", "inference")]
-
 WEIGHTS = pathlib.Path(__file__).parent.parent / "goldens" / "convert"
-TOKENIZER = (
-  pathlib.Path(__file__).parent.parent.parent / "mm1_jax" / "data" / "sample" / "tokenizer.model"
-)
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +18,6 @@ def weights() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def sample_tokenizer() -> pathlib.Path:
+  from tests.helpers.records import TOKENIZER
+
   return TOKENIZER

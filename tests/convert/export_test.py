@@ -21,14 +21,14 @@ EXPORTED = ["moe", "dense", "llava", "llava_one_kv_head", "switch"]
 
 @pytest.fixture(scope="module")
 def params():
-  from small_run import make_params, run_config
+  from tests.helpers.exports import make_params, run_config
 
   return make_params(run_config())
 
 
 @pytest.fixture(scope="module")
 def workdir(params, tmp_path_factory):
-  from small_run import run_config, save_run
+  from tests.helpers.exports import run_config, save_run
 
   path = tmp_path_factory.mktemp("runs") / "small"
   save_run(path, run_config(), params)
@@ -188,7 +188,7 @@ def test_the_manifest_lists_every_file(hub, tmp_path):
 
 
 def test_ids_of_tokenizer_json_are_the_models(hub):
-  from small_run import SAMPLE
+  from tests.helpers.exports import SAMPLE
 
   tokenizer = Tokenizer(str(SAMPLE / "tokenizer.model"))
   built = tokenizers.Tokenizer.from_file(str(hub / "tokenizer.json"))
@@ -236,10 +236,9 @@ def test_a_failed_comparison_leaves_no_export(workdir, tmp_path, monkeypatch):
 
 
 def test_runs_that_cannot_be_exported_are_refused(workdir, params, tmp_path):
-  from small_run import run_config, save_run
-
   from mm1_jax import checkpoint
   from mm1_jax.convert import ConvertError
+  from tests.helpers.exports import run_config, save_run
 
   with pytest.raises(checkpoint.CheckpointError, match=r"has no config\.json"):
     export(workdir / "checkpoints", tmp_path / "out")
@@ -285,7 +284,7 @@ def test_options_that_a_format_lacks_are_refused(workdir, tmp_path):
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_tensors_are_those_of_the_pytorch_model(name, tmp_path):
-  from small_run import make_params, run_config, save_run
+  from tests.helpers.exports import make_params, run_config, save_run
 
   run = run_config(name)
   save_run(tmp_path / "run", run, make_params(run))
@@ -302,13 +301,14 @@ def test_the_pytorch_model_computes_what_ours_does(name):
   import jax
   import jax.numpy as jnp
   from jax.sharding import NamedSharding, reshard
-  from small_run import make_params, one_device, run_config
 
   from mm1_jax import checkpoint
   from mm1_jax.models.mm1 import MM1
   from mm1_jax.sharding import LAYOUT, abstract_state
+  from tests.helpers import tiny
+  from tests.helpers.exports import make_params, run_config
 
-  golden, run, mesh = np.load(GOLDENS / f"{name}.npz"), run_config(name), one_device()
+  golden, run, mesh = np.load(GOLDENS / f"{name}.npz"), run_config(name), tiny.mesh()
   like = abstract_state(lambda: MM1(jax.random.key(0), run.model), mesh)
   params = make_params(run)
   placed = {k: jax.device_put(params[k], x.sharding) for k, x in checkpoint.to_names(like).items()}

@@ -29,7 +29,7 @@ QUESTION = "What is this?"
 
 def make_run(path: pathlib.Path, **settings) -> pathlib.Path:
   """Writes a run at step 1, and returns its folder."""
-  from tiny_model import make_params, run_config, save_run
+  from tests.helpers.runs import make_params, run_config, save_run
 
   run = run_config(**settings)
   save_run(path, run, make_params(run), steps=(1,))
@@ -140,7 +140,7 @@ def test_params_alone_in_bfloat16(run_folder, tmp_path):
     assert half.dtype.name == ("float32" if part.in_float32 else "bfloat16")
     np.testing.assert_array_equal(whole.astype(half.dtype), half, err_msg=part.path)
   # Both ways to use it.
-  from tiny_model import make_params
+  from tests.helpers.runs import make_params
 
   started = checkpoint.init_from(out, make_params(run))
   assert {x.dtype.name for x in jax.tree.leaves(started)} == {"float32"}

@@ -17,7 +17,7 @@ SIZES = ((50, 40), (20, 90), (64, 64))
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   """A sparse run that cuts pictures into sub-images."""
-  from small_run import make_params, run_config, save_run
+  from tests.helpers.exports import make_params, run_config, save_run
 
   run, path = run_config("moe"), tmp_path_factory.mktemp("pytorch") / "run"
   save_run(path, run, make_params(run))

@@ -6,7 +6,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from mm1_jax import checkpoint
 from mm1_jax.checkpoint import CheckpointError
@@ -15,6 +14,7 @@ from mm1_jax.convert import ConvertError
 from mm1_jax.convert.__main__ import main
 from mm1_jax.convert.upcycle import check_upcycling, upcycle_run
 from mm1_jax.train.loss import loss_fn
+from tests.helpers import tiny
 
 
 def run_config(moe: MoEConfig | None = None) -> RunConfig:

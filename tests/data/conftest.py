@@ -23,9 +23,8 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-  from small_data import SAMPLE
-
   from mm1_jax.data.tokenizer import Tokenizer
+  from tests.helpers.records import SAMPLE
 
   return Tokenizer(str(SAMPLE / "tokenizer.model"))
 
@@ -45,9 +44,8 @@ def jpeg():
 @pytest.fixture
 def write(tmp_path):
   """Writes documents, given as lists of str and bytes, or whole records; returns the source."""
-  from small_data import document
-
   from mm1_jax.data import sources
+  from tests.helpers.records import document
 
   def make(name: str, records: list, num_shards: int = 1, weight: float = 1.0) -> SourceConfig:
     prefix = tmp_path / name
@@ -63,7 +61,7 @@ def write(tmp_path):
 @pytest.fixture
 def sample_data():
   """Makes a config of the shipped sample, at MM1's mixture."""
-  from small_data import SAMPLE, sample_source
+  from tests.helpers.records import SAMPLE, sample_source
 
   def make(**changes) -> DataConfig:
     weights = {"captions": 0.45, "interleaved": 0.45, "text": 0.10}

@@ -3,9 +3,9 @@
 
 import numpy as np
 import pytest
-from small_data import conversation, document, items
 
 from mm1_jax.data.examples import Encoder, Span, cut
+from tests.helpers.records import conversation, document, items
 
 BOS, EOS, IMG, START, END = 1, 2, 4, 5, 6
 

@@ -8,11 +8,11 @@ import threading
 import urllib.parse
 
 import pytest
-from small_data import SAMPLE, sample_source
 
 from mm1_jax.config import SourceConfig
 from mm1_jax.data import sources
 from mm1_jax.data.sources import DataError, Source
+from tests.helpers.records import SAMPLE, sample_source
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):

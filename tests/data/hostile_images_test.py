@@ -10,13 +10,13 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
-from small_data import SAMPLE, document
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import DataConfig, InputSpec
 from mm1_jax.data.image import EMPTY, TOO_LARGE, TRUNCATED, UNREADABLE
 from mm1_jax.data.pipeline import BatchStats, make_pipeline
 from mm1_jax.data.sources import DataError
+from tests.helpers.records import SAMPLE, document
 
 INPUTS = InputSpec(image_size=(16, 16), tokens_per_image=16, image_token_id=4)
 NUM_GOOD = 300

@@ -14,12 +14,12 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
-from small_data import SAMPLE
 
 from mm1_jax.config import DataConfig, InputSpec, SourceConfig
 from mm1_jax.data import image
 from mm1_jax.data.pipeline import make_pipeline
 from mm1_jax.data.sources import Source
+from tests.helpers.records import SAMPLE
 
 
 def encode(picture: np.ndarray | PIL.Image.Image, format: str = "PNG", **options) -> bytes:
@@ -307,11 +307,11 @@ def png(width: int, height: int, idat: bytes, bits: int = 8) -> bytes:
 
 
 BOMBS = """
-import io, resource, sys, time
+import io, resource, sys
 import PIL.Image
 from mm1_jax.data import image
 image.decode_image(open(sys.argv[1], 'rb').read(), (378, 378))  # what is loaded lazily
-before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[2:]:
   try:
     image.decode_image(open(path, 'rb').read(), (378, 378))
@@ -319,12 +319,12 @@ for path in sys.argv[2:]:
     assert e.reason == 'image too large', e.reason
   else:
     raise SystemExit(f'{path} was decoded')
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.perf_counter() - begin)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
 def test_bombs_are_never_decoded(tmp_path):
-  """A few kB that say they are gigabytes cost neither memory nor time."""
+  """A few kB that say they are gigabytes cost no memory: they are refused by their headers."""
   rows = zlib.compressobj(9)
   idat = b"".join(rows.compress(bytes(1 << 20)) for _ in range(290)) + rows.flush()
   jpeg = bytearray(encode(FLAT, "JPEG"))
@@ -343,9 +343,8 @@ def test_bombs_are_never_decoded(tmp_path):
     (tmp_path / name).write_bytes(data)
   paths = [str(tmp_path / name) for name in ("good.jpg", *bombs)]
   command = [sys.executable, "-W", "ignore", "-c", BOMBS, *paths]
-  out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-  assert int(out[0]) < 20_000  # kB
-  assert float(out[1]) < 1  # seconds
+  out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+  assert int(out) < 20_000  # kB
 
 
 # --- through the pipeline

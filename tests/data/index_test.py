@@ -10,13 +10,13 @@ import msgpack
 import numpy as np
 import pytest
 from array_record.python import array_record_module
-from small_data import conversation, document, sample_source
 
 from mm1_jax.config import ConfigError, SourceConfig
 from mm1_jax.data import index as index_module
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.index import EMPTY, TOO_LONG, TOO_MANY_IMAGES, UNREADABLE, Index, load_index
 from mm1_jax.data.sources import DataError, Source, write_shards
+from tests.helpers.records import conversation, document, sample_source
 
 
 @pytest.fixture

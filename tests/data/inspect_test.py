@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
-from small_data import SAMPLE, conversation, document
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import (
@@ -26,6 +25,7 @@ from mm1_jax.config import (
 from mm1_jax.data import inspect
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.inspect import facts, picture, stream
+from tests.helpers.records import SAMPLE, conversation, document
 
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGE_ID = 4

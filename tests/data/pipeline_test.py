@@ -10,13 +10,13 @@ import multiprocessing
 import numpy as np
 import PIL.Image
 import pytest
-from small_data import SAMPLE, conversation, sample_source
 
-from bench import batch_order
+from bench.data import batch_order
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, InputSpec, TilingConfig
 from mm1_jax.data.pipeline import PipelineError, make_eval_batches, make_pipeline
 from mm1_jax.data.sources import DataError
+from tests.helpers.records import SAMPLE, conversation, sample_source
 
 INPUTS = InputSpec(image_size=(16, 16), tokens_per_image=16, image_token_id=4)
 
@@ -193,7 +193,7 @@ def test_state_does_not_depend_on_processes(sample_data):
 
 @pytest.mark.slow
 def test_real_processes_stops_and_restarts_change_nothing():
-  """A shorter run of what `bench/batch_order.py` prints."""
+  """A shorter run of what `bench/data/batch_order.py` prints."""
   data, ways = batch_order.small_data(), batch_order.ways(12, (3, 9))
   alone = batch_order.run(data, ways["1 process"])
   assert len(set(alone)) == 12  # no two batches are the same

@@ -7,11 +7,11 @@ import itertools
 import json
 
 import pytest
-from small_data import SAMPLE, sample_source
 
 from mm1_jax.data.build.sample import RESTRICTED
 from mm1_jax.data.image import decode_image
 from mm1_jax.data.sources import Source
+from tests.helpers.records import SAMPLE, sample_source
 
 PARTS = ("captions", "interleaved", "text", "sft")
 LICENSES = {"CC-BY-4.0", "CC0/Public-Domain", "Public domain", "Public domain (USA)"}

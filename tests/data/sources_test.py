@@ -7,10 +7,10 @@ import pickle
 import msgpack
 import pytest
 from array_record.python import array_record_module
-from small_data import conversation, document
 
 from mm1_jax.config import SourceConfig
 from mm1_jax.data.sources import DataError, RecordError, Source, write_shards
+from tests.helpers.records import conversation, document
 
 
 def write_raw(path: pathlib.Path, *records: bytes) -> SourceConfig:

@@ -7,12 +7,12 @@ import json
 
 import pytest
 import sentencepiece
-from small_data import conversation
 
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.sources import DataError
 from mm1_jax.data.template import SHIPPED, Markup, load_template
 from mm1_jax.data.tokenizer import IMAGE, IMAGE_END, IMAGE_START, Tokenizer
+from tests.helpers.records import conversation
 
 SYMBOLS = [
   *("<|im_start|>", "<|im_end|>"),

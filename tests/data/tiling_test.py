@@ -7,12 +7,12 @@ import io
 import numpy as np
 import PIL.Image
 import pytest
-from small_data import conversation, document, items
 
 from mm1_jax.config import ConfigError, DataConfig, InputSpec, RunConfig, TilingConfig
 from mm1_jax.data.examples import Encoder, make_encoder
 from mm1_jax.data.image import PAD_COLOR
 from mm1_jax.data.tiling import Tile, Tiler, candidate_grids, choose_grid, decode_pictures
+from tests.helpers.records import conversation, document, items
 
 R = 672  # side of MM1.5's encoder
 MM1_5 = TilingConfig()

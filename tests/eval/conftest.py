@@ -3,21 +3,34 @@
 
 import io
 import pathlib
-import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "inference"))
-
 
 @pytest.fixture(scope="session", params=["dense", "moe"])
 def workdir(request, tmp_path_factory):
-  from tiny_model import make_params, run_config, save_run
+  return _save(tmp_path_factory, request.param)
 
-  run = run_config(moe=request.param == "moe")
-  path = tmp_path_factory.mktemp("runs") / request.param
+
+@pytest.fixture(scope="session")
+def dense_workdir(tmp_path_factory):
+  return _save(tmp_path_factory, "dense")
+
+
+@pytest.fixture(scope="session")
+def dense_model(dense_workdir):
+  from mm1_jax.inference.model import Model
+
+  return Model.load(dense_workdir)
+
+
+def _save(tmp_path_factory, kind: str) -> pathlib.Path:
+  from tests.helpers.runs import make_params, run_config, save_run
+
+  run = run_config(moe=kind == "moe")
+  path = tmp_path_factory.mktemp("runs") / kind
   save_run(path, run, make_params(run), steps=(1,))
   return path
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed trees score as each continuation alone, on any mesh; ids are split as lm-eval splits them."""
+"""Packed trees score as each continuation alone, on any mesh; ids are split as in lm-eval."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -15,7 +14,7 @@ from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import PromptError
 from mm1_jax.sharding import LAYOUT
 
-WORDS = "the quick brown fox jumps over a lazy dog and finds bread in seven small houses".split()
+WORDS = ["the", "quick", "brown", "fox", "finds", "bread", "in", "seven", "small", "houses"]
 
 
 def alone(model: Model, asked: Continuation) -> Likelihood:
@@ -76,7 +75,90 @@ def _greedy_continuation(model: Model, asked: Continuation, num: int = 3) -> Con
   """Returns what greedy decoding says after a context."""
   target = ()
   for _ in range(num):
-    options = [Continuation(asked.context, (*target, i)) for i in range(16, 4096)]
+    options = [Continuation(asked.context, (*target, i)) for i in range(4160)]
     scores = [x.log_prob for x in log_likelihoods(model, options)]
     target = options[int(np.argmax(scores))].target
   return Continuation(asked.context, target)
+
+
+def test_a_mesh_changes_nothing(workdir, model, pictures):
+  asked = questions(model, pictures)
+  split = Model.load(workdir, data=2, fsdp=2, tensor=2)
+  assert_equal(log_likelihoods(split, asked), log_likelihoods(model, asked))
+
+
+def test_what_is_scored_beside_a_continuation_changes_nothing(model, pictures):
+  asked = questions(model, pictures)
+  apart = [log_likelihoods(model, [a])[0] for a in asked[:3]]
+  assert_equal(log_likelihoods(model, asked[::-1])[::-1][:3], apart)
+
+
+def test_continuations_of_one_context_share_it(model, pictures, monkeypatch):
+  read = []
+  lay_out = likelihood._lay_out
+
+  def spy(model, rows, shape):
+    read.append(sum(len(tree) for row in rows for tree in row))
+    return lay_out(model, rows, shape)
+
+  monkeypatch.setattr(likelihood, "_lay_out", spy)
+  asked = continuations(model, [pictures[0], " ".join(WORDS)], [" a fox", " bread", " a house"])
+  log_likelihoods(model, asked)
+  assert read == [len(asked[0].context.ids) + sum(len(a.target) - 1 for a in asked)]
+
+
+def test_ids_are_those_of_context_and_text_as_one(model):
+  encode = model.tokenizer.encode
+  (found,) = continuations(model, ["The answer is "], ["bread"], chat=False)
+  assert [*found.context.ids, *found.target] == [
+    model.tokenizer.bos_id,
+    *encode("The answer is bread"),
+  ]
+  assert found.context.ids[1:] == encode("The answer is")  # the space counts to the text
+  (found,) = continuations(model, [], ["bread"], chat=False)
+  assert found.context.ids == [model.tokenizer.bos_id]
+  (found,) = continuations(model, [], ["bread"], chat=False, bos=False)
+  assert found.context.ids == [model.tokenizer.eos_id]
+  (found,) = continuations(model, ["So"], [" it is"], chat=False, bos=False)
+  assert [*found.context.ids, *found.target] == encode("So it is")
+
+
+def test_a_conversation_scores_the_assistants_words(model):
+  (found,) = continuations(model, ["Is it?"], [" yes"], chat=True)
+  record = {
+    "turns": [
+      {"role": "user", "content": [{"text": "Is it?"}]},
+      {"role": "assistant", "content": [{"text": "yes"}]},
+    ]
+  }
+  example = model.encoder.encode_record(record)
+  end = len(model.encoder.answer_end)
+  trained = np.flatnonzero(example.loss_mask)[:-end]
+  assert list(found.target) == example.targets[trained].tolist()
+  assert found.context.ids == example.tokens[: trained[0] + 1].tolist()
+
+
+def test_a_text_of_any_length_is_predicted_once(model):
+  text = " ".join(WORDS * 40)
+  ids, size = model.tokenizer.encode(text), model.run.data.seq_len
+  parts = rolling(model, text)
+  assert len(parts) > 2
+  assert [i for part in parts for i in part.target] == ids
+  assert all(len(p.context.ids) + len(p.target) - 1 <= size for p in parts)
+  assert parts[0].context.ids == [model.tokenizer.bos_id]
+  assert len(parts[-1].context.ids) + len(parts[-1].target) - 1 == size  # context that fits
+  scores = log_likelihoods(model, parts)
+  assert sum(s.num_tokens for s in scores) == len(ids)
+
+
+@pytest.mark.parametrize(
+  ("context", "text", "message"),
+  [
+    (["Is"], "", "no tokens"),
+    (["word " * 200], " is", "exceed|positions"),
+    ([b"no"], "a", "image"),
+  ],
+)
+def test_what_cannot_be_scored_is_refused(model, context, text, message):
+  with pytest.raises(PromptError, match=message):
+    continuations(model, context, [text], chat=False)

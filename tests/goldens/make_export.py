@@ -2,43 +2,39 @@
 """Writes export/NAME.npz: what the exported PyTorch model computes, and what its tensors are.
 
 `tests/convert/export_test.py` compares our forward pass and our exports with them, so that CI needs
-no PyTorch. The runs are those of `tests/convert/small_run.py`. To renew them:
+no PyTorch. The runs are those of `tests/helpers/exports.py`. To renew them:
 
   pip install -c constraints.txt -e '.[goldens]'
-  python tests/goldens/make_export.py
+  python -m tests.goldens.make_export
 
 An .npz holds `tokens`, `images` (uint8), every 24th position's `logits`, and `tensors`, a line
 NAME SHAPE for each.
 """
 
 import pathlib
-import sys
 import tempfile
 
 import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mm1_jax.convert.export import exporter
+from mm1_jax.convert.export.format import ExportOptions
+from tests.helpers import exports
+
 HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "convert"), str(HERE.parent.parent)]
-
-import small_run  # noqa: E402
-
-from mm1_jax.convert.export import exporter  # noqa: E402
-from mm1_jax.convert.export.format import ExportOptions  # noqa: E402
-
 EVERY = 24
 TURN = {"type": "text", "text": "What is this? It stands in front of a house, as dogs do."}
 
 
 def main() -> None:
-  for name in small_run.MODELS:
-    run = small_run.run_config(name)
+  for name in exports.MODELS:
+    run = exports.run_config(name)
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
       workdir, out = pathlib.Path(folder) / "run", pathlib.Path(folder) / "out"
-      small_run.save_run(workdir, run, small_run.make_params(run))
+      exports.save_run(workdir, run, exports.make_params(run))
       form = "llava" if name.startswith("llava") else "huggingface"
       exporter.export(workdir, out, form, ExportOptions("float32"))
       model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)

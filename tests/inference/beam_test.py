@@ -140,9 +140,10 @@ def test_devices_search_as_one_does(model, workdir, prompts):
   assert model.generate(prompts, max_new_tokens=6, sampling=how, batch_size=1) == expected
 
 
+@pytest.mark.slow
 def test_one_kv_head_answers_as_a_plain_loop_does(prompts, tmp_path):
   """Prefill and decode, greedy and with beams, on one device and on four."""
-  from tiny_model import make_params, run_config, save_run
+  from tests.helpers.runs import make_params, run_config, save_run
 
   run = run_config(num_kv_heads=1)
   save_run(tmp_path / "run", run, make_params(run), steps=(1,))

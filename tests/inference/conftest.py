@@ -13,14 +13,14 @@ import pytest
 
 @pytest.fixture(scope="session")
 def dense():
-  from tiny_model import make_params, run_config
+  from tests.helpers.runs import make_params, run_config
 
   return make_params(run_config())
 
 
 @pytest.fixture(scope="session")
 def moe():
-  from tiny_model import make_params, run_config
+  from tests.helpers.runs import make_params, run_config
 
   return make_params(run_config(moe=True))
 
@@ -28,7 +28,7 @@ def moe():
 @pytest.fixture(scope="session")
 def workdir(dense, tmp_path_factory):
   """A run of steps 1 and 2, as pre-training leaves it."""
-  from tiny_model import run_config, save_run
+  from tests.helpers.runs import run_config, save_run
 
   path = tmp_path_factory.mktemp("runs") / "tiny"
   save_run(path, run_config(), dense, steps=(1, 2))

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from tiny_model import SEQ_LEN, TOKENS_PER_IMAGE
 
 from mm1_jax import checkpoint
 from mm1_jax.checkpoint import CheckpointError
@@ -25,6 +24,7 @@ from mm1_jax.inference.model import Model, _overlap, _Says, bucket
 from mm1_jax.inference.prompts import PromptError, fill_slots
 from mm1_jax.inference.sampler import Sampling
 from mm1_jax.sharding import LAYOUT
+from tests.helpers.runs import SEQ_LEN, TOKENS_PER_IMAGE
 
 
 def change_config(workdir: pathlib.Path, part: str, **values) -> None:

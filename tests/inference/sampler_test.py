@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, reshard
-from tiny_model import TOKENS_PER_IMAGE, one_device, run_config
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import MeshConfig
 from mm1_jax.inference.sampler import GREEDY, Draw, Sampling, decode, prefill, sample
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import LAYOUT, abstract_state, make_mesh
+from tests.helpers import tiny
+from tests.helpers.runs import TOKENS_PER_IMAGE, run_config
 
 IMAGE, EOS, VOCAB = 4, 2, 4160
 SLOTS, NEW = 24, 6  # prompt slots, and tokens that follow
@@ -28,7 +29,7 @@ ALLOWED[EOS] = True
 
 @pytest.fixture(autouse=True)
 def mesh():
-  with jax.set_mesh(one_device()):
+  with jax.set_mesh(tiny.mesh()):
     yield
 
 
@@ -259,7 +260,7 @@ def test_a_new_token_moves_no_cache(moe):
   # Two units: XLA makes no loop of one, and then it copies.
   decoder = dataclasses.replace(model.decoder, depth=2 * model.decoder.layers_per_unit)
   model = dataclasses.replace(model, decoder=decoder)
-  params = abstract_state(lambda: MM1(jax.random.key(0), model), one_device())
+  params = abstract_state(lambda: MM1(jax.random.key(0), model), tiny.mesh())
   tokens, images = make_rows()
   keys = jax.random.split(jax.random.key(0), len(LENGTHS))
   draw = Draw(GREEDY, jnp.array(ALLOWED), jnp.array([EOS]), keys)

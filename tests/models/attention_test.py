@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import NamedSharding
 
 from mm1_jax.models.attention import attend, packed_causal_mask, rope
 from mm1_jax.sharding import LAYOUT
+from tests.helpers import tiny
 
 
 def mask(queries: list[int], keys: list[int], offset: int = 0) -> list[list[int]]:

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from mm1_jax.config import ConnectorConfig
 from mm1_jax.models.connector import Connector, adaptive_average_pool, depthwise_conv
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,7 @@
 """The fused kernels against attention written out in float32, and where `attend` chooses them.
 
 Splash attention is interpreted. cuDNN's kernel is replaced by XLA, with the very same arguments on
-each device; bench/gpu_kernels.py checks the kernel itself, where there is a GPU.
+each device; bench/gpu/kernels.py checks the kernel itself, where there is a GPU.
 """
 
 import functools
@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,6 +22,7 @@ from mm1_jax.models.cudnn import FORWARD_KERNEL, cudnn_attention, has_kernel
 from mm1_jax.models.layers import run_blocks
 from mm1_jax.models.splash import block_size, splash_attention
 from mm1_jax.sharding import LAYOUT
+from tests.helpers import tiny
 
 LENGTHS = [(100, 28, 96), (256,), (1, 130), ()]  # examples of each row; the rest is padding
 
@@ -67,8 +67,13 @@ def with_gradients(function, *inputs):
 @pytest.mark.parametrize("path", ["splash", "cudnn", "xla"])
 @pytest.mark.parametrize(
   ("num_kv_heads", "sizes"),
-  [(4, (1,)), (2, (1, 2, 1, 2)), (2, (1, 1, 1, 2, 2)), (1, (1, 2)), (1, (1, 1, 1, 1, 2))],
-  ids=["one chip", "four, grouped", "positions split", "one kv head", "one kv head, split"],
+  [
+    pytest.param(4, (1,), id="one chip"),
+    pytest.param(2, (1, 2, 1, 2), id="four, grouped"),
+    pytest.param(2, (1, 1, 1, 2, 2), id="positions split", marks=pytest.mark.slow),
+    pytest.param(1, (1, 2), id="one kv head", marks=pytest.mark.slow),
+    pytest.param(1, (1, 1, 1, 1, 2), id="one kv head, split", marks=pytest.mark.slow),
+  ],
 )
 def test_packed_rows_are_the_written_out_attention(path, num_kv_heads, sizes, monkeypatch):
   """Forward and backward; neither examples nor padding attend to another one."""
@@ -193,7 +198,7 @@ def mesh_of(platform: str) -> AbstractMesh:
   ],
 )
 def test_cudnn_serves_16_bits_and_usual_heads(dtype, head_dim, served):
-  x, token = (jax.ShapeDtypeStruct((1, length, 2, head_dim), dtype) for length in (4, 1))
+  x, token = (jnp.zeros((1, length, 2, head_dim), dtype) for length in (4, 1))
   with jax.sharding.use_abstract_mesh(mesh_of("gpu")):
     assert has_kernel(x, x) == served
     assert not has_kernel(token, x)  # as in decoding
@@ -224,6 +229,7 @@ def test_a_picture_is_one_block():
   assert block_size(768, "TPU v5", causal=False) == 768
 
 
+@pytest.mark.slow
 def test_pictures_filled_up_to_whole_blocks_have_the_same_features(monkeypatch):
   """As on a TPU: 7 positions become 128; the real ones must not attend to those added.
 

@@ -14,7 +14,7 @@ from mm1_jax.models import grouped_matmul as lib
 # Rows of each group: an empty one, one of a single row, one longer than a block; then of no group.
 SIZES = np.array([37, 0, lib.CPU_BLOCK + 70, 1, 22])
 IN, OUT = 24, 40
-NUM_ROWS = lib.padded_rows(SIZES.sum() + 5)
+NUM_ROWS = lib.padded_rows(int(SIZES.sum()) + 5)
 
 PRODUCTS = {
   "chosen": lib.grouped_matmul,
@@ -108,7 +108,7 @@ def test_a_cpu_takes_the_loop():
   ],
 )
 def test_mosaic_kernels_are_for_whole_tiles_on_hopper(kind, dtype, num_out, chosen):
-  """What they compute is checked where there is one: bench/gpu_kernels.py."""
+  """What they compute is checked where there is one: bench/gpu/kernels.py."""
   device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
   mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
   rows, sizes = jax.ShapeDtypeStruct((256, 128), dtype), jax.ShapeDtypeStruct((4,), "int32")

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-import tiny
 
 from mm1_jax.models.layers import (
   ACTIVATIONS,
@@ -17,6 +16,7 @@ from mm1_jax.models.layers import (
   run_blocks,
 )
 from mm1_jax.models.mm1 import MM1
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module", autouse=True)

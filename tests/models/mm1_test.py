@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from mm1_jax.models.mm1 import MM1, image_spread
 from mm1_jax.train.loss import cross_entropy
+from tests.helpers import tiny
 
 RUNS = {"dense": tiny.run_config(), "capacity": tiny.run_config(tiny.BOUNDED)}
 DECODER = dataclasses.replace(RUNS["dense"].model.decoder, num_kv_heads=1)
@@ -65,7 +65,9 @@ def test_image_tokens_are_those_of_each_picture_alone(models, mesh):
   assert np.abs(both[:, tiny.TOKENS :] - both[:, : tiny.TOKENS]).max() > 0.1
 
 
-@pytest.mark.parametrize(("sizes", "size", "scan"), [((1,), 3, False), ((2,), 2, True)])
+@pytest.mark.parametrize(
+  ("sizes", "size", "scan"), [((1,), 3, False), pytest.param((2,), 2, True, marks=pytest.mark.slow)]
+)
 def test_groups_of_slots_without_a_picture_are_left_out(sizes, size, scan):
   """The tokens of all pictures are the same; those of slots that were not encoded are 0."""
   mesh, batch = tiny.mesh(*sizes), tiny.BATCH
@@ -105,7 +107,13 @@ def test_image_spread_is_the_deviation_between_pictures(mesh):
     assert float(tiny.jit(image_spread)(*tiny.put((same, mask), mesh))) < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["c_abstractor", "average_pool", "attention_pool"])
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "c_abstractor",
+    *(pytest.param(k, marks=pytest.mark.slow) for k in ("average_pool", "attention_pool")),
+  ],
+)
 def test_fresh_models_tell_pictures_apart(kind, mesh):
   """So that a warning of collapsed image tokens is of training, not of its start."""
   connector = dataclasses.replace(tiny.model_config().connector, kind=kind)
@@ -269,8 +277,18 @@ def test_moe_statistics_are_stacked_over_units(mesh):
 # The KV cache.
 
 
-@pytest.mark.parametrize("model", ["dense", "dropless", "capacity", "one kv head"])
-@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize(
+  ("num_rows", "model"),
+  [
+    (1, "dropless"),
+    (2, "dense"),
+    *(
+      pytest.param(num_rows, model, marks=pytest.mark.slow)
+      for num_rows, models in ((1, ("dense", "capacity")), (2, ("dropless", "capacity")))
+      for model in (*models, "one kv head")
+    ),
+  ],
+)
 def test_prefill_and_decode_equal_one_pass(model, num_rows, models, mesh):
   """Prompts of unequal length, padded on the left, with pictures; then one token at a time."""
   rows = [tiny.row("titttttt", seed=1, num_positions=9)]

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from mm1_jax.config import (
   ConnectorConfig,
@@ -25,6 +24,7 @@ from mm1_jax.config import (
 from mm1_jax.models.connector import Connector
 from mm1_jax.models.decoder import Decoder
 from mm1_jax.models.vit import ViT
+from tests.helpers import tiny
 
 FOLDER = pathlib.Path(__file__).parent.parent / "goldens" / "parity"
 TOLERANCE = 1e-5  # of the largest value; measured: 1e-6

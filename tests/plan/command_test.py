@@ -10,9 +10,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from configs import mm1_3b, mm1_debug
 from mm1_jax import cli
 from mm1_jax.config import ConfigError, MeshConfig, RunConfig
+from mm1_jax.configs import mm1_3b, mm1_debug
 from mm1_jax.models.flops import image_slots, model_flops
 from mm1_jax.plan import __main__ as command
 from mm1_jax.plan.compare import compare_table, markdown_table, read_figures

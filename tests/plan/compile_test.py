@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.config import ConfigError, RunConfig
+from mm1_jax.configs import mm1_3b, mm1_3b_moe, mm1_7b, mm1_7b_moe, mm1_30b, mm1_30b_moe, mm1_debug
 from mm1_jax.plan import compile as plan_compile
 from mm1_jax.plan.compile import PlanError, compile_program, find_libtpu
 from mm1_jax.plan.estimate import ROOM, make_plan
@@ -35,6 +35,7 @@ def debug_run(kind: str = "dense", **data) -> RunConfig:
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_the_command_plans_decode(tmp_path):
   cache = tmp_path / "cache"
   arguments = ["--config=configs/mm1_debug.py", "--topology=v5e-4", "--what=decode"]
@@ -142,7 +143,7 @@ def test_rematerializations_are_in_what_the_compiler_says(monkeypatch, tmp_path)
 
 @needs_libtpu
 @pytest.mark.long
-@pytest.mark.parametrize("module", FAMILY, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", FAMILY, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_the_family_fits_its_v5p_presets_and_moves_no_array_twice(module, tmp_path):
   """An array that is put together whole, to be split another way, can cost more than a layer.
 

@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from configs import mm1_debug
 from mm1_jax.config import RunConfig
+from mm1_jax.configs import mm1_debug
 from mm1_jax.plan.estimate import usual_step
 from mm1_jax.plan.topology import find_topology
 

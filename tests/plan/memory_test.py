@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from configs import mm1_3b
 from mm1_jax.config import RunConfig
+from mm1_jax.configs import mm1_3b
 from mm1_jax.plan.memory import GIB, advice, kept_arrays, read_shortage
 from mm1_jax.plan.topology import find_topology
 

@@ -9,8 +9,8 @@ import re
 import jax
 import pytest
 
-from configs import mm1_debug
 from mm1_jax.config import RunConfig
+from mm1_jax.configs import mm1_debug
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.plan.collectives import KINDS
 from mm1_jax.sharding import abstract_batch, abstract_state, make_mesh

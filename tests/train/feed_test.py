@@ -7,21 +7,22 @@ as slowly as a test says.
 
 import functools
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from clu import metrics as clu_metrics
 
-from configs import mm1_debug
 from mm1_jax.config import RunConfig
-from mm1_jax.metrics import read_metrics
-from mm1_jax.train import loop
+from mm1_jax.configs import mm1_debug
+from mm1_jax.metrics import MetricWriter, read_metrics
+from mm1_jax.train import log, loop
 from mm1_jax.train.step import train_step
+from tests.helpers import tiny
 
 NUM_STEPS = 8
 SMALL = {
@@ -79,13 +80,40 @@ class Watch(NamedTuple):
     return idle / (self.ended[-1] - self.ended[1])
 
 
+def small_run() -> RunConfig:
+  config = mm1_debug.get_config("dense").to_dict()
+  for part, changes in SMALL.items():
+    for key, value in changes.items():
+      config[part][key] = {**config[part][key], **value} if isinstance(value, dict) else value
+  config["data"]["eval_sources"] = {}
+  return RunConfig.from_dict(config)
+
+
+def forge_steps(monkeypatch, take: Callable) -> None:
+  """Has the loop call `take(step)` for the next `step` instead of training."""
+  metrics = {}
+
+  def step(state, batch, *, run):
+    """What comes back is of the same form as of training."""
+    if not metrics:
+      _, shapes = jax.eval_shape(functools.partial(train_step, run=run), state, batch)
+      metrics.update(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+    step = take(state.step)
+    skipped = clu_metrics.LastValue.from_model_output(step * 0)
+    return state._replace(step=step), {**metrics, "skipped_in_a_row": skipped}
+
+  monkeypatch.setattr(loop, "make_mesh", lambda run: tiny.mesh(1, 1, 1, 1))
+  monkeypatch.setattr(loop, "train_step_on", lambda mesh: step)
+  monkeypatch.setattr(loop, "start_compiling", lambda *args: None)  # it is no JAX function
+
+
 @pytest.fixture
 def paced_run(tmp_path, monkeypatch):
   """Runs the loop with steps and batches that take so many seconds."""
 
   def run(step_seconds: float, batch_seconds: float) -> Watch:
     num = int(step_seconds / seconds_of_work(1000) * 1000)
-    watch, watcher, metrics = Watch([], [], []), ThreadPoolExecutor(1), {}
+    watch, watcher = Watch([], [], []), ThreadPoolExecutor(1)
     device_batch, training_batches = loop.device_batch, loop.training_batches
 
     def note_end(step: jax.Array, dispatched: float) -> None:
@@ -93,39 +121,76 @@ def paced_run(tmp_path, monkeypatch):
       watch.begun.append(max([dispatched, *watch.ended[-1:]]))
       watch.ended.append(time.perf_counter())
 
-    def paced_step(state, batch, *, run):
-      """Instead of training, the device is busy; what comes back is of the same form."""
-      if not metrics:
-        _, shapes = jax.eval_shape(functools.partial(train_step, run=run), state, batch)
-        metrics.update(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
-      step = work(state.step, num)
+    def take(step: jax.Array) -> jax.Array:
+      step = work(step, num)
       watcher.submit(note_end, step, time.perf_counter())
-      skipped = clu_metrics.LastValue.from_model_output(step * 0)
-      return state._replace(step=step), {**metrics, "skipped_in_a_row": skipped}
+      return step
 
     def put(*args):
       watch.put.append(time.perf_counter())
       return device_batch(*args)
 
-    monkeypatch.setattr(loop, "make_mesh", lambda run: tiny.mesh(1, 1, 1, 1))
-    monkeypatch.setattr(loop, "train_step_on", lambda mesh: paced_step)
-    monkeypatch.setattr(loop, "start_compiling", lambda *args: None)  # it is no JAX function
+    forge_steps(monkeypatch, take)
     monkeypatch.setattr(loop, "device_batch", put)
     monkeypatch.setattr(
       loop, "training_batches", lambda *args: Paced(training_batches(*args), batch_seconds)
     )
-    config = mm1_debug.get_config("dense").to_dict()
-    for part, changes in SMALL.items():
-      for key, value in changes.items():
-        config[part][key] = {**config[part][key], **value} if isinstance(value, dict) else value
-    config["data"]["eval_sources"] = {}
-    loop.train(RunConfig.from_dict(config), tmp_path)
+    loop.train(small_run(), tmp_path)
     watcher.shutdown()
     return watch
 
   return run
 
 
+def test_a_batch_is_put_before_the_step_before_it_is_waited_for(tmp_path, monkeypatch):
+  events, device_batch, flush = [], loop.device_batch, loop.Results.flush
+
+  def take(step: jax.Array) -> jax.Array:
+    events.append(f"step {int(step) + 1}")
+    return step + 1
+
+  def put(*args):
+    events.append(f"put {sum(event.startswith('put') for event in events) + 1}")
+    return device_batch(*args)
+
+  def read(results: loop.Results) -> None:
+    if results._pending is not None:
+      events.append(f"read {results._pending[0]}")
+    flush(results)
+
+  forge_steps(monkeypatch, take)
+  monkeypatch.setattr(loop, "device_batch", put)
+  monkeypatch.setattr(loop.Results, "flush", read)
+  loop.train(small_run(), tmp_path)
+  expected = ["put 1", "step 1"]
+  for n in range(2, NUM_STEPS + 1):
+    expected += [f"put {n}", f"step {n}", f"read {n - 1}"]
+  assert events == [*expected, f"read {NUM_STEPS}"]
+
+
+@pytest.mark.parametrize(
+  ("ended", "waited"),
+  [
+    (None, 0.0),  # the step still runs
+    (5.0, 3.0),  # it ended before the batch was asked for
+    (11.0, 2.0),  # while it was waited for
+  ],
+)
+def test_devices_wait_from_the_end_of_a_step(ended, waited, tmp_path, monkeypatch):
+  """The batch is asked for at 10 s, and is there at 13 s."""
+  step_log = log.StepLog(small_run(), MetricWriter(tmp_path), launched=0.0)
+  finished: Future[float] = Future()
+  if ended is not None:
+    finished.set_result(ended)
+  step_log._finished = finished
+  clock = iter([10.0, 13.0])
+  monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
+  step_log.fetch(iter([(None, None)]))
+  monkeypatch.undo()
+  assert step_log._data_wait == waited
+
+
+@pytest.mark.slow
 def test_a_batch_is_on_its_way_while_the_step_before_runs(paced_run):
   watch = paced_run(step_seconds=0.2, batch_seconds=0.02)
   assert len(watch.ended) == len(watch.put) == NUM_STEPS
@@ -136,6 +201,7 @@ def test_a_batch_is_on_its_way_while_the_step_before_runs(paced_run):
   assert watch.idle < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("step_seconds", "batch_seconds", "least", "most"),
   [

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.extend.core import jaxprs_in_params
 
 from mm1_jax.config import ConnectorConfig, LoRAConfig, ModelConfig, RunConfig
@@ -17,6 +16,7 @@ from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
 from mm1_jax.train.optimizer import split_frozen
 from mm1_jax.train.step import _gradients
+from tests.helpers import tiny
 
 # What adds one number after another. Matrix products keep float32 sums inside.
 SUMS = ("reduce_sum", "scatter-add", "cumsum", "reduce_window_sum")

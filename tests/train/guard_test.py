@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from mm1_jax.checkpoint import Checkpointer, find_step
 from mm1_jax.config import CheckpointConfig, RunConfig, TrainConfig
@@ -26,6 +25,7 @@ from mm1_jax.train.guard import (
   judge,
   new_guard,
 )
+from tests.helpers import tiny
 
 RUN = RunConfig()
 SANE = 3.0  # nats per target

@@ -6,14 +6,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import tiny
-import tiny_step
+from mm1_jax.configs.common import SAMPLE
 
-from configs.common import SAMPLE
 from mm1_jax.config import DataConfig, MoEConfig, RunConfig, SourceConfig, TrainConfig
 from mm1_jax.sharding import device_batch
 from mm1_jax.train.feed import held_out_batches
 from mm1_jax.train.heldout import held_out_loss
+from tests.helpers import tiny, tiny_step
 
 CAPTIONS = SourceConfig("captions", str(SAMPLE / "captions-heldout-*.arrayrecord"))
 TEXT = SourceConfig("text", str(SAMPLE / "text-heldout-*.arrayrecord"))

@@ -4,14 +4,13 @@
 import jax
 import numpy as np
 import pytest
-import tiny
-import tiny_step
 
 from mm1_jax.config import TrainConfig
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_batch, abstract_state
 from mm1_jax.train import loop
 from mm1_jax.train.step import init_state
+from tests.helpers import tiny, tiny_step
 
 
 def cache_dir() -> str | None:

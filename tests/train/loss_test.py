@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-import tiny_step
 
 from mm1_jax.models.decoder import Decoder
 from mm1_jax.sharding import LAYOUT
 from mm1_jax.train import loss as loss_module
 from mm1_jax.train.loss import TokenSums, cross_entropy, loss_fn, split_rows
 from mm1_jax.train.step import train_step
+from tests.helpers import tiny, tiny_step
 
 RUN = tiny_step.run_config()
 NUM_SOURCES = 2

@@ -6,7 +6,6 @@ import typing
 
 import jax
 import pytest
-import tiny
 
 from mm1_jax.checkpoint import to_names
 from mm1_jax.config import LoRAConfig, ModelConfig, RopeScaling
@@ -14,6 +13,7 @@ from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
 from mm1_jax.train import meaning
 from mm1_jax.train.meaning import TABLE, Kind
+from tests.helpers import tiny
 
 # Another value of each setting that fits the tiny model.
 OTHER = {

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
-import tiny_step
 
 from mm1_jax.checkpoint import to_names
 from mm1_jax.config import ConfigError, OptimizerConfig, RunConfig, TrainConfig
@@ -30,6 +28,7 @@ from mm1_jax.train.optimizer import (
   peak_learning_rate,
   split_frozen,
 )
+from tests.helpers import tiny, tiny_step
 
 DECAYED = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.1)
 

@@ -8,9 +8,7 @@ import pathlib
 
 import jax
 import pytest
-import tiny
 
-import mm1_jax.data
 from mm1_jax import checkpoint
 from mm1_jax.checkpoint import CheckpointError
 from mm1_jax.config import (
@@ -25,8 +23,9 @@ from mm1_jax.config import (
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
 from mm1_jax.train import start
+from tests.helpers import tiny
+from tests.helpers.records import TOKENIZER
 
-TOKENIZER = pathlib.Path(mm1_jax.data.__file__).parent / "sample" / "tokenizer.model"
 LORA = LoRAConfig(rank=2, alpha=4.0, matrices=("query",))
 
 

@@ -71,7 +71,8 @@ def compare(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> str
 def published(run: RunConfig) -> RunConfig:
   """Returns a run's config without where its data and its ancestors lay."""
   data = dataclasses.replace(run.data, sources=(), eval_sources=(), reweight=())
-  return dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, init_from=None))
+  train = dataclasses.replace(run.train, init_from=None)
+  return dataclasses.replace(run, data=data, eval_tasks=(), train=train)
 
 
 def piece(tensors: Tensors, part: ParamPart) -> WeightPiece:

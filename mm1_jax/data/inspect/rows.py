@@ -11,11 +11,21 @@ from mm1_jax.batch import Batch
 from mm1_jax.data.inspect.compare import Origin
 from mm1_jax.data.inspect.facts import RowSegment, Run, odd_loss, stretches, words_of
 from mm1_jax.data.inspect.stream import DrawnRow, Stream
-from mm1_jax.drawing import COLORS, INK, MUTED, WRONG, as_html, color, counted, data_url, thumbnail
+from mm1_jax.drawing import (
+  COLORS,
+  INK,
+  MUTED,
+  WRONG,
+  as_html,
+  color,
+  counted,
+  data_url,
+  elided,
+  shorten,
+  thumbnail,
+)
 
 THUMBNAIL = 112  # pixels
-# Of a text that is longer, so many characters at its beginning and its end are shown.
-BEGINNING, END = 1500, 300
 
 
 def row_html(stream: Stream, number: int, drawn: DrawnRow) -> str:
@@ -173,19 +183,6 @@ def _part(number: int, row: Batch, segment: RowSegment, part: Any) -> str:
   odd = part.trained and part.text.startswith("<image")
   kind = "id odd" if odd else "id on" if part.trained else "id"
   return f'<span class="{kind}">{as_html(part.text)}</span>'
-
-
-def elided(text: str) -> str:
-  """Returns a text as HTML; of a long one its beginning and its end, and how much is left out."""
-  left_out = len(text) - BEGINNING - END
-  if left_out <= 0:
-    return as_html(text)
-  gap = f" <span class=cut>… {left_out:,} characters not shown …</span> "
-  return as_html(text[:BEGINNING]) + gap + as_html(text[-END:])
-
-
-def shorten(text: str, length: int) -> str:
-  return as_html(text if len(text) <= length else f"{text[: length - 1]}…")
 
 
 def _positions(segment: RowSegment) -> str:

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 
 from mm1_jax.data.inspect.page import STYLE, figures_html
 from mm1_jax.data.inspect.records import Sample, ShownPicture, ShownRecord, Text, Turn
-from mm1_jax.data.inspect.rows import elided, shorten
 from mm1_jax.drawing import (
   DPI,
   INK,
@@ -18,8 +17,10 @@ from mm1_jax.drawing import (
   as_html,
   counted,
   data_url,
+  elided,
   page,
   printable,
+  shorten,
   thumbnail,
   to_png,
 )

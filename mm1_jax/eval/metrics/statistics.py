@@ -74,5 +74,7 @@ def _finite(values: Sequence[float] | np.ndarray) -> np.ndarray:
     raise ValueError(f"an estimate needs a row of values; their shape is {values.shape}")
   wrong = np.flatnonzero(~np.isfinite(values))
   if len(wrong):
-    raise ValueError(f"{len(wrong)} of {len(values)} values are no finite numbers, first {wrong[0]}")
+    raise ValueError(
+      f"{len(wrong)} of {len(values)} values are no finite numbers, first {wrong[0]}"
+    )
   return values

@@ -8,7 +8,6 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hostile import encode
 
 from mm1_jax.config import ConfigError
 from mm1_jax.data.build import files, images
@@ -16,6 +15,7 @@ from mm1_jax.data.build.files import match
 from mm1_jax.data.build.rows import BrokenFile, Image, RowError
 from mm1_jax.data.image import ImageError
 from mm1_jax.data.sources import DataError
+from tests.helpers.hostile import encode
 
 
 def nested(rng: random.Random, depth: int = 0):

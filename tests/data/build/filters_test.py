@@ -6,13 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hostile import encode
 
 from mm1_jax.config import ConfigError
 from mm1_jax.data.build.__main__ import main
 from mm1_jax.data.build.filters import Refiner
 from mm1_jax.data.build.options import BuildOptions, parse
 from mm1_jax.data.build.rows import Draft, Filtered, Image, RowError, digest
+from tests.helpers.hostile import encode
 
 SQUARE = encode("PNG", (8, 8))
 

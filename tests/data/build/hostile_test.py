@@ -9,7 +9,6 @@ import random
 import tarfile
 from collections import Counter
 
-import hostile
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -19,6 +18,7 @@ from mm1_jax.config import DataConfig, InputSpec, SourceConfig
 from mm1_jax.data.build.__main__ import main
 from mm1_jax.data.pipeline import make_pipeline
 from mm1_jax.data.sources import Source
+from tests.helpers import hostile
 
 FILTERS = ("text too long", "repeated record")
 

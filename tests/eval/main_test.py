@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: its files, its mistakes, and that it continues where it was killed."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mm1_jax.eval.__main__ import main
+from mm1_jax.eval.task import EvalError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def questions(tmp_path, pictures) -> pathlib.Path:
+  """Questions of one's own, one of them about a picture that is not there."""
+  folder = tmp_path / "data"
+  folder.mkdir()
+  for i, picture in enumerate(pictures):
+    (folder / f"{i}.png").write_bytes(picture)
+  rows = [
+    {"id": str(i), "image": f"{i % 2}.png", "question": f"What is {i}?", "answer": "bread"}
+    for i in range(12)
+  ]
+  rows[5]["image"] = "gone.png"
+  path = folder / "mine.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def test_all_files_of_an_evaluation(dense_workdir, questions, tmp_path, capsys):
+  out = tmp_path / "out"
+  flags = [f"--checkpoint={dense_workdir}", f"--tasks={questions}", f"--out={out}"]
+  main([*flags, "--shots=0,2", "--controls=own,other,frequent", "--trials=2"])
+  values = json.loads((out / "results.json").read_text())
+  found = {(r["shots"], r["control"]): r for r in values["results"]}
+  assert [*found] == [
+    *((0, control) for control in ("own", "other", "frequent")),
+    *((2, control) for control in ("own", "other")),
+  ]
+  own = found[0, "own"]
+  assert own["items"] == 12
+  assert [d["id"] for d in own["dropped"]] == ["5"]
+  assert "gone.png" in own["dropped"][0]["problem"]
+  assert own["values"]["accuracy"]["n"] == 11
+  assert found[0, "frequent"]["values"]["accuracy"]["mean"] == 1.0
+  assert len(found[2, "own"]["trials"]) == 2
+  # Those that were shown the missing picture are dropped, too.
+  assert all("gone.png" in d["problem"] for d in found[2, "own"]["dropped"])
+  assert values["run"]["step"] == 1
+  rows = [json.loads(line) for line in (out / own["files"][0]).read_text().splitlines()]
+  assert [row["id"] for row in rows] == [str(i) for i in range(12)]
+  assert {"reply", "score", "right"} <= rows[0].keys()
+  assert "gone.png" in rows[5]["problem"]
+  for name in ("results.md", "results.html"):
+    assert "mine.jsonl" in (out / name).read_text()
+  said = capsys.readouterr()
+  assert "11 (1)" in said.out
+  assert re.search(r"12 of 12 items, [\d.]+ a second", said.err)
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ([], "--tasks=NAME,NAME is needed"),
+    (["--tasks=vqa_v2"], "no task 'vqa_v2'; near it: vqav2"),
+    (["--tasks=coco", "--shots=x"], "--shots"),
+    (["--tasks=coco", "--form=chat"], "no form 'chat'; it has mm1, openflamingo, sft"),
+    (["--tasks=coco", "--split=dev"], "no split 'dev'; it has"),
+    (["--tasks=coco", "--controls=none"], "no control 'none'"),
+    (["--tasks=pope", "--form=sft", "--shots=4"], "no demonstrations"),
+    (["--tasks=coco"], r"no dataset_coco.json.*Download it from"),
+    (["--tasks=gone.jsonl"], "'gone.jsonl' is not there"),
+    (["--tasks=coco", "--sample"], "leave out --tasks"),
+    (["--tasks=piqa", "--control=own"], "did you mean --controls"),
+  ],
+)
+def test_a_mistake_is_told(dense_workdir, flags, message):
+  from mm1_jax.config import UserError
+
+  with pytest.raises(UserError, match=f"(?s){message}"):
+    main([f"--checkpoint={dense_workdir}", *flags])
+
+
+def test_pictures_are_what_their_control_is_about(dense_workdir, tmp_path):
+  path = tmp_path / "text.jsonl"
+  path.write_text('{"id": "1", "question": "a?", "answer": "b"}\n' * 1)
+  flags = [f"--checkpoint={dense_workdir}", f"--tasks={path}", f"--out={tmp_path / 'out'}"]
+  with pytest.raises(EvalError, match="has no pictures, so it has no control 'blind'"):
+    main([*flags, "--controls=blind"])
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_leaves_the_same_results(dense_workdir, tmp_path, pictures):
+  rows = []
+  for i in range(700):  # three chunks
+    (tmp_path / f"{i % 2}.png").write_bytes(pictures[i % 2])
+    rows.append({"id": str(i), "image": f"{i % 2}.png", "question": f"What is {i}?", "answer": "a"})
+  path = tmp_path / "mine.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+  def start(out: pathlib.Path) -> subprocess.Popen:
+    flags = [f"--checkpoint={dense_workdir}", f"--tasks={path}", f"--out={out}"]
+    return subprocess.Popen(
+      [sys.executable, "-m", "mm1_jax.eval", *flags, "--batch-size=32"],
+      cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""},
+      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+  killed, whole = tmp_path / "killed", tmp_path / "whole"
+  process = start(killed)
+  while not list((killed / "replies").glob("*.json")) and process.poll() is None:
+    time.sleep(0.02)
+  os.kill(process.pid, signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  kept = {p.name: p.stat().st_mtime_ns for p in (killed / "replies").glob("*.json")}
+  assert 1 <= len(kept) < 3
+  for out in (killed, whole):
+    process = start(out)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+  for name in ("results.json", "results.md"):
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+  (items,) = (killed / "items").iterdir()
+  assert items.read_bytes() == (whole / "items" / items.name).read_bytes()
+  after = {p.name: p.stat().st_mtime_ns for p in (killed / "replies").glob("*.json")}
+  assert kept.items() <= after.items()  # what was there is not asked again
