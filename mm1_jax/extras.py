@@ -10,9 +10,9 @@ EXTRAS = {
   "convert": ("converting weights or reading a tokenizer.json", ("safetensors", "tokenizers")),
   "data": ("building shards", ("apache_beam", "pyarrow", "zstandard")),
   "draw": ("drawing", ("matplotlib",)),
+  "eval": ("reading Parquet files", ("pyarrow",)),
   "lm-eval": ("lm-evaluation-harness", ("lm_eval",)),
   "lmms-eval": ("lmms-eval", ("lmms_eval",)),
-  "eval": ("reading Parquet files", ("pyarrow",)),
   "quant": ("quantizing", ("qwix",)),
   "serve": ("the web page", ("gradio",)),
 }

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import logging
-
 from mm1_jax.eval.task import EvalError
 from mm1_jax.inference.beam import BeamSearch
+from mm1_jax.inference.generate import tell
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import Request
 from mm1_jax.inference.sampler import GREEDY, Sampling
+from mm1_jax.metrics import format_seconds
 
 BATCH_SIZE = 32  # prompts read at once, where the harness leaves it to the model
 SECONDS = 20  # between two lines of progress
@@ -92,6 +92,8 @@ def read_decoding(kwargs: Mapping[str, Any], *, max_new_tokens: int) -> Decoding
   An answer is sampled where `temperature` is above 0 and `do_sample` is not False, as in both
   harnesses. `top_k` and `top_p` count then, `num_beams` and `length_penalty` otherwise.
 
+  `image_aspect_ratio` is left out of account: pictures are fitted as in training.
+
   Args:
     kwargs: a task's, with those of the command line.
     max_new_tokens: where they do not say.
@@ -104,12 +106,7 @@ def read_decoding(kwargs: Mapping[str, Any], *, max_new_tokens: int) -> Decoding
   stops = [left.pop(name) for name in STOPS if name in left]
   seed = whole_number("seed", left.pop("seed", 0), 0)
   sampling = _sampling(left)
-  if left.pop("image_aspect_ratio", None) is not None:
-    logging.log_first_n(
-      logging.INFO,
-      "image_aspect_ratio of a task is for other models: pictures are fitted as in training.",
-      1,
-    )
+  left.pop("image_aspect_ratio", None)  # how another model's pictures are fitted
   for name, value in left.items():
     if name not in NEUTRAL or value != NEUTRAL[name]:
       raise EvalError(
@@ -160,7 +157,7 @@ def generate(
   groups: dict[Decoding, list[int]] = {}
   for i, decoding in enumerate(decodings):
     groups.setdefault(decoding, []).append(i)
-  tell, done = teller("answers", len(requests)), 0
+  news, done = teller("answers", len(requests)), 0
   for decoding, group in groups.items():
     # Prompts of like shape go together; the longest first, so that memory suffices early or never.
     group.sort(key=lambda i: (len(requests[i].images), len(requests[i].ids)), reverse=True)
@@ -177,20 +174,20 @@ def generate(
       for i, text in zip(rows, texts, strict=True):
         answers[i] = text
       done += len(rows)
-      tell(done)
+      news(done)
   return answers
 
 
 def teller(what: str, total: int) -> Callable[[int], None]:
-  """Returns what logs progress, given how many of `total` are done."""
+  """Returns what tells progress now and then, given how many of `total` are done."""
   start = last = time.monotonic()
 
-  def tell(done: int) -> None:
+  def news(done: int) -> None:
     nonlocal last
     now = time.monotonic()
     if now - last >= SECONDS and done < total:
       last = now
-      left = (now - start) / done * (total - done)
-      logging.info("%d of %d %s, %.0f s left", done, total, what, left)
+      left = format_seconds((now - start) / done * (total - done))
+      tell(f"{done} of {total} {what}, {left} left")
 
-  return tell
+  return news

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import logging
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -32,6 +31,7 @@ from mm1_jax.eval import likelihood
 from mm1_jax.eval.adapters import harness
 from mm1_jax.eval.likelihood import Continuation
 from mm1_jax.eval.task import EvalError
+from mm1_jax.inference.generate import tell
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import PromptError, Request, fill_slots
 
@@ -118,8 +118,8 @@ class LmEval(LM):
     for _, group in itertools.groupby((r.args for r in requests), key=_context_of):
       args = list(group)
       asked += self._continuations(args[0][0], [arg[1] for arg in args], _visuals(args[0]))
-    tell = harness.teller("continuations", len(asked))
-    found = likelihood.log_likelihoods(self.model, [self._fit(one) for one in asked], tell=tell)
+    news = harness.teller("continuations", len(asked))
+    found = likelihood.log_likelihoods(self.model, [self._fit(one) for one in asked], tell=news)
     self._report()
     return [(one.log_prob, one.greedy) for one in found]
 
@@ -127,8 +127,8 @@ class LmEval(LM):
     """Returns log p of each text, of any length; see `likelihood.rolling`."""
     windows = [likelihood.rolling(self.model, request.args[0]) for request in requests]
     asked = list(itertools.chain.from_iterable(windows))
-    tell = harness.teller("windows", len(asked))
-    found = iter(likelihood.log_likelihoods(self.model, asked, tell=tell))
+    news = harness.teller("windows", len(asked))
+    found = iter(likelihood.log_likelihoods(self.model, asked, tell=news))
     return [sum(one.log_prob for one in itertools.islice(found, len(w))) for w in windows]
 
   def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -145,8 +145,8 @@ class LmEval(LM):
       room = self.max_length - decoding.max_new_tokens
       if room < 1:
         raise EvalError(
-          f"answers of up to {decoding.max_new_tokens} tokens leave no room for a prompt: the model "
-          f"was trained on {self.max_length} positions. Set --gen_kwargs max_gen_toks=N."
+          f"answers of up to {decoding.max_new_tokens} tokens leave no room for a prompt: the "
+          f"model was trained on {self.max_length} positions. Set --gen_kwargs max_gen_toks=N."
         )
       prompts.append(self._shorten(self._prompt(args[0], _visuals(args)), room))
       decodings.append(decoding)
@@ -213,7 +213,7 @@ class LmEval(LM):
       items = fill_slots(context, pictures) if pictures else [context]
       return likelihood.of_document(self.model, items, texts, bos=self.bos)
     request, begun = self._turns_prompt(turns, pictures)
-    encoder, stem = self.model.encoder, begun.rstrip()
+    stem = begun.rstrip()
     before = self._answer_ids(stem) if stem else []
     request = request._replace(ids=[*request.ids, *before])
     found = []
@@ -271,8 +271,8 @@ class LmEval(LM):
     room = self.max_length - len(asked.target) + 1  # the last id is not read
     if room < 1:
       raise PromptError(
-        f"a continuation of {len(asked.target)} tokens exceeds the {self.max_length} positions that "
-        f"the model was trained on."
+        f"a continuation of {len(asked.target)} tokens exceeds the {self.max_length} positions "
+        f"that the model was trained on."
       )
     return asked._replace(context=self._shorten(asked.context, room))
 
@@ -281,18 +281,17 @@ class LmEval(LM):
       return request
     if request.images:
       raise PromptError(
-        f"a prompt with {len(request.images)} pictures takes {len(request.ids)} positions; there is "
-        f"room for {room}, and only texts are cut."
+        f"a prompt with {len(request.images)} pictures takes {len(request.ids)} positions; there "
+        f"is room for {room}, and only texts are cut."
       )
     self.truncated += 1
     return request._replace(ids=request.ids[-room:])
 
   def _report(self) -> None:
     if self.truncated:
-      logging.info(
-        "%d prompts so far lost their beginning: they exceed the %d positions of the model.",
-        self.truncated,
-        self.max_length,
+      tell(
+        f"{self.truncated} prompts so far lost their beginning: they exceed the {self.max_length} "
+        f"positions that the model was trained on"
       )
 
 
@@ -309,7 +308,7 @@ def _visuals(args: tuple) -> list[Any]:
 
 
 def _context_of(args: tuple) -> tuple:
-  """Returns what makes two requests have the same context; a document's requests share its media."""
+  """Returns what is equal for two requests of one context; those of a document share its media."""
   return args[0], *(id(medium) for media in args[2:] for medium in media.values())
 
 

@@ -11,21 +11,20 @@ others; tasks whose choices are compared by likelihood need the "simple" one, by
 run that was trained on conversations reads a user's turn, any other the beginning of a document.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from absl import logging
 from etils import epath
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.utils import simple_parse_args_string
 
-from mm1_jax import cli
 from mm1_jax.eval import likelihood
 from mm1_jax.eval.adapters import harness
 from mm1_jax.eval.task import EvalError
+from mm1_jax.inference.generate import tell
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import Prompt, PromptError, fill_slots
 
@@ -59,7 +58,6 @@ class LmmsEval(lmms):
       EvalError: they ask for what is not offered here.
       UserError: the checkpoint cannot be loaded.
     """
-    cli.show_story()
     flags = additional_config or {}
     harness.check_device(flags.get("device"), jax.default_backend())
     if flags.get("max_batch_size") is not None:
@@ -90,12 +88,9 @@ class LmmsEval(lmms):
         decoding = decoding._replace(max_new_tokens=room - room % STEP or room)
       decodings.append(decoding)
     if num_short:
-      logging.info(
-        "%d of %d answers may be cut: tasks allow more tokens than fit after their prompts into the "
-        "%d positions of the model.",
-        num_short,
-        len(requests),
-        self.model.run.data.seq_len,
+      tell(
+        f"{num_short} of {len(requests)} answers may be cut: tasks allow more tokens than fit "
+        f"after their prompts into the {self.model.run.data.seq_len} positions of the model"
       )
     return harness.generate(self.model, prompts, decodings, batch_size=self.batch_size)
 
@@ -159,8 +154,8 @@ class LmmsEvalSimple(LmmsEval):
       except PromptError as e:
         raise PromptError(f"{_name(*document)}: {e}") from e
       signs.append(-1 if is_choice else 1)
-    tell = harness.teller("continuations", len(asked))
-    found = likelihood.log_likelihoods(self.model, asked, tell=tell)
+    news = harness.teller("continuations", len(asked))
+    found = likelihood.log_likelihoods(self.model, asked, tell=news)
     return [(sign * one.log_prob, one.greedy) for sign, one in zip(signs, found, strict=True)]
 
 

@@ -81,7 +81,7 @@ def test_a_device_that_jax_does_not_run_on_is_refused():
 
 
 def test_answers_depend_on_prompt_place_and_seed_alone(model):
-  words = "the quick brown fox jumps over a lazy dog".split()
+  words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
   requests = [model.encode([" ".join(words[: n + 1])], chat=False) for n in range(5)]
   ways = [
     Decoding(4, (), GREEDY, 0),

@@ -2,6 +2,7 @@
 """lm-evaluation-harness scores our models: its own tasks and command line, on files made here."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -26,7 +27,24 @@ from mm1_jax.inference.model import Model  # noqa: E402
 from mm1_jax.inference.prompts import PromptError  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[3]
-WORDS = "the quick brown fox jumps over a lazy dog and finds bread in seven small houses".split()
+WORDS = [
+  "the",
+  "quick",
+  "brown",
+  "fox",
+  "jumps",
+  "over",
+  "a",
+  "lazy",
+  "dog",
+  "and",
+  "finds",
+  "bread",
+  "in",
+  "seven",
+  "small",
+  "houses",
+]
 CHOICES = """
 output_type: multiple_choice
 doc_to_text: "Question: {{question}}\\nAnswer:"
@@ -279,7 +297,7 @@ def test_a_conversation_that_was_not_made_here_is_refused(converses):
 
 
 def test_pictures_take_their_slots(model, converses, pictures):
-  images = [PIL.Image.open(__import__("io").BytesIO(data)) for data in pictures]
+  images = [PIL.Image.open(io.BytesIO(data)) for data in pictures]
   lm = LmEval(model)
   args = "<image>\n<image>\nthe fox is"
   found = lm.loglikelihood(
@@ -289,7 +307,9 @@ def test_pictures_take_their_slots(model, converses, pictures):
   assert_close(found, expected)
   other = lm.loglikelihood([request(args, " a dog", {"visual": images[::-1]})])
   assert abs(other[0][0] - found[0][0]) > 1e-4
-  (answer,) = lm.generate_until([request("<image> the", {"max_gen_toks": 5}, {"visual": images[:1]})])
+  (answer,) = lm.generate_until(
+    [request("<image> the", {"max_gen_toks": 5}, {"visual": images[:1]})]
+  )
   assert [answer] == model.generate([[images[0], " the"]], chat=False, max_new_tokens=5)
   lm = LmEval(converses)
   text = lm.apply_chat_template([{"role": "user", "content": "see <image> it"}])
@@ -316,7 +336,12 @@ def test_flags_that_mean_nothing_here_are_refused(flags, message):
 def test_what_is_left_out_of_the_command_line():
   assert with_defaults(["ls", "tasks"]) == ["ls", "tasks"]
   assert with_defaults(["--help"]) == ["run", "--help"]
-  assert with_defaults(["run", "-M", "hf", "--batch_size=4"]) == ["run", "-M", "hf", "--batch_size=4"]
+  assert with_defaults(["run", "-M", "hf", "--batch_size=4"]) == [
+    "run",
+    "-M",
+    "hf",
+    "--batch_size=4",
+  ]
   assert with_defaults(["--checkpoint=a,b", "--tasks=x"]) == [
     *("run", "--tasks=x", "--model_args", '{"checkpoint": "a,b"}'),
     *("--model", "mm1_jax", "--batch_size", "auto"),

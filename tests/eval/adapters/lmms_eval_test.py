@@ -18,17 +18,34 @@ import pytest
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: the extra lmms-eval")
 os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
-from lmms_eval import evaluator  # noqa: E402
-from lmms_eval.api.instance import Instance  # noqa: E402
-from lmms_eval.models import get_model  # noqa: E402
-from lmms_eval.tasks import TaskManager  # noqa: E402
+from lmms_eval import evaluator
+from lmms_eval.api.instance import Instance
+from lmms_eval.models import get_model
+from lmms_eval.tasks import TaskManager
 
-from mm1_jax.eval import likelihood  # noqa: E402
-from mm1_jax.eval.adapters.lmms_eval import LmmsEval, LmmsEvalSimple  # noqa: E402
-from mm1_jax.eval.task import EvalError  # noqa: E402
-from mm1_jax.inference.prompts import PromptError  # noqa: E402
+from mm1_jax.eval import likelihood
+from mm1_jax.eval.adapters.lmms_eval import LmmsEval, LmmsEvalSimple
+from mm1_jax.eval.task import EvalError
+from mm1_jax.inference.prompts import PromptError
 
-WORDS = "the quick brown fox jumps over a lazy dog and finds bread in seven small houses".split()
+WORDS = [
+  "the",
+  "quick",
+  "brown",
+  "fox",
+  "jumps",
+  "over",
+  "a",
+  "lazy",
+  "dog",
+  "and",
+  "finds",
+  "bread",
+  "in",
+  "seven",
+  "small",
+  "houses",
+]
 UTILS = """
 import PIL.Image
 
@@ -69,7 +86,9 @@ def rows(tmp_path_factory) -> list[dict]:
     PIL.Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(picture)
     choices = [" ".join(rng.choice(WORDS, rng.integers(1, 6))) for _ in range(3)]
     question = " ".join(rng.choice(WORDS, rng.integers(2, 9)))
-    found.append({"picture": str(picture), "question": question, "choices": choices, "answer": i % 3})
+    found.append(
+      {"picture": str(picture), "question": question, "choices": choices, "answer": i % 3}
+    )
   return found
 
 
