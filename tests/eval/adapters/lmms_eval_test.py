@@ -39,11 +39,7 @@ WORDS = [
   "lazy",
   "dog",
   "and",
-  "finds",
-  "bread",
-  "in",
   "seven",
-  "small",
   "houses",
 ]
 UTILS = """
@@ -181,11 +177,11 @@ def test_an_answer_ends_where_the_model_does(model):
 
 def test_what_is_not_offered_is_refused(model, pictures):
   lm = LmmsEval(model)
-  with pytest.raises(EvalError, match="repetition_penalty=1.2, which is not offered"):
+  with pytest.raises(EvalError, match=r"repetition_penalty=1\.2, which is not offered"):
     ask(lm, {"repetition_penalty": 1.2}, say("user", "a"))
   with pytest.raises(EvalError, match="task, test document 0 has video"):
     ask(lm, {}, {"role": "user", "content": [{"type": "video", "url": "a.mp4"}]})
-  with pytest.raises(EvalError, match="the address 'http://a/b.png'; only files are read"):
+  with pytest.raises(EvalError, match=r"the address 'http://a/b\.png'; only files are read"):
     ask(lm, {}, {"role": "user", "content": [{"type": "image", "url": "http://a/b.png"}]})
   with pytest.raises(PromptError, match="task, test document 0: the prompt takes"):
     ask(lm, {}, say("user", PIL.Image.open(io.BytesIO(pictures[0])), " ".join(WORDS * 40)))
