@@ -27,20 +27,7 @@ from mm1_jax.inference.model import Model  # noqa: E402
 from mm1_jax.inference.prompts import PromptError  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[3]
-WORDS = [
-  "the",
-  "quick",
-  "brown",
-  "fox",
-  "jumps",
-  "over",
-  "a",
-  "lazy",
-  "dog",
-  "and",
-  "seven",
-  "houses",
-]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "bread"]
 CHOICES = """
 output_type: multiple_choice
 doc_to_text: "Question: {{question}}\\nAnswer:"

@@ -28,20 +28,7 @@ from mm1_jax.eval.adapters.lmms_eval import LmmsEval, LmmsEvalSimple
 from mm1_jax.eval.task import EvalError
 from mm1_jax.inference.prompts import PromptError
 
-WORDS = [
-  "the",
-  "quick",
-  "brown",
-  "fox",
-  "jumps",
-  "over",
-  "a",
-  "lazy",
-  "dog",
-  "and",
-  "seven",
-  "houses",
-]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "bread"]
 UTILS = """
 import PIL.Image
 
