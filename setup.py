@@ -42,6 +42,7 @@ DATA = ["apache-beam", "pyarrow", "zstandard"]
 DOCS = ["mkdocs", "mkdocs-material"]
 DRAW = ["matplotlib"]
 EVAL = ["pyarrow"]
+LM_EVAL = ["lm-eval"]
 QUANT = ["qwix"]
 SERVE = ["gradio"]
 EXTRAS = {
@@ -60,6 +61,9 @@ EXTRAS = {
   ],  # peers of bench.data.loaders, in a venv of theirs
   "goldens": [*CONVERT, "torch", "transformers"],  # makes the files that imports are compared with
   "quant": QUANT,  # mm1 ask --quantize
+  "lm-eval": LM_EVAL,  # python -m mm1_jax.eval lm_eval
+  # lmms-eval --model mm1_jax: 3 GB with PyTorch, so in a venv of its own.
+  "lmms-eval": ["lmms-eval"],
   "serve": SERVE,  # mm1 serve
   "docs": DOCS,  # make docs
   "dev": [
@@ -68,6 +72,7 @@ EXTRAS = {
     *DOCS,
     *DRAW,
     *EVAL,
+    *LM_EVAL,
     *QUANT,
     *SERVE,
     "beartype",  # compares shape annotations with arrays, in tests
@@ -98,7 +103,10 @@ setup(
   package_data={"mm1_jax": ["data/sample/**", "data/templates/*.json", "data/inspect/page.css"]},
   install_requires=REQUIRES,
   extras_require=EXTRAS,
-  entry_points={"console_scripts": ["mm1 = mm1_jax.__main__:door"]},
+  entry_points={
+    "console_scripts": ["mm1 = mm1_jax.__main__:door"],
+    "lmms_eval.models": ["mm1_jax = mm1_jax.eval.adapters.lmms_eval:manifest"],
+  },
   classifiers=[
     "Intended Audience :: Science/Research",
     "Programming Language :: Python :: 3.11",

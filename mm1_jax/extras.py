@@ -11,6 +11,8 @@ EXTRAS = {
   "data": ("building shards", ("apache_beam", "pyarrow", "zstandard")),
   "draw": ("drawing", ("matplotlib",)),
   "eval": ("reading Parquet files", ("pyarrow",)),
+  "lm-eval": ("lm-evaluation-harness", ("lm_eval",)),
+  "lmms-eval": ("lmms-eval", ("lmms_eval",)),
   "quant": ("quantizing", ("qwix",)),
   "serve": ("the web page", ("gradio",)),
 }

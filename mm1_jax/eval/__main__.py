@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mm1_jax import cli
+from mm1_jax import cli, extras
 from mm1_jax.eval.task import EvalError
 
 if TYPE_CHECKING:  # importing them takes seconds
@@ -36,6 +36,7 @@ SAMPLE = pathlib.Path(__file__).parents[1] / "data" / "sample"
 def main(argv: list[str] | None = None) -> None:
   argv = sys.argv[1:] if argv is None else argv
   if argv[:1] == ["lm_eval"]:
+    extras.require("lm-eval")
     from mm1_jax.eval.adapters import lm_eval
 
     lm_eval.main(argv[1:])

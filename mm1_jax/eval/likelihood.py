@@ -104,11 +104,10 @@ def continuations(
     request = model.encode(context, chat=True)
     ends = len(encoder.answer_end)
     ids = [encoder.encode_answer([{"text": text.strip()}])[:-ends] for text in texts]
-    pairs = [(request, ids) for ids in ids]
+    found = [Continuation(request, tuple(ids)) for ids in ids]
   else:
-    pairs = _of_document(model, context, texts, bos=bos)
-  found = []
-  for (request, target), text in zip(pairs, texts, strict=True):
+    found = of_document(model, context, texts, bos=bos)
+  for (request, target), text in zip(found, texts, strict=True):
     if not target:
       raise PromptError(f"the continuation {text!r} has no tokens.")
     room = model.run.data.seq_len - len(request.ids) + 1  # the last id is not read
@@ -117,13 +116,13 @@ def continuations(
         f"a context of {len(request.ids)} positions and a continuation of {len(target)} tokens "
         f"exceed the {model.run.data.seq_len} positions that the model was trained on."
       )
-    found.append(Continuation(request, tuple(target)))
   return found
 
 
-def _of_document(
-  model: Model, context: Content, texts: Sequence[str], *, bos: bool
-) -> list[tuple[Request, list[int]]]:
+def of_document(
+  model: Model, context: Content, texts: Sequence[str], *, bos: bool = True
+) -> list[Continuation]:
+  """Returns `continuations` of a document, of any length."""
   items, tail = list(context), ""
   while items and isinstance(items[-1], str):
     tail = items.pop() + tail
@@ -136,12 +135,12 @@ def _of_document(
   # Pictures end a text, so the ids in front of the last text do not depend on it.
   encode = model.tokenizer.encode
   num = len(encode(tail)) if tail else 0
-  pairs = []
+  found = []
   for text in texts:
     whole = encode(tail + spaces + text)
     ids = [*before.ids, *whole[:num]] or [model.tokenizer.eos_id]
-    pairs.append((Request(ids, before.images, chat=False), whole[num:]))
-  return pairs
+    found.append(Continuation(Request(ids, before.images, chat=False), tuple(whole[num:])))
+  return found
 
 
 def log_likelihoods(
