@@ -326,7 +326,9 @@ def _card(shown: _Shown, form: Form, pictures: _Pictures) -> str:
   }[shown.right]
   score = "" if math.isnan(shown.score) else f" · score {shown.score:.3g}"
   details = "".join(
-    f" · {shorten(str(key), 40)}: {shorten(str(value), 80)}" for key, value in item.details.items()
+    f" · {shorten(str(key), 40)}: {shorten(str(value), 80)}"
+    for key, value in item.details.items()
+    if isinstance(value, str | int | float)
   )
   said = (
     f"<dt>answer<dd class=said>{elided(reply) or '(nothing)'}" if isinstance(reply, str) else ""
