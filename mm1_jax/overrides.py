@@ -79,7 +79,7 @@ def _put_in_list(entry: Any, value: Any, keys: list[str], text: str, where: str)
   else:
     named = {_name(one, i): one for i, one in enumerate(value or ())}
   if name not in named and getattr(entry, "made_by_name", False):
-    named[name] = {} if isinstance(value, Mapping) else {"name": name}
+    named = {**named, name: {} if isinstance(value, Mapping) else {"name": name}}
   if name not in named:
     near = difflib.get_close_matches(name, named, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""

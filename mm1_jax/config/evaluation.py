@@ -21,4 +21,4 @@ class EvalTaskConfig(Group, where="eval_tasks.{name}: "):
   shots: CountOrZero = 0  # demonstrations in front of each
   form: str | None = None  # protocol; None takes the first that fits the model
   split: str | None = None  # None takes the task's default
-  seed: Seed = 0
+  seed: Seed = 0  # of the draw of items and demonstrations

@@ -106,7 +106,10 @@ def nocaps(folder: pathlib.Path) -> None:
 
 def textcaps(folder: pathlib.Path) -> None:
   rows = []
-  for id, words in (("0054c91397f2fe05", "A bottle of ale"), ("01a7a5bb1cf2ad44", "The clock is at 3")):
+  for id, words in (
+    ("0054c91397f2fe05", "A bottle of ale"),
+    ("01a7a5bb1cf2ad44", "The clock is at 3"),
+  ):
     pictures(folder, f"train_images/{id}.jpg")
     captions = [f"{words}.", f"{words} here."]
     rows += [
@@ -130,7 +133,8 @@ def textcaps(folder: pathlib.Path) -> None:
 def ten(*answers: str) -> list[dict[str, Any]]:
   said = [*answers, *[answers[0]] * 10][:10]
   return [
-    {"answer": answer, "answer_confidence": "yes", "answer_id": i} for i, answer in enumerate(said, 1)
+    {"answer": answer, "answer_confidence": "yes", "answer_id": i}
+    for i, answer in enumerate(said, 1)
   ]
 
 
@@ -173,7 +177,10 @@ def vizwiz(folder: pathlib.Path) -> None:
       "answerable": int(kind == "other"),
     }
     for i, (question, answer, kind) in enumerate(
-      [("Ok. What color is this?", "green", "other"), ("what is it", "unanswerable", "unanswerable")]
+      [
+        ("Ok. What color is this?", "green", "other"),
+        ("what is it", "unanswerable", "unanswerable"),
+      ]
     )
   ]
   pictures(folder, *(f"val/{row['image']}" for row in rows))
@@ -463,7 +470,9 @@ def nlvr2(folder: pathlib.Path) -> None:
       "synset": "acorn",
       "query": "acorns0",
     }
-    for i, (sentence, label) in enumerate([("There is an empty glass.", "False"), ("A dog.", "True")])
+    for i, (sentence, label) in enumerate(
+      [("There is an empty glass.", "False"), ("A dog.", "True")]
+    )
   ]
   pictures(folder, *(f"test1/test1-0-{i}-img{side}.png" for i in (0, 1) for side in (0, 1)))
   write_lines(folder / "test1.json", rows)
@@ -482,7 +491,12 @@ def refcoco(folder: pathlib.Path, name: str, refs: str) -> None:
     "category_id": 1,
   }
   rows = [ref(0, "val", 7, "lady on the right ", "woman"), ref(1, "train", 8, "man")]
-  image = {"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "width": 640, "height": 480}
+  image = {
+    "id": 581857,
+    "file_name": "COCO_train2014_000000581857.jpg",
+    "width": 640,
+    "height": 480,
+  }
   boxes = [(7, [320.0, 120.0, 160.0, 240.0]), (8, [0.0, 0.0, 64.0, 48.0])]
   notes = [{"id": id, "image_id": 581857, "bbox": box, "category_id": 1} for id, box in boxes]
   pictures(folder, f"train2014/{image['file_name']}")
@@ -542,7 +556,11 @@ def arc(folder: pathlib.Path, name: str) -> None:
   def question(id: str, answer: str, labels: str) -> dict[str, Any]:
     texts = ["heavy", "fast", "red", "old"]
     choices = [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)]
-    return {"id": id, "question": {"stem": "What is a car?", "choices": choices}, "answerKey": answer}
+    return {
+      "id": id,
+      "question": {"stem": "What is a car?", "choices": choices},
+      "answerKey": answer,
+    }
 
   rows = [question("Mercury_1", "B", "ABCD"), question("NYSEDREGENTS_2", "3", "1234")]
   write_lines(folder / name, rows)
@@ -579,7 +597,12 @@ def hellaswag(folder: pathlib.Path) -> None:
     "split": "val",
     "split_type": "indomain",
     "label": 3,
-    "endings": ["sleeps [substeps] now.", "is ripping.", "is rappelling.", "starts [title] pulling."],
+    "endings": [
+      "sleeps [substeps] now.",
+      "is ripping.",
+      "is rappelling.",
+      "starts [title] pulling.",
+    ],
     "source_id": "activitynet~v_-JhWjGDPHMY",
   }
   write_lines(folder / "hellaswag_val.jsonl", [row, {**row, "label": 0}])
