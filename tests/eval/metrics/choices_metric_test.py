@@ -67,7 +67,7 @@ def test_mmmu_guesses_repeatably():
 
 
 def test_mmmu_finds_open_answers_at_the_end_of_lines():
-  assert choices.mmmu_open("First so.\nThe answer is 1,234.567") == [1234.57, 1234.0, 567.0]
+  assert choices.mmmu_open("First so.\nThe answer is 1,234.567") == [1234.57, 1234.0, 234.57]
   assert choices.mmmu_open_accuracy("The result is 5 m", ["5"]) == 1
   assert choices.mmmu_open_accuracy("x = 3.14159", ["3.14"]) == 1
   assert choices.mmmu_open_accuracy("It is the Red Cross", ["red cross"]) == 1

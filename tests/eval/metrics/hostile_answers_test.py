@@ -12,8 +12,6 @@ from mm1_jax.eval.metrics import boxes, captions, limits, strings, vqa
 LONG = 10_000_000
 # Each is repeated: the patterns of some metric could take a time that grows with the square.
 REPEATED = [
-  "a ",
-  "9",
   "9.",
   "1,",
   "1,000,",
@@ -23,7 +21,6 @@ REPEATED = [
   "a.",
   "A ",
   '"',
-  "'s",
   "-",
   "@",
   "a@",
@@ -49,8 +46,8 @@ ODD = [
   "\x00",
   "\ud800",
   "\udfff\ud800",
-  "٣٤",
-  "٣.٥%",
+  "\u0663\u0664",
+  "\u0663.\u0665%",
   "\u2028",
   "İ",
   "ﬀ",
@@ -64,7 +61,9 @@ def case(reply: str) -> Case:
   return Case(reply, ("yes", "a cat", "7", *["dog"] * 7), ("a cat", "dog", "7", "none"))
 
 
-@pytest.mark.parametrize("piece", REPEATED)
+@pytest.mark.parametrize(
+  "piece", ["a ", "9", "'s", *(pytest.param(piece, marks=pytest.mark.slow) for piece in REPEATED)]
+)
 def test_ten_million_characters_are_read_as_far_as_stated(piece):
   reply = (piece * (LONG // len(piece) + 1))[:LONG]
   beginning = case(limits.cut(reply))
