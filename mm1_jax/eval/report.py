@@ -215,9 +215,10 @@ def _text_core(entries: Iterable[Mapping[str, Any]], limit: int | None) -> str:
   if len(means) < len(published.TEXT_CORE_TASKS):
     return ""
   mean = 100 * sum(means.values()) / len(means)
+  part = "" if limit is None else f" (at most {limit:,} items each)"
   return (
-    f"TextCore: ours {mean:.1f}, the mean of {', '.join(means)}"
-    f"{'' if limit is None else f' (at most {limit:,} items each)'}. MM1 reports {published.TEXT_CORE} for its\n"
+    f"TextCore: ours {mean:.1f}, the mean of {', '.join(means)}{part}. MM1 reports "
+    f"{published.TEXT_CORE} for its\n"
     "ablation with a 1.2B decoder and the mixture it chose (figure 5); which metric of each\n"
     "benchmark it takes, and whether it has both parts of ARC, is not known.\n"
   )
