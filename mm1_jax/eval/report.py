@@ -199,7 +199,8 @@ def _beside(
       metric or "-",
       value_of(metric, entry["values"][metric]) if metric else "not scored here",
       *(
-        f"**{shown.get(m, '-')}**" if m == nearest else shown.get(m, "-") for m in published.MODELS
+        f"**{shown[m]}**" if m == nearest and m in shown else shown.get(m, "-")
+        for m in published.MODELS
       ),
       "; ".join(differs),
     )
@@ -209,9 +210,10 @@ def _text_core(entries: Iterable[Mapping[str, Any]], limit: int | None) -> str:
   """Returns the mean over the benchmarks of TextCore, if all were evaluated; else ""."""
   means = {}
   for entry in entries:
+    headline = next(iter(entry["values"].values()), {"mean": None})["mean"]
     own = entry["control"] == "own" and entry["shots"] == 0
-    if own and entry["task"] in published.TEXT_CORE_TASKS and entry["values"]:
-      means[entry["task"]] = next(iter(entry["values"].values()))["mean"]
+    if own and entry["task"] in published.TEXT_CORE_TASKS and headline is not None:
+      means[entry["task"]] = headline
   if len(means) < len(published.TEXT_CORE_TASKS):
     return ""
   mean = 100 * sum(means.values()) / len(means)
