@@ -199,7 +199,8 @@ def _beside(
       metric or "-",
       value_of(metric, entry["values"][metric]) if metric else "not scored here",
       *(
-        f"**{shown.get(m, '-')}**" if m == nearest else shown.get(m, "-") for m in published.MODELS
+        f"**{shown[m]}**" if m == nearest and m in shown else shown.get(m, "-")
+        for m in published.MODELS
       ),
       "; ".join(differs),
     )
@@ -209,15 +210,17 @@ def _text_core(entries: Iterable[Mapping[str, Any]], limit: int | None) -> str:
   """Returns the mean over the benchmarks of TextCore, if all were evaluated; else ""."""
   means = {}
   for entry in entries:
+    headline = next(iter(entry["values"].values()), {"mean": None})["mean"]
     own = entry["control"] == "own" and entry["shots"] == 0
-    if own and entry["task"] in published.TEXT_CORE_TASKS and entry["values"]:
-      means[entry["task"]] = next(iter(entry["values"].values()))["mean"]
+    if own and entry["task"] in published.TEXT_CORE_TASKS and headline is not None:
+      means[entry["task"]] = headline
   if len(means) < len(published.TEXT_CORE_TASKS):
     return ""
   mean = 100 * sum(means.values()) / len(means)
+  part = "" if limit is None else f" (at most {limit:,} items each)"
   return (
-    f"TextCore: ours {mean:.1f}, the mean of {', '.join(means)}"
-    f"{'' if limit is None else f' (at most {limit:,} items each)'}. MM1 reports {published.TEXT_CORE} for its\n"
+    f"TextCore: ours {mean:.1f}, the mean of {', '.join(means)}{part}. MM1 reports "
+    f"{published.TEXT_CORE} for its\n"
     "ablation with a 1.2B decoder and the mixture it chose (figure 5); which metric of each\n"
     "benchmark it takes, and whether it has both parts of ARC, is not known.\n"
   )
