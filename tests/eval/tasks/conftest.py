@@ -3,6 +3,7 @@
 
 import base64
 import csv
+import functools
 import io
 import json
 import pathlib
@@ -711,5 +712,5 @@ def official(tmp_path) -> Callable[[str], pathlib.Path]:
 
 @pytest.fixture
 def items(official) -> Callable[[str], list]:
-  """Returns a function that reads a task's official files."""
-  return lambda name: tasks.read_items(tasks.get_task(name), official(name))
+  """Returns a function that reads a task's official files, once in a test."""
+  return functools.cache(lambda name: tasks.read_items(tasks.get_task(name), official(name)))
