@@ -107,7 +107,10 @@ def nocaps(folder: pathlib.Path) -> None:
 
 def textcaps(folder: pathlib.Path) -> None:
   rows = []
-  for id, words in (("0054c91397f2fe05", "A bottle of ale"), ("01a7a5bb1cf2ad44", "The clock is at 3")):
+  for id, words in (
+    ("0054c91397f2fe05", "A bottle of ale"),
+    ("01a7a5bb1cf2ad44", "The clock is at 3"),
+  ):
     pictures(folder, f"train_images/{id}.jpg")
     captions = [f"{words}.", f"{words} here."]
     rows += [
@@ -131,7 +134,8 @@ def textcaps(folder: pathlib.Path) -> None:
 def ten(*answers: str) -> list[dict[str, Any]]:
   said = [*answers, *[answers[0]] * 10][:10]
   return [
-    {"answer": answer, "answer_confidence": "yes", "answer_id": i} for i, answer in enumerate(said, 1)
+    {"answer": answer, "answer_confidence": "yes", "answer_id": i}
+    for i, answer in enumerate(said, 1)
   ]
 
 
@@ -174,7 +178,10 @@ def vizwiz(folder: pathlib.Path) -> None:
       "answerable": int(kind == "other"),
     }
     for i, (question, answer, kind) in enumerate(
-      [("Ok. What color is this?", "green", "other"), ("what is it", "unanswerable", "unanswerable")]
+      [
+        ("Ok. What color is this?", "green", "other"),
+        ("what is it", "unanswerable", "unanswerable"),
+      ]
     )
   ]
   pictures(folder, *(f"val/{row['image']}" for row in rows))
@@ -314,11 +321,12 @@ def mmbench(folder: pathlib.Path) -> None:
       "image": base64_of("green") if k == 0 else str(i),
       **base,
     }
+    for k in range(3)  # all questions, then all once rotated, ...
     for i, question, hint, choices, right in [
       (241, "What is it?", "Think\tof\nanimals.", ["cat", "dog", "None"], 2),
       (252, 'Is it "red"?', "", ["yes", "no"], 0),
     ]
-    for k in range(len(choices))
+    if k < len(choices)
   ]
   write_tsv(folder / "MMBench_DEV_EN.tsv", rows)
 
@@ -397,14 +405,15 @@ def pope(folder: pathlib.Path) -> None:
     write_lines(folder / f"coco_pope_{kind}.json", rows)
 
 
-PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
-COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+PLAIN = ("existence", "count", "position", "color", "OCR")
+APART = ("posters", "celebrity", "scene", "landmark", "artwork")  # texts and pictures
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
 def mme(folder: pathlib.Path) -> None:
   ask = "Please answer yes or no."
-  for category in PERCEPTION + COGNITION:
-    apart = category in ("posters", "celebrity", "scene", "landmark", "artwork")
+  for category in PLAIN + APART + COGNITION:
+    apart = category in APART
     for name in ("0001", "0002"):
       texts = f"Is it A? {ask}\tYes\nIs it B? {ask}\tNo\n"
       inside = folder / "MME_Benchmark_release_version" / category
@@ -464,7 +473,9 @@ def nlvr2(folder: pathlib.Path) -> None:
       "synset": "acorn",
       "query": "acorns0",
     }
-    for i, (sentence, label) in enumerate([("There is an empty glass.", "False"), ("A dog.", "True")])
+    for i, (sentence, label) in enumerate(
+      [("There is an empty glass.", "False"), ("A dog.", "True")]
+    )
   ]
   pictures(folder, *(f"test1/test1-0-{i}-img{side}.png" for i in (0, 1) for side in (0, 1)))
   write_lines(folder / "test1.json", rows)
@@ -483,7 +494,12 @@ def refcoco(folder: pathlib.Path, name: str, refs: str) -> None:
     "category_id": 1,
   }
   rows = [ref(0, "val", 7, "lady on the right ", "woman"), ref(1, "train", 8, "man")]
-  image = {"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "width": 640, "height": 480}
+  image = {
+    "id": 581857,
+    "file_name": "COCO_train2014_000000581857.jpg",
+    "width": 640,
+    "height": 480,
+  }
   boxes = [(7, [320.0, 120.0, 160.0, 240.0]), (8, [0.0, 0.0, 64.0, 48.0])]
   notes = [{"id": id, "image_id": 581857, "bbox": box, "category_id": 1} for id, box in boxes]
   pictures(folder, f"train2014/{image['file_name']}")
@@ -543,7 +559,11 @@ def arc(folder: pathlib.Path, name: str) -> None:
   def question(id: str, answer: str, labels: str) -> dict[str, Any]:
     texts = ["heavy", "fast", "red", "old"]
     choices = [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)]
-    return {"id": id, "question": {"stem": "What is a car?", "choices": choices}, "answerKey": answer}
+    return {
+      "id": id,
+      "question": {"stem": "What is a car?", "choices": choices},
+      "answerKey": answer,
+    }
 
   rows = [question("Mercury_1", "B", "ABCD"), question("NYSEDREGENTS_2", "3", "1234")]
   write_lines(folder / name, rows)
@@ -580,7 +600,12 @@ def hellaswag(folder: pathlib.Path) -> None:
     "split": "val",
     "split_type": "indomain",
     "label": 3,
-    "endings": ["sleeps [substeps] now.", "is ripping.", "is rappelling.", "starts [title] pulling."],
+    "endings": [
+      "sleeps [substeps] now.",
+      "is ripping.",
+      "is rappelling.",
+      "starts [title] pulling.",
+    ],
     "source_id": "activitynet~v_-JhWjGDPHMY",
   }
   write_lines(folder / "hellaswag_val.jsonl", [row, {**row, "label": 0}])

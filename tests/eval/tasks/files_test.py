@@ -97,7 +97,9 @@ def test_a_picture_is_looked_for_when_it_is_read(official, tmp_path):
   first, second = tasks.read_items(tasks.get_task("vizwiz"), folder)
   assert files.read_picture(first.pictures[0], first).startswith(b"\x89PNG")
   assert files.read_picture(b"abc", first) == b"abc"
-  with pytest.raises(EvalError, match=r"VizWiz_val_00000001.jpg' of item '.*' is missing: download"):
+  with pytest.raises(
+    EvalError, match=r"VizWiz_val_00000001.jpg' of item '.*' is missing: download"
+  ):
     files.read_picture(second.pictures[0], second)
 
 
@@ -124,12 +126,27 @@ def test_coco_pictures_may_be_shared(official, tmp_path):
       ("393225001", "262148000"),
       "entry 2: the id '262148000' is there twice",
     ),
-    ("gqa", "testdev_balanced_questions.json", ("201640614", "201307251"), "the key '201307251' twi"),
+    (
+      "gqa",
+      "testdev_balanced_questions.json",
+      ("201640614", "201307251"),
+      "the key '201307251' twi",
+    ),
     ("docvqa", "val_v1.0_withQT.json", ('"data"', '"rows"'), "it has no list 'data'"),
     ("docvqa", "val_v1.0_withQT.json", ("documents/", "../"), "picture '../49153.png' is not in"),
     ("seed", "SEED-Bench.json", ('"C"', '"E"'), "the answer 'E' is none of the letters of 4"),
-    ("scienceqa_img", "problems.json", ('"answer": 0', '"answer": 3'), "entry 1 is not of the form"),
-    ("mme", "MME_Benchmark_release_version/count/0001.txt", ("\tYes", " Yes"), "0001.txt', entry 1"),
+    (
+      "scienceqa_img",
+      "problems.json",
+      ('"answer": 0', '"answer": 3'),
+      "entry 1 is not of the form",
+    ),
+    (
+      "mme",
+      "MME_Benchmark_release_version/count/0001.txt",
+      ("\tYes", " Yes"),
+      "0001.txt', entry 1",
+    ),
     ("flickr30k", "Annotations/36979.xml", ("<width>100", "<width>"), "36979.xml' is not of the"),
   ],
 )

@@ -27,7 +27,9 @@ def own(tmp_path):
 def test_captions(own, tmp_path):
   rows = [
     {"id": f"coco/{i}", "source": "coco", "image": f"images/{i}.jpg", "captions": captions}
-    for i, captions in enumerate([["A man rides.", "A man on a horse."], ["Two red cups.", "Cups."]])
+    for i, captions in enumerate(
+      [["A man rides.", "A man on a horse."], ["Two red cups.", "Cups."]]
+    )
   ]
   task, items = own(*rows)
   assert items[0].pictures == (epath.Path(tmp_path) / "images/0.jpg",)
@@ -107,7 +109,10 @@ def test_text_alone_is_compared_by_likelihood_first(own):
   assert list(task.forms) == ["text", "sft"]
   options = task.forms["text"].options
   assert options
-  assert options(items[0]) == [(["Question: Why?\nAnswer:"], " a"), (["Question: Why?\nAnswer:"], " b")]
+  assert options(items[0]) == [
+    (["Question: Why?\nAnswer:"], " a"),
+    (["Question: Why?\nAnswer:"], " b"),
+  ]
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,15 @@ def test_the_protocols_differ_as_published():
     assert (forms["openflamingo"].num_beams, forms["openflamingo"].text_demonstrations) == (3, 2)
   assert vqa["mm1"].stop == ("\n", ".", ",", "Question")
   assert coco["mm1"].stop == ("\n",)
-  lengths = {"gqa": 16, "mmmu": 128, "pope": 128, "docvqa": 32, "chartqa": 16, "coco": 64, "mme": 16}
+  lengths = {
+    "gqa": 16,
+    "mmmu": 128,
+    "pope": 128,
+    "docvqa": 32,
+    "chartqa": 16,
+    "coco": 64,
+    "mme": 16,
+  }
   for name, length in lengths.items():
     assert tasks.get_task(name).forms["sft"].max_new_tokens == length
 
