@@ -5,6 +5,7 @@
   comments;
 - `reference/metrics.md`: what a run logs, from `mm1_jax/legend.py`;
 - `reference/cli.md`: commands and flags, from the parsers that answer --help;
+- `reference/tasks.md`: benchmarks, from `mm1_jax/eval/tasks/`;
 - `reference/api.md`: the classes that Python programs use, from their docstrings;
 - in `reference/architecture.md` the fields of a batch, and the tree, from the first sentence of
   each file.
@@ -31,6 +32,9 @@ from typing import Annotated, Any, Literal
 from mm1_jax import __main__ as front_door
 from mm1_jax import cli, config, legend
 from mm1_jax.batch import Batch
+from mm1_jax.eval import tasks
+from mm1_jax.eval.task import Task
+from mm1_jax.eval.tasks import own
 from mm1_jax.inference import beam, model, sampler
 from mm1_jax.ranges import Range
 
@@ -51,6 +55,7 @@ def pages() -> dict[pathlib.Path, str]:
     REFERENCE / "config.md": config_page(),
     REFERENCE / "metrics.md": metrics_page(),
     REFERENCE / "cli.md": cli_page(),
+    REFERENCE / "tasks.md": tasks_page(),
     REFERENCE / "api.md": api_page(),
     architecture: _fill(architecture.read_text(), {"batch": batch_table(), "tree": tree()}),
   }
@@ -220,6 +225,60 @@ def metrics_page() -> str:
       'losses = read_metrics("runs/mm1_debug")["loss"]  # {step: value}\n'
       'load = read_tables("runs/mm1_debug").get("moe/load")  # {step: array of two dims}\n```\n',
     ]
+  )
+
+
+# --- Benchmarks ---
+
+KINDS = {
+  "captions": "Captions",
+  "vqa": "Visual questions",
+  "choices": "Multiple choice",
+  "yes_no": "Yes or no",
+  "documents": "Documents and charts",
+  "pairs": "Pairs of pictures",
+  "grounding": "Grounding",
+  "judged": "Judged answers",
+  "text": "Text",
+}
+
+
+def tasks_page() -> str:
+  """Returns the page of benchmarks, kind by kind."""
+  parts = [
+    NOTICE,
+    "# Benchmarks\n",
+    "A task reads a benchmark's official files. Put them into a folder with their official\n"
+    "names, pictures unpacked beside them; where names of several benchmarks collide, into a\n"
+    "folder of the task's name within that. COCO's pictures may be shared: `val2014/` in either.\n"
+    "The split in bold is scored unless another is named. Parquet needs the extra `eval`.\n",
+  ]
+  for kind in tasks.KINDS:
+    name = kind.__name__.split(".")[-1]
+    parts.append(f"## {KINDS[name]}\n\n{''.join(map(_task, kind.TASKS))}")
+  parts.append(f"## Your own\n\n{_code_blocks(str(inspect.getdoc(own)))}")
+  return "\n".join(parts)
+
+
+def _task(task: Task) -> str:
+  splits = ", ".join(f"**{s}**" if s == task.split else s for s in task.splits)
+  shots = f"; demonstrations of {task.demonstrations}" if task.demonstrations else ""
+  answers = "yes" if task.submission else "no"
+  rows = [
+    ("splits", f"{splits}{shots}"),
+    ("forms", ", ".join(f"`{name}`" for name in task.forms)),
+    ("score", task.metric),
+    ("answer file", answers),
+    ("files", ", ".join(f"`{name}`" for name in task.files)),
+    ("from", task.source),
+  ]
+  return f"### {task.title}\n\n{table((f'`{task.name}`', ''), rows)}\n"
+
+
+def _code_blocks(text: str) -> str:
+  """Returns a docstring whose indented lines are code."""
+  return (
+    re.sub(r"(?m)((?:^  .*\n)+)", lambda m: f"```text\n{textwrap.dedent(m[1])}```\n", text) + "\n"
   )
 
 

@@ -112,10 +112,7 @@ def read_ai2d(folder: epath.Path, split: str) -> list[Item]:
     picture = files.picture(pictures, image)
     yield Item(q["questionId"], question, (picture,), (texts[right],), texts, right)
 
-  found = files.all_items((p for p in chosen if rows(p)), rows, make)
-  if not found:
-    raise EvalError(f"'{folder}' has no diagram of split '{split}' in questions/.")
-  return found
+  return files.items(paths[0].parent, (row for p in chosen for row in rows(p)), make)
 
 
 def ai2d_rule(item: Item, answer: str) -> str | None:
@@ -156,7 +153,7 @@ def read_seed(folder: epath.Path, split: str) -> list[Item]:
 
 
 def read_mmbench(folder: epath.Path, split: str) -> list[Item]:
-  """Each question in all rotations of its choices.
+  """Each question in all rotations of its choices, one after the other.
 
   The files have them, `ROTATION` apart by index; where a file has none, they are made.
   """
@@ -166,7 +163,7 @@ def read_mmbench(folder: epath.Path, split: str) -> list[Item]:
     raise EvalError(f"'{path}', index '{wrong[0]}': it is no number, or has no choices.")
   if len({question_of(item) for item in items}) == len(items):
     items = [rotated for item in items for rotated in rotations(item)]
-  return items
+  return sorted(items, key=lambda item: (question_of(item), int(item.id)))
 
 
 def question_of(item: Item) -> int:
@@ -220,8 +217,12 @@ def circular_score(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
     "accuracy": estimate(right.astype(float)),
     **scoring.by_group("circular_accuracy", values, asked, "l2-category"),
   }
-  counts = scoring.seen(answers) | {"no choice found": sum(said is None for said in named)}
-  return Scores(estimates, per_item, right, counts)
+  parts = [rotated for rotated in of.values() if len(rotated) < len(items[rotated[0]].choices)]
+  counts = {
+    "no choice found": sum(said is None for said in named),
+    "questions without all rotations": len(parts),
+  }
+  return Scores(estimates, per_item, right, scoring.seen(answers) | counts)
 
 
 # --- MMMU ---

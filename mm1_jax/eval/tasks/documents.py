@@ -75,7 +75,7 @@ def _document_task(name: str, title: str, names: Mapping[str, tuple[str, ...]], 
   return Task(
     name=name,
     title=title,
-    read=functools.partial(read_documents, names, (place, f"{place}/documents", "images")),
+    read=functools.partial(read_documents, names, (place, "documents", "images")),
     splits=tuple(names),
     split="val",
     forms={"sft": prompts.short_answer(32)},

@@ -52,8 +52,8 @@ def read_refcoco(name: str, refs: str, folder: epath.Path, split: str) -> list[I
   def make(r: Any) -> Iterator[Item]:
     if r["split"] == split:
       image, (x, y, width, height) = images[r["image_id"]], boxes[r["ann_id"]]
-      size = np.array([image["width"], image["height"]] * 2)
-      box = np.array([x, y, x + width, y + height]) / size
+      across, down = image["width"], image["height"]
+      box = (x / across, y / down, (x + width) / across, (y + height) / down)
       picture = files.picture(pictures, image["file_name"])
       for i, sentence in enumerate(r["sentences"]):
         phrase, details = sentence["sent"].strip(), {"box": box}
@@ -69,7 +69,7 @@ def _instances(path: epath.Path) -> tuple[dict[Any, Any], dict[Any, Any]]:
   return {id: row[0] for id, row in images.items()}, {id: r[0]["bbox"] for id, r in notes.items()}
 
 
-def text_of(box: Sequence[float] | np.ndarray) -> str:
+def text_of(box: Sequence[float]) -> str:
   """Returns a box in shares as text, from 0 to 999."""
   return f"<{','.join(str(min(max(int(1000 * value), 0), 999)) for value in box)}>"
 
@@ -84,15 +84,15 @@ def read_flickr30k(folder: epath.Path, split: str) -> list[Item]:
   pictures = files.below(folder, "flickr30k-images", "flickr30k_images")
 
   def make(id: str) -> Iterator[Item]:
+    picture = files.picture(pictures, f"{id}.jpg")
     boxes = _boxes(folder / "Annotations" / f"{id}.xml")
     text = files.read_text(folder / "Sentences" / f"{id}.txt")
-    picture = files.picture(pictures, f"{id}.jpg")
     for i, sentence in enumerate(filter(None, map(str.strip, text.splitlines()))):
       for j, (entity, phrase) in enumerate(_ENTITY.findall(sentence)):
         if entity in boxes:
-          of = np.array(boxes[entity])
-          answers = tuple(text_of(box) for box in of)
-          yield Item(f"{id}/{i}/{j}", phrase, (picture,), answers, details={"boxes": of})
+          answers = tuple(text_of(box) for box in boxes[entity])
+          details = {"boxes": boxes[entity]}
+          yield Item(f"{id}/{i}/{j}", phrase, (picture,), answers, details=details)
 
   return files.items(path, files.read_text(path).split(), make)
 
@@ -139,7 +139,7 @@ def _refcoco_task(name: str, title: str, refs: str, splits: tuple[str, ...]) -> 
     forms=FORMS,
     score=mean_score(
       {
-        "accuracy": lambda item, answer: refcoco(answer, item.details["box"]),
+        "accuracy": lambda item, answer: refcoco(answer, np.array(item.details["box"])),
         "has_a_box": _is_box,
       }
     ),

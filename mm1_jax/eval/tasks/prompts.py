@@ -7,7 +7,9 @@ here. Form "mm1" is MM1's protocol (arXiv 2403.09611): greedy, no demonstrations
 "openflamingo" has beams of 3 and two demonstrations without pictures at 0 shots.
 
 A user's turn begins with its pictures, each on a line, as in the conversations that
-`mm1_jax.data.build.official` makes for fine-tuning; its words are lmms-eval's.
+`mm1_jax.data.build.official` makes for fine-tuning; its words are lmms-eval's (0.7.3). Where that
+has no limit on a short reply, or one for long reasoning (MathVista, MMBench), it is 16 to 128
+tokens here.
 """
 
 import re

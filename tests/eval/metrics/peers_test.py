@@ -49,7 +49,8 @@ def test_a_metric_is_what_its_own_program_says(metric):
         assert explained(metric, case, ours, theirs), (name, case, ours, theirs)
 
 
-@pytest.mark.parametrize("metric", list(OURS))
+# Exactly "yes" or "no" is rare here; `metric_cases.yes_no_replies` has all kinds of it.
+@pytest.mark.parametrize("metric", [metric for metric in OURS if metric != "yes/no exactly"])
 def test_recorded_answers_are_of_many_kinds(metric):
   """A metric that is always 0 would agree with anything."""
   answers = [str(answer) for of_set in PEERS["answers"][metric].values() for answer in of_set]

@@ -3,6 +3,7 @@
 
 import base64
 import csv
+import functools
 import io
 import json
 import pathlib
@@ -320,11 +321,12 @@ def mmbench(folder: pathlib.Path) -> None:
       "image": base64_of("green") if k == 0 else str(i),
       **base,
     }
+    for k in range(3)  # all questions, then all once rotated, ...
     for i, question, hint, choices, right in [
       (241, "What is it?", "Think\tof\nanimals.", ["cat", "dog", "None"], 2),
       (252, 'Is it "red"?', "", ["yes", "no"], 0),
     ]
-    for k in range(len(choices))
+    if k < len(choices)
   ]
   write_tsv(folder / "MMBench_DEV_EN.tsv", rows)
 
@@ -403,14 +405,15 @@ def pope(folder: pathlib.Path) -> None:
     write_lines(folder / f"coco_pope_{kind}.json", rows)
 
 
-PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
-COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+PLAIN = ("existence", "count", "position", "color", "OCR")
+APART = ("posters", "celebrity", "scene", "landmark", "artwork")  # texts and pictures
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
 def mme(folder: pathlib.Path) -> None:
   ask = "Please answer yes or no."
-  for category in PERCEPTION + COGNITION:
-    apart = category in ("posters", "celebrity", "scene", "landmark", "artwork")
+  for category in PLAIN + APART + COGNITION:
+    apart = category in APART
     for name in ("0001", "0002"):
       texts = f"Is it A? {ask}\tYes\nIs it B? {ask}\tNo\n"
       inside = folder / "MME_Benchmark_release_version" / category
@@ -734,5 +737,5 @@ def official(tmp_path) -> Callable[[str], pathlib.Path]:
 
 @pytest.fixture
 def items(official) -> Callable[[str], list]:
-  """Returns a function that reads a task's official files."""
-  return lambda name: tasks.read_items(tasks.get_task(name), official(name))
+  """Returns a function that reads a task's official files, once in a test."""
+  return functools.cache(lambda name: tasks.read_items(tasks.get_task(name), official(name)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every task: official files are read, damage is told, perfect answers score best."""
+"""For every task: official files are read, damage is told, perfect answers score best."""
 
 import json
 import re
@@ -119,7 +119,7 @@ def test_empty_answers_are_counted_and_hostile_ones_scored(name, items):
 def test_what_has_no_published_answer_is_not_scored(name, items):
   task, found = tasks.TASKS[name], items(name)
   hidden = Item("hidden", "?", details=found[0].details)
-  with pytest.raises(EvalError, match="1 of .* no published answer, first 'hidden'"):
+  with pytest.raises(EvalError, match=r"1 of .* no published answer, first 'hidden'"):
     task.score([*found, hidden], ["x"] * (len(found) + 1))
   with pytest.raises(EvalError, match="no item"):
     task.score([], [])
