@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 LIBTPU := .venv/libtpu/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-long lint docs libtpu clean
+.PHONY: help run test-fast test test-slow test-long lint docs libtpu clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,11 +15,17 @@ help:  ## Show this list.
 run: $(STAMP)  ## Train a tiny MM1 on the sample data, ask it about pictures, write runs/demo.
 	$(BIN)/python -m launch.demo --workdir=runs/demo
 
-test: $(STAMP) $(LIBTPU)  ## Run the fast tests.
-	$(BIN)/python -m pytest -n 2
+# A file's tests share compiled programs, so a process takes whole files.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile
 
-test-slow: $(STAMP) $(LIBTPU)  ## Run the slow tests: whole runs, crashes, full-size configs.
-	$(BIN)/python -m pytest -m slow -n 2 || test $$? -eq 5  # 5: there are none
+test-fast: $(STAMP)  ## Run the tests that compile no model: config, data, commands, docs. Under a minute.
+	$(PYTEST) -m 'not slow and not long and not compiles'
+
+test: $(STAMP) $(LIBTPU)  ## Run all tests but the slow ones.
+	$(PYTEST)
+
+test-slow: $(STAMP) $(LIBTPU)  ## Run the slow tests: whole runs, all meshes; SLOW_SHARD=1/4, a part of them.
+	$(BIN)/python -m pytest -n 2 -m slow || test $$? -eq 5  # 5: there are none
 
 test-long: $(STAMP)  ## Run the tests that CI leaves out: several processes that train and die, the notebook.
 	$(BIN)/python -m pytest -m long

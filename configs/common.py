@@ -16,6 +16,7 @@ def base(name: str) -> ConfigDict:
   """Returns every setting at its default."""
   values = RunConfig(name=name).to_dict()
   values["data"].update(sources={}, eval_sources={})  # by name, see `mixture`
+  values["eval_tasks"] = {}  # by name, too
   return ConfigDict(values)
 
 

@@ -24,7 +24,8 @@ _BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": F
 def merge(values: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
   """Returns a config's plain values with overrides put in, the last of equal keys.
 
-  The keys of a group that is None make it, at its defaults. An entry of a list is named by its name
+  The keys of a group that is None make it, at its defaults; so do those of a new entry of
+  `eval_tasks`. An entry of a list is named by its name
   (`data.sources.captions.weight`), or by its number where it has none (`data.reweight.0.step`).
 
   Raises:
@@ -77,6 +78,8 @@ def _put_in_list(entry: Any, value: Any, keys: list[str], text: str, where: str)
     named = dict(value or ())
   else:
     named = {_name(one, i): one for i, one in enumerate(value or ())}
+  if name not in named and getattr(entry, "made_by_name", False):
+    named = {**named, name: {} if isinstance(value, Mapping) else {"name": name}}
   if name not in named:
     near = difflib.get_close_matches(name, named, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""

@@ -27,6 +27,8 @@ from mm1_jax.train.step import TrainState, init_state
 from tests.helpers import tiny
 from tests.helpers.records import TOKENIZER
 
+pytestmark = pytest.mark.compiles
+
 ONE, EIGHT = (1, 1, 1, 1), (2, 2, 2, 1)
 DATA = {"batch": 7, "plan": {"window": 1, "carry": [[0, 5, 12], [1, 2, 3]]}, "fingerprint": "ab"}
 

@@ -24,6 +24,7 @@ from mm1_jax.config import (
   ConnectorConfig,
   DataConfig,
   DecoderConfig,
+  EvalTaskConfig,
   MeshConfig,
   ModelConfig,
   MoEConfig,
@@ -600,7 +601,7 @@ def test_each_number_has_a_range_and_nothing_outside_is_taken(name):
   """However a group is made; the message has the number's path, its value and the range."""
   cls, field, kind, bounds, wrap = NUMBERS[name]
   assert bounds is not None, f"{name} has no range; see mm1_jax/ranges.py"
-  needed = {SourceConfig: ("a", "x"), ReweightConfig: (1, (("a", 1.0),))}
+  needed = {EvalTaskConfig: ("a",), SourceConfig: ("a", "x"), ReweightConfig: (1, (("a", 1.0),))}
   good = cls(*needed.get(cls, ()))
   for bad in refused(bounds, kind):
     with pytest.raises(ConfigError) as error:

@@ -10,7 +10,7 @@ import sys
 import pytest
 from absl import flags
 
-from tests.helpers import shapes
+from tests.helpers import shapes, shards
 
 NUM_DEVICES = 8
 
@@ -37,3 +37,24 @@ def pytest_configure(config: pytest.Config) -> None:
   shapes.check_annotations()
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_to_compile() -> None:
+  """Programs of this process are tiny, and compile for longer than they run.
+
+  Those that tests start as processes run as they do for users.
+  """
+  import jax
+
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+  """Keeps one shard of the tests, where $SLOW_SHARD asks for it."""
+  shard = os.environ.get("SLOW_SHARD")
+  if not shard:
+    return
+  left_out = [item for item in items if not shards.holds(shard, item.nodeid)]
+  config.hook.pytest_deselected(items=left_out)
+  items[:] = [item for item in items if shards.holds(shard, item.nodeid)]

@@ -7,6 +7,7 @@ However a run of ten steps is cut up, its losses and its last checkpoint are the
 import io
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -128,14 +129,17 @@ def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
 UNEQUAL = ("speed/", "memory/")  # names of metrics that are of the machine
 
 
-def assert_same_run(actual: pathlib.Path, expected: pathlib.Path) -> None:
+def assert_same_run(
+  actual: pathlib.Path, expected: pathlib.Path, *, others: tuple[str, ...] = ()
+) -> None:
+  """All but metrics of the machine, and those that only the actual run has: `others`."""
   a, b = arrays(actual, NUM_STEPS), arrays(expected, NUM_STEPS)
   assert a.keys() == b.keys()
   for name, value in b.items():
     assert a[name].tobytes() == value.tobytes(), name
   a, b = read_metrics(actual), read_metrics(expected)
   names = {name for name in b if not name.startswith(UNEQUAL)}
-  assert names == {name for name in a if not name.startswith(UNEQUAL)}
+  assert names == {name for name in a if not name.startswith((*UNEQUAL, *others))}
   assert len(b["loss"]) == NUM_STEPS
   for name in names:
     assert a[name] == b[name], name
@@ -191,6 +195,40 @@ def test_another_seed_is_another_run(straight, tmp_path):
   """Else the comparisons above would hold for any run."""
   check_ok(run(tmp_path, train__seed=1))
   assert read_metrics(tmp_path)["loss"] != read_metrics(straight[0])["loss"]
+
+
+def test_benchmarks_inside_a_run_change_nothing_of_it(straight, tmp_path):
+  """Scored at steps 4 and 8 and at the end, from the run's own mesh and params."""
+  sample = ROOT / "mm1_jax" / "data" / "sample"
+  of_captions = {"task": "records:captions", "data": sample, "every": 4, "limit": 3, "form": "nats"}
+  result = run(tmp_path, **{f"eval_tasks__named__{k}": v for k, v in of_captions.items()})
+  check_ok(result)
+  scores = read_metrics(tmp_path)["eval_tasks/named/nats_per_token"]
+  assert [*scores] == [4, 8, NUM_STEPS]
+  assert scores[NUM_STEPS] < scores[4] < np.log(5000)
+  errors = read_metrics(tmp_path)["eval_tasks/named/nats_per_token/standard_error"]
+  assert all(error > 0 for error in errors.values())
+  line = re.search(r"step 8 \| eval_tasks/named/nats_per_token ([\d.]+) ± [\d.]+", result.stderr)
+  assert line
+  assert float(line[1]) == pytest.approx(scores[8], abs=1e-4)
+  assert_same_run(tmp_path, straight[0], others=("eval_tasks/",))
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "says"),
+  [
+    ("task", "records:gone", "no file matches"),
+    ("task", "coca", "no task 'coca'; near it: coco"),
+    ("limit", "0", "eval_tasks.named: limit 0 must lie in"),
+    ("task", "mm_vet", "has no score here"),
+  ],
+)
+def test_a_benchmark_that_cannot_be_is_told_before_the_first_step(tmp_path, key, value, says):
+  result = run(tmp_path, **{f"eval_tasks__named__{key}": value})
+  assert result.returncode == 1
+  assert says in result.stderr
+  assert "Traceback" not in result.stderr
+  assert not (tmp_path / "checkpoints").exists()
 
 
 def test_what_a_run_writes(straight):

@@ -7,6 +7,7 @@ checker then proves on made-up sources that every rule can fail.
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -166,6 +167,17 @@ SOURCES = sorted((ROOT / "mm1_jax").rglob("*.py"))
 def test_imports_point_inward(path: pathlib.Path):
   package = path.name == "__init__.py"
   assert violations(module_name(path), path.read_text(), package) == []
+
+
+@pytest.mark.parametrize("folder", ["configs", "bench", "launch", "tests"])
+def test_configs_have_one_name_and_tests_import_no_bench(folder):
+  """Also that nothing edits the path that modules are found on."""
+  banned = ("configs", "bench") if folder == "tests" else ("configs",)
+  for path in sorted((ROOT / folder).rglob("*.py")):
+    names = imported(path.read_text(), module_name(path), path.name == "__init__.py")
+    assert not [n for n in names if any(within(n, b) for b in banned)], path
+    edits = re.findall(r"sys\.path(?:\.append|\.insert| \+=|\[.*\] =)", path.read_text())
+    assert not edits or folder == "bench", path  # an export is a folder of modules
 
 
 def test_no_module_is_called_utils():

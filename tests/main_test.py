@@ -20,6 +20,8 @@ import pytest
 from mm1_jax import cli, inputs
 from mm1_jax.config import ConfigError
 
+pytestmark = pytest.mark.compiles
+
 ROOT = pathlib.Path(__file__).parents[1]
 DEBUG = "--config=configs/mm1_debug.py"
 

@@ -222,6 +222,27 @@ def test_two_processes_are_the_same_run_as_one(straight, tmp_path):
 
 
 @pytest.mark.long
+def test_benchmarks_inside_a_run_are_scored_by_all_processes(tmp_path):
+  sample = ROOT / "mm1_jax" / "data" / "sample"
+  tasks = {"nats": {"form": "nats"}, "said": {"form": "mm1"}}
+  given = {
+    f"eval_tasks__{name}__{key}": value
+    for name, task in tasks.items()
+    for key, value in {**task, "task": "records:captions", "data": sample, "limit": 3}.items()
+  }
+  scores = []
+  for num in (1, 2):
+    workdir = tmp_path / str(num)
+    check_ok(run(workdir, num, data__seq_len=128, mesh__tensor=2, mesh__fsdp=2, **given))
+    metrics = read_metrics(workdir)
+    names = [name for name in metrics if name.startswith("eval_tasks/")]
+    scores.append({name: metrics[name][NUM_STEPS] for name in names})
+  assert any("nats_per_token" in name for name in scores[0])
+  assert any("cider" in name for name in scores[0])
+  assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_on_two_continues_on_one(straight, tmp_path, victim):
   """kill -9 of one process in step 4: the other ends by itself, and says why."""

@@ -29,6 +29,8 @@ from mm1_jax.sharding import (
 )
 from mm1_jax.train.step import init_state
 
+pytestmark = pytest.mark.compiles
+
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "shardings"
 
 

@@ -11,6 +11,8 @@ from mm1_jax.ranges import Count, CountOrZero, Seed
 class EvalTaskConfig(Group, where="eval_tasks.{name}: "):
   """A small, fixed part of a benchmark."""
 
+  made_by_name = True
+
   name: str  # in metrics and overrides
   task: str = ""  # of `python -m mm1_jax.eval --list`, or a file; "" takes `name`
   data: str = "."  # folder of the benchmark's official files
@@ -19,4 +21,4 @@ class EvalTaskConfig(Group, where="eval_tasks.{name}: "):
   shots: CountOrZero = 0  # demonstrations in front of each
   form: str | None = None  # protocol; None takes the first that fits the model
   split: str | None = None  # None takes the task's default
-  seed: Seed = 0
+  seed: Seed = 0  # of the draw of items and demonstrations

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of all groups of settings."""
 
+from typing import ClassVar
+
 from mm1_jax import ranges
 from mm1_jax.config.errors import ConfigError
 
@@ -8,6 +10,7 @@ from mm1_jax.config.errors import ConfigError
 class Group:
   """Settings that belong together, checked however they are made: by number, then `_check`."""
 
+  made_by_name: ClassVar[bool] = False  # an override of a new name makes an entry of a list
   _where: str  # prefix of a field's name in messages; names fields in braces
 
   def __init_subclass__(cls, *, where: str):

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mm1_jax import cli, extras
-from mm1_jax.eval.task import EvalError
+from mm1_jax.config import UserError
 
 if TYPE_CHECKING:  # importing them takes seconds
   from etils import epath
@@ -60,7 +60,7 @@ def _evaluate(args: argparse.Namespace) -> None:
   from mm1_jax.inference import generate
 
   if args.checkpoint is None:
-    raise EvalError("--checkpoint=RUN is needed, and --tasks=NAME,NAME; --list names the tasks.")
+    raise UserError("--checkpoint=RUN is needed, and --tasks=NAME,NAME; --list names the tasks.")
   with distributed.joined(distributed.find_cluster()):
     step = checkpoint.find_step(args.checkpoint)
     chat = checkpoint.read_run(step.parent.parent).data.chat
@@ -93,11 +93,11 @@ def _settings(args: argparse.Namespace, chat: bool) -> "tuple[Settings, str]":
   tasks, data, controls = args.tasks, args.data, args.controls
   if args.sample:
     if tasks is not None:
-      raise EvalError("--sample names its own task; leave out --tasks.")
+      raise UserError("--sample names its own task; leave out --tasks.")
     tasks, data = (("records:sft",) if chat else ("records:captions",)), str(SAMPLE)
     controls = controls or ("own", "other", "blind")
   if not tasks:
-    raise EvalError("--tasks=NAME,NAME is needed; --list names the tasks, --sample is a first one.")
+    raise UserError("--tasks=NAME,NAME is needed; --list names the tasks, --sample is a first one.")
   settings = Settings(
     tasks=tasks,
     shots=args.shots,

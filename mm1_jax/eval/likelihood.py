@@ -29,7 +29,7 @@ from mm1_jax.batch import Batch
 from mm1_jax.data import packing
 from mm1_jax.eval.task import Content, Likelihood
 from mm1_jax.inference.model import Model, bucket, power_of_two
-from mm1_jax.inference.prompts import PromptError, Request, RoomError
+from mm1_jax.inference.prompts import Item, PromptError, Request, RoomError
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import LAYOUT, num_row_shards
 
@@ -120,12 +120,12 @@ def continuations(
 
 
 def of_document(
-  model: Model, context: Content, texts: Sequence[str], *, bos: bool = True
+  model: Model, context: Sequence[Item], texts: Sequence[str], *, bos: bool = True
 ) -> list[Continuation]:
   """Returns `continuations` of a document, of any length."""
   items, tail = list(context), ""
-  while items and isinstance(items[-1], str):
-    tail = items.pop() + tail
+  while items and isinstance(last := items[-1], str):
+    items, tail = items[:-1], last + tail
   stripped = tail.rstrip()
   spaces, tail = tail[len(stripped) :], stripped
   if items:
@@ -196,7 +196,7 @@ def _trees(asked: Sequence[Continuation], longest: int) -> list[_Tree]:
   for number, (context, target) in enumerate(asked):
     for image in context.images:
       if id(image) not in digests:
-        digests[id(image)] = hashlib.blake2b(np.ascontiguousarray(image)).digest()
+        digests[id(image)] = hashlib.blake2b(image.tobytes()).digest()
     key = (tuple(context.ids), *(digests[id(image)] for image in context.images))
     of_context = trees.setdefault(key, [])
     if not of_context or len(of_context[-1]) + len(target) - 1 > longest:

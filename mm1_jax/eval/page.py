@@ -30,7 +30,7 @@ SIDE, SMALL_SIDE = 224, 96  # pixels of an item's picture, and of a demonstratio
 # Different pictures on a page, items' first: about 20 MB in all.
 MOST_THUMBNAILS, MOST_SMALL = 1000, 2000
 NUM_THREADS = 4
-BAR = 180, 16  # pixels
+BAR = 140, 16  # pixels
 
 STYLE = """
 main { max-width: 1240px; } section { margin: 0 0 28px; }
@@ -42,9 +42,9 @@ th.left, td.left { text-align: left; } td, .text, dd { overflow-wrap: anywhere; 
 .card.right { border-left-color: #009e73; } .card.wrong { border-left-color: #c0260b; }
 .pictures { display: flex; flex-wrap: wrap; gap: 8px; flex: 0 1 auto; align-content: flex-start; }
 .words { flex: 1 1 460px; min-width: 0; } .words p { margin: 0 0 6px; }
-.picture { display: inline-block; width: 224px; max-width: 100%; border-radius: 4px;
+.picture { display: inline-block; max-width: 100%; border-radius: 4px;
   background: #eceef1 center / contain no-repeat; }
-.small .picture { width: 96px; vertical-align: middle; margin: 2px 6px 2px 0; }
+.small .picture { vertical-align: middle; margin: 2px 6px 2px 0; }
 .bad { color: #c0260b; font-weight: 600; } .good { color: #2f7a3f; font-weight: 600; }
 .problem { max-width: 224px; font-size: 13px; overflow-wrap: anywhere; }
 dl { margin: 0; display: grid; grid-template-columns: 84px 1fr; gap: 4px 8px; }
@@ -96,10 +96,7 @@ class _Pictures:
     for number, (key, (size, jpeg, problem)) in enumerate(zip(asked, found, strict=True)):
       self._names[key], self._problems[key] = f"p{number}", problem
       if not problem:
-        url = data_url(jpeg, "jpeg")
-        rules.append(
-          f".p{number} {{ aspect-ratio: {size[0]} / {size[1]}; background-image: url({url}); }}\n"
-        )
+        rules.append(_rules(f"p{number}", size, data_url(jpeg, "jpeg")))
     self.css = "".join(rules)
 
   def html(self, item: Item) -> str:
@@ -120,6 +117,16 @@ class _Pictures:
       f'<span class="picture {self._names[key]}" role=img title="{label}" aria-label="{label}">'
       "</span>"
     )
+
+
+def _rules(name: str, size: tuple[int, int], url: str) -> str:
+  """Returns the style of one picture: at its thumbnail's width, smaller among demonstrations."""
+  width, height = size
+  small = max(1, round(width * min(1.0, SMALL_SIDE / max(size))))
+  return (
+    f".{name} {{ width: {width}px; aspect-ratio: {width} / {height};"
+    f" background-image: url({url}); }}\n.small .{name} {{ width: {small}px; }}\n"
+  )
 
 
 def _distinct(pictures: Iterable[Picture]) -> dict[str, Picture]:
@@ -158,13 +165,13 @@ def _summary(values: Mapping[str, Any]) -> str:
     number += len(entry["files"])
   head = (
     "<tr><th>task<th class=left>split<th class=left>form<th>shots<th class=left>control<th>items"
-    "<th class=left>metric<th>value<th class=left>with one standard error"
+    "<th class=left>metric<th>value<th class=left>"
   )
   return (
     f"<section><div class=scroll><table>{head}{''.join(lines)}</table></div>"
-    "<p class=note>Shares are in %; a bar begins at 0 and ends at 100 %, or at the largest value "
-    "of its metric. In the last line of a control is the paired difference of items with their "
-    "own pictures and this control.</p>"
+    "<p class=note>Errors are standard errors. Shares are in %; a bar begins at 0 and ends at "
+    "100 %, or at the largest value of its metric. In the last line of a control is the paired "
+    "difference of items with their own pictures and this control.</p>"
     f"<details><summary>Run, versions and settings</summary><table>{facts}</table></details>"
     "</section>\n"
   )
@@ -319,7 +326,9 @@ def _card(shown: _Shown, form: Form, pictures: _Pictures) -> str:
   }[shown.right]
   score = "" if math.isnan(shown.score) else f" · score {shown.score:.3g}"
   details = "".join(
-    f" · {shorten(str(key), 40)}: {shorten(str(value), 80)}" for key, value in item.details.items()
+    f" · {shorten(str(key), 40)}: {shorten(str(value), 80)}"
+    for key, value in item.details.items()
+    if isinstance(value, str | int | float)
   )
   said = (
     f"<dt>answer<dd class=said>{elided(reply) or '(nothing)'}" if isinstance(reply, str) else ""

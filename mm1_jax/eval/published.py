@@ -25,7 +25,7 @@ TEXT_CORE_TASKS = (
   "arc_easy",
   "arc_challenge",
   "piqa",
-  "lambada_openai",
+  "lambada",
   "winogrande",
   "hellaswag",
   "sciq",
@@ -138,7 +138,7 @@ def beside(task: str, form: str, shots: int, split: str) -> list[Published]:
 
 
 def differs(
-  published: Published, *, metric: str, form: str, shots: int, split: str, part: bool
+  published: Published, *, metric: str, form: str, shots: int, split: str, limit: int | None
 ) -> list[str]:
   """Returns what differs between a published figure and ours, in words.
 
@@ -148,15 +148,15 @@ def differs(
     form: of ours.
     shots: of ours.
     split: of ours.
-    part: whether only some items of the split were evaluated.
+    limit: of items that were evaluated; None is all.
   """
   found = []
   if published.split == "":
     found.append(f"split: ours {split}, MM1's is not known")
   elif published.split not in (split, None):
     found.append(f"split: ours {split}, MM1's {published.split}")
-  if part:
-    found.append("ours is a part of the split")
+  if limit is not None:
+    found.append(f"ours: at most {limit:,} items of the split")
   if form == "openflamingo":
     found.append(_OPENFLAMINGO)
     found += [_TEXT_DEMONSTRATIONS] * (shots == 0)

@@ -17,8 +17,8 @@ from mm1_jax.eval.task import EvalError
 HEADER = ("task", "split", "form", "shots", "control", "n (dropped)", "metric", "value ± error")
 # A metric by group, such as MMMU's 30 subjects, has so many lines in a terminal.
 MOST_GROUPS = 12
-LONGEST = 22  # characters of a name in a terminal
-NOTE = "error: one standard error; shares are in %"
+WIDTHS = (18, 11, 12, 8, 9, 16, 20, 40)  # characters of a cell in a terminal, at most
+NOTE = "± one standard error; shares are in %"
 # Metrics, by how their names begin or end, in a unit of their own; others up to 1 are shares.
 _NO_SHARES = ("cider", "perception", "cognition", "bits_per_byte", "perplexity")
 
@@ -32,7 +32,7 @@ def table(of: Sequence[Result]) -> str:
   Below a control is how much better items are with their own pictures.
   """
   lines = list(lines_of(results.entries(of), MOST_GROUPS))
-  lines = [tuple(_clipped(cell) for cell in line) for line in lines]
+  lines = [tuple(map(_clipped, line, WIDTHS)) for line in lines]
   note = f"{NOTE}; x: draws of demonstrations" if _has_trials(lines) else NOTE
   return f"{_columns([HEADER, *lines], right=(3, 5, 7))}\n{note}"
 
@@ -94,7 +94,7 @@ def _has_trials(lines: Iterable[Sequence[str]]) -> bool:
   return any(" x" in line[3] for line in lines)
 
 
-def _clipped(text: str, longest: int = LONGEST) -> str:
+def _clipped(text: str, longest: int) -> str:
   """Returns a text without its middle if it is long: names differ at both ends."""
   return text if len(text) <= longest else f"{text[: longest // 2]}…{text[1 - longest // 2 :]}"
 
@@ -123,8 +123,8 @@ def markdown(values: Mapping[str, Any]) -> str:
     _table(("setting", "value"), facts(values)),
     "## Results\n",
     _table(HEADER, lines_of(values["results"]), right=(3, 5, 7)),
-    f"An {NOTE}. In the last line of a control is the paired difference of items with their own\n"
-    "pictures and this control. The terminal's table and `results.html` show the same.\n",
+    f"Values are {NOTE}. In the last line of a control is the paired difference of items\n"
+    "with their own pictures and this control.\n",
     "## What is measured\n",
     _table(("task", "benchmark", "metric"), [(task, *about) for task, about in titles.items()]),
   )
@@ -148,13 +148,13 @@ def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _beside_mm1(values: Mapping[str, Any]) -> Iterator[str]:
   params = values["run"].get("params")
   nearest = published.nearest(params) if params else ""
-  part = values["settings"]["limit"] is not None
+  limit = values["settings"]["limit"]
   rows, sources = [], {}
   for entry in values["results"]:
     for figures in _published(entry):
       sources[figures.source] = None
-      rows += _beside(entry, figures, nearest, part)
-  core = _text_core(values["results"], part)
+      rows += _beside(entry, figures, nearest, limit)
+  core = _text_core(values["results"], limit)
   if not rows and not core:
     return
   yield "## Beside MM1\n"
@@ -177,7 +177,7 @@ def _published(entry: Mapping[str, Any]) -> list[published.Published]:
 
 
 def _beside(
-  entry: Mapping[str, Any], figures: published.Published, nearest: str, part: bool
+  entry: Mapping[str, Any], figures: published.Published, nearest: str, limit: int | None
 ) -> Iterator[tuple[str, ...]]:
   """Yields a line for each metric of ours that a published figure is set beside."""
   names = [*entry["values"]]
@@ -190,7 +190,7 @@ def _beside(
       form=entry["form"],
       shots=entry["shots"],
       split=entry["split"],
-      part=part,
+      limit=limit,
     )
     shown = {m: f"{x:g}" for m, x in figures.figures.items()}
     yield (
@@ -205,7 +205,7 @@ def _beside(
     )
 
 
-def _text_core(entries: Iterable[Mapping[str, Any]], part: bool) -> str:
+def _text_core(entries: Iterable[Mapping[str, Any]], limit: int | None) -> str:
   """Returns the mean over the benchmarks of TextCore, if all were evaluated; else ""."""
   means = {}
   for entry in entries:
@@ -217,7 +217,7 @@ def _text_core(entries: Iterable[Mapping[str, Any]], part: bool) -> str:
   mean = 100 * sum(means.values()) / len(means)
   return (
     f"TextCore: ours {mean:.1f}, the mean of {', '.join(means)}"
-    f"{' (parts of their splits)' if part else ''}. MM1 reports {published.TEXT_CORE} for its\n"
+    f"{'' if limit is None else f' (at most {limit:,} items each)'}. MM1 reports {published.TEXT_CORE} for its\n"
     "ablation with a 1.2B decoder and the mixture it chose (figure 5); which metric of each\n"
     "benchmark it takes, and whether it has both parts of ARC, is not known.\n"
   )

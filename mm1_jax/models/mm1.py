@@ -21,7 +21,7 @@ from mm1_jax.models.connector import Connector
 from mm1_jax.models.decoder import Decoder, DecoderOutput, KVCache
 from mm1_jax.models.moe import MoEStats
 from mm1_jax.models.vit import ViT
-from mm1_jax.sharding import LAYOUT, spec_of
+from mm1_jax.sharding import LAYOUT, num_row_shards, spec_of
 
 # Params that are computed with in float32 whatever `model.dtype` is; the others are cast before
 # they are used, so that casting them when they are read changes no result.
@@ -56,10 +56,11 @@ class MM1(nnx.Module):
     hold one; with it, `ModelConfig.image_group` may leave out slots that do not.
     """
     num_rows, num_images = images.shape[:2]
-    mesh = jax.sharding.get_abstract_mesh().shape
-    shared = mesh["tensor"] * mesh["sequence"]
+    mesh = jax.sharding.get_abstract_mesh()
+    shared = mesh.shape["tensor"] * mesh.shape["sequence"]
     # Empty slots, only if the chips that share rows could not share their pictures evenly.
-    num_slots = num_images + -num_images % (shared // math.gcd(num_rows, shared))
+    rows_each = num_rows // num_row_shards(mesh)
+    num_slots = num_images + -num_images % (shared // math.gcd(rows_each, shared))
 
     def spread(x):
       x = jnp.pad(x, ((0, 0), (0, num_slots - num_images), *((0, 0),) * (x.ndim - 2)))

@@ -22,6 +22,8 @@ from mm1_jax.models.decoder import Decoder
 from mm1_jax.models.vit import ViT
 from mm1_jax.sharding import abstract_state
 
+pytestmark = pytest.mark.compiles
+
 TOLERANCE = 1e-5  # of the largest value; measured: 1e-6
 DENSE = ["llama2", "llama3", "llama_one_kv_head", "mistral", "qwen2", "qwen3"]
 DECODERS = [*DENSE, "mixtral", "qwen3_moe", "qwen3_moe_top_1"]

@@ -24,6 +24,8 @@ from mm1_jax.convert.export.run_reader import RunReader
 from mm1_jax.data.image import decode_image
 from mm1_jax.inference.model import Model
 
+pytestmark = pytest.mark.compiles
+
 QUESTION = "What is this?"
 
 

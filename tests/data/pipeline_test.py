@@ -11,12 +11,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from bench.data import batch_order
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, InputSpec, TilingConfig
 from mm1_jax.data.pipeline import PipelineError, make_eval_batches, make_pipeline
 from mm1_jax.data.sources import DataError
+from tests.helpers import spread
 from tests.helpers.records import SAMPLE, conversation, sample_source
+from tests.helpers.spread import Leg
 
 INPUTS = InputSpec(image_size=(16, 16), tokens_per_image=16, image_token_id=4)
 
@@ -192,13 +193,13 @@ def test_state_does_not_depend_on_processes(sample_data):
 
 
 @pytest.mark.slow
-def test_real_processes_stops_and_restarts_change_nothing():
-  """A shorter run of what `bench/data/batch_order.py` prints."""
-  data, ways = batch_order.small_data(), batch_order.ways(12, (3, 9))
-  alone = batch_order.run(data, ways["1 process"])
-  assert len(set(alone)) == 12  # no two batches are the same
-  assert batch_order.run(data, ways["4 processes, 2 from 3, 1 from 9"]) == alone
-  assert batch_order.run(data, ways["2 processes, 4 workers each"]) == alone
+def test_real_processes_stops_and_restarts_change_nothing(sample_data):
+  """`bench.data.batch_order` prints more of these."""
+  data = sample_data(seq_len=256, images_per_row=3, window_rows=64)
+  alone = spread.run(data, INPUTS, [Leg(12)])
+  assert len({"".join(rows) for rows in alone}) == 12  # no two batches are the same
+  assert spread.run(data, INPUTS, [Leg(3, 4), Leg(9, 2), Leg(12)]) == alone
+  assert spread.run(data, INPUTS, [Leg(12, 2, workers=4)]) == alone
 
 
 @pytest.mark.parametrize(

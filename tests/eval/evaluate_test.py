@@ -26,7 +26,7 @@ class TestTrials:
     assert mean_of_trials([Estimate(0.5, 0.25, 9)]) == Estimate(0.5, 0.25, 9)
 
   def test_the_error_has_the_items_part_and_the_draws(self):
-    # Variances of a trial's mean: 0.09 and 0.25, mean 0.17. Means 1, 2: variance 0.5, over 2 trials.
+    # Mean of the variances 0.09 and 0.25: 0.17. Variance of means 1 and 2: 0.5, over 2 trials.
     found = mean_of_trials([Estimate(1.0, 0.3, 9), Estimate(2.0, 0.5, 9)])
     assert found.mean == 1.5
     assert found.n == 9

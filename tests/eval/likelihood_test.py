@@ -85,6 +85,8 @@ def test_a_mesh_changes_nothing(workdir, model, pictures):
   asked = questions(model, pictures)
   split = Model.load(workdir, data=2, fsdp=2, tensor=2)
   assert_equal(log_likelihoods(split, asked), log_likelihoods(model, asked))
+  one = asked[1:2]  # one picture, which two chips share
+  assert_equal(log_likelihoods(split, one), log_likelihoods(model, one))
 
 
 def test_what_is_scored_beside_a_continuation_changes_nothing(model, pictures):

@@ -19,6 +19,8 @@ import pytest
 
 from mm1_jax.inference.sampler import Sampling
 
+pytestmark = pytest.mark.compiles
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
   "--no-sandbox",  # root has none

@@ -13,6 +13,8 @@ from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import PromptError
 from mm1_jax.sharding import LAYOUT
 
+pytestmark = pytest.mark.compiles
+
 LIMIT = 4  # new tokens
 ROWS, POSITIONS = 8, 64  # of a full forward
 

@@ -20,6 +20,8 @@ from mm1_jax.inference import sampler
 from mm1_jax.inference.conversation import Conversation
 from mm1_jax.inference.terminal import Chat
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture
 def conversation(model):

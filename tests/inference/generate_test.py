@@ -13,6 +13,8 @@ from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.sampler import Sampling
 
+pytestmark = pytest.mark.compiles
+
 MODULE = [sys.executable, "-m", "mm1_jax.inference.generate"]
 
 

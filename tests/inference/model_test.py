@@ -26,6 +26,8 @@ from mm1_jax.inference.sampler import Sampling
 from mm1_jax.sharding import LAYOUT
 from tests.helpers.runs import SEQ_LEN, TOKENS_PER_IMAGE
 
+pytestmark = pytest.mark.compiles
+
 
 def change_config(workdir: pathlib.Path, part: str, **values) -> None:
   path = workdir / "config.json"

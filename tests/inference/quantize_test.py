@@ -14,6 +14,8 @@ from mm1_jax.models.dequantize import SUMMED, Quantized, dequantize
 from tests.helpers import tiny
 from tests.helpers.runs import run_config
 
+pytestmark = pytest.mark.compiles
+
 pytest.importorskip("qwix")
 
 

@@ -11,6 +11,8 @@ from mm1_jax.inference import generate, questions
 from mm1_jax.inference.questions import answer_file
 from mm1_jax.inference.sampler import GREEDY, Sampling
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture
 def ask(model, pictures, tmp_path):

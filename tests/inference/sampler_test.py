@@ -19,6 +19,8 @@ from mm1_jax.sharding import LAYOUT, abstract_state, make_mesh
 from tests.helpers import tiny
 from tests.helpers.runs import TOKENS_PER_IMAGE, run_config
 
+pytestmark = pytest.mark.compiles
+
 IMAGE, EOS, VOCAB = 4, 2, 4160
 SLOTS, NEW = 24, 6  # prompt slots, and tokens that follow
 LENGTHS = np.array([24, 17, 9, 5], np.int32)

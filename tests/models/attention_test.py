@@ -11,6 +11,8 @@ from mm1_jax.models.attention import attend, packed_causal_mask, rope
 from mm1_jax.sharding import LAYOUT
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 
 def mask(queries: list[int], keys: list[int], offset: int = 0) -> list[list[int]]:
   made = packed_causal_mask(jnp.array([queries]), jnp.array([keys]), offset)

@@ -15,6 +15,8 @@ from mm1_jax.config import ConnectorConfig
 from mm1_jax.models.connector import Connector, adaptive_average_pool, depthwise_conv
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture(scope="module", autouse=True)
 def mesh():

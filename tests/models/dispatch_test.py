@@ -4,9 +4,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mm1_jax.models.dispatch import collect, invert, places, spread, spread_weights
 from tests.helpers import tiny
+
+pytestmark = pytest.mark.compiles
 
 # Three tokens of two choices and five rows: token 1 has no second row, and row 3 no owner.
 SLOTS = jnp.array([[4, 0], [1, 5], [2, 5]])

@@ -20,6 +20,8 @@ from mm1_jax.config import (
 from mm1_jax.models import flops, mm1
 from mm1_jax.sharding import LAYOUT, abstract_state, make_mesh
 
+pytestmark = pytest.mark.compiles
+
 TINY = RunConfig(
   model=ModelConfig(
     vision=VisionConfig(

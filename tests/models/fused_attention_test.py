@@ -24,6 +24,8 @@ from mm1_jax.models.splash import block_size, splash_attention
 from mm1_jax.sharding import LAYOUT
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 LENGTHS = [(100, 28, 96), (256,), (1, 130), ()]  # examples of each row; the rest is padding
 
 

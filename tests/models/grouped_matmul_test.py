@@ -11,6 +11,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from mm1_jax.models import grouped_matmul as lib
 
+pytestmark = pytest.mark.compiles
+
 # Rows of each group: an empty one, one of a single row, one longer than a block; then of no group.
 SIZES = np.array([37, 0, lib.CPU_BLOCK + 70, 1, 22])
 IN, OUT = 24, 40

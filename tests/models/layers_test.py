@@ -18,6 +18,8 @@ from mm1_jax.models.layers import (
 from mm1_jax.models.mm1 import MM1
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture(scope="module", autouse=True)
 def mesh():

@@ -21,6 +21,8 @@ from mm1_jax.train.optimizer import split_frozen
 from mm1_jax.train.step import init_state
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 LORA = LoRAConfig(rank=3, alpha=5.0)
 ONE = (1, 1, 1, 1)
 

@@ -18,6 +18,8 @@ from mm1_jax.train.optimizer import split_frozen
 from mm1_jax.train.step import _gradients
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 MODELS = {
   "dense": tiny.run_config(),
   "dropless": tiny.run_config(tiny.SPARSE),

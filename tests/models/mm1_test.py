@@ -12,6 +12,8 @@ from mm1_jax.models.mm1 import MM1, image_spread
 from mm1_jax.train.loss import cross_entropy
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 RUNS = {"dense": tiny.run_config(), "capacity": tiny.run_config(tiny.BOUNDED)}
 DECODER = dataclasses.replace(RUNS["dense"].model.decoder, num_kv_heads=1)
 

@@ -15,6 +15,8 @@ from mm1_jax.models.layers import run_blocks
 from mm1_jax.models.moe import MoE
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 WIDTH, MLP = 8, 16
 DECODER = DecoderConfig(width=WIDTH, mlp_dim=MLP)
 

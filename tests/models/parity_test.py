@@ -26,6 +26,8 @@ from mm1_jax.models.decoder import Decoder
 from mm1_jax.models.vit import ViT
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 FOLDER = pathlib.Path(__file__).parent.parent / "goldens" / "parity"
 TOLERANCE = 1e-5  # of the largest value; measured: 1e-6
 

@@ -20,6 +20,8 @@ from mm1_jax.plan.estimate import ROOM, make_plan
 from mm1_jax.plan.report import figures
 from mm1_jax.plan.topology import find_topology
 
+pytestmark = pytest.mark.compiles
+
 try:
   find_libtpu()
   MISSING = ""

@@ -24,6 +24,8 @@ from mm1_jax.train import log, loop
 from mm1_jax.train.step import train_step
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 NUM_STEPS = 8
 SMALL = {
   "model": {

@@ -18,6 +18,8 @@ from mm1_jax.train.optimizer import split_frozen
 from mm1_jax.train.step import _gradients
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 # What adds one number after another. Matrix products keep float32 sums inside.
 SUMS = ("reduce_sum", "scatter-add", "cumsum", "reduce_window_sum")
 

@@ -14,6 +14,8 @@ from mm1_jax.train.feed import held_out_batches
 from mm1_jax.train.heldout import held_out_loss
 from tests.helpers import tiny, tiny_step
 
+pytestmark = pytest.mark.compiles
+
 CAPTIONS = SourceConfig("captions", str(SAMPLE / "captions-heldout-*.arrayrecord"))
 TEXT = SourceConfig("text", str(SAMPLE / "text-heldout-*.arrayrecord"))
 

@@ -12,6 +12,8 @@ from mm1_jax.train import loop
 from mm1_jax.train.step import init_state
 from tests.helpers import tiny, tiny_step
 
+pytestmark = pytest.mark.compiles
+
 
 def cache_dir() -> str | None:
   return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]

@@ -19,6 +19,8 @@ from mm1_jax.train.loss import TokenSums, cross_entropy, loss_fn, split_rows
 from mm1_jax.train.step import train_step
 from tests.helpers import tiny, tiny_step
 
+pytestmark = pytest.mark.compiles
+
 RUN = tiny_step.run_config()
 NUM_SOURCES = 2
 Z_LOSS, FACTOR = 0.3, 1.7  # of z in the loss, and of the loss in what is differentiated

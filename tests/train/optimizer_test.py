@@ -30,6 +30,8 @@ from mm1_jax.train.optimizer import (
 )
 from tests.helpers import tiny, tiny_step
 
+pytestmark = pytest.mark.compiles
+
 DECAYED = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.1)
 
 

@@ -23,6 +23,8 @@ from mm1_jax.train.step import eval_step, train_step, train_step_on
 from mm1_jax.train.tally import Tally
 from tests.helpers import tiny, tiny_step
 
+pytestmark = pytest.mark.compiles
+
 DENSE = tiny_step.run_config()
 GOLDEN = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
 # Golden steps, too: one program does for both.

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false, of what only an extra installs
 """A trained model in lm-evaluation-harness, for its tasks of text and of text with pictures.
 
   python -m mm1_jax.eval lm_eval --checkpoint=runs/mm1_debug --tasks=piqa,arc_easy

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false, of what only an extra installs
 """A trained model in lmms-eval, which finds it by an entry point once both are installed.
 
   lmms-eval --model mm1_jax --model_args checkpoint=runs/sft --tasks mme --batch_size 32

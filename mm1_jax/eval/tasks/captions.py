@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captions: COCO (Karpathy's splits), NoCaps, TextCaps."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,13 +35,13 @@ METRIC = (
 def read_coco(folder: epath.Path, split: str) -> list[Item]:
   parts = files.choose(KARPATHY, split)
   path = files.find(folder, ["dataset_coco.json"], COCO_SOURCE)
+  place = functools.cache(functools.partial(files.coco_pictures, folder))
 
   def make(image: Any) -> Iterator[Item]:
     if image["split"] in parts:
-      place = files.below(folder, image["filepath"], f"images/{image['filepath']}")
       yield Item(
         str(image["cocoid"]),
-        pictures=(files.picture(place, image["filename"]),),
+        pictures=(files.picture(place(image["filepath"]), image["filename"]),),
         answers=tuple(sentence["raw"] for sentence in image["sentences"]),
       )
 

@@ -70,6 +70,13 @@ def below(folder: epath.Path, *names: str) -> epath.Path:
   return next((folder / name for name in names if (folder / name).is_dir()), folder)
 
 
+def coco_pictures(folder: epath.Path, part: str) -> epath.Path:
+  """Returns where COCO's pictures are: several benchmarks may share those beside their folders."""
+  places = (epath.Path(folder), epath.Path(folder).parent)
+  found = (place / name for place in places for name in (part, f"images/{part}"))
+  return next((place for place in found if place.is_dir()), folder)
+
+
 # --- Reading ---
 
 

@@ -47,7 +47,7 @@ def read_refcoco(name: str, refs: str, folder: epath.Path, split: str) -> list[I
   """An item for each expression; `details["box"]` is in shares of width and height."""
   path = files.find(folder, [f"{name}/{refs}", refs], REFCOCO_SOURCE)
   images, boxes = _instances(files.find(path.parent, ["instances.json"], REFCOCO_SOURCE))
-  pictures = files.below(folder, "train2014", "images/train2014")
+  pictures = files.coco_pictures(folder, "train2014")
 
   def make(r: Any) -> Iterator[Item]:
     if r["split"] == split:

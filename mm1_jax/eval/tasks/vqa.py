@@ -69,7 +69,7 @@ def _of_coco(folder: epath.Path, names: tuple[str, str, str], source: str) -> li
   questions, annotations, part = names
   path = files.find(folder, [questions], source)
   truth = _annotations(files.find(folder, [annotations], source)) if annotations else None
-  pictures = files.below(folder, part, f"images/{part}")
+  pictures = files.coco_pictures(folder, part)
 
   def make(q: Any) -> Iterator[Item]:
     id = q["question_id"]

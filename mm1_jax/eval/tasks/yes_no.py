@@ -39,7 +39,7 @@ def read_pope(folder: epath.Path, split: str) -> list[Item]:
     files.find(path.parent, [n], POPE_SOURCE): kind
     for n, kind in zip(names, POPE_KINDS, strict=True)
   }
-  pictures = files.below(folder, "val2014", "images/val2014")
+  pictures = files.coco_pictures(folder, "val2014")
 
   def rows(path: epath.Path) -> Iterator[tuple[str, Any]]:
     return ((paths[path], row) for row in files.read_rows(path))
