@@ -59,10 +59,34 @@ SEQ_LEN = 512
 TURNS = 2
 
 
+class Spent(NamedTuple):
+  """Time of one pass. On a machine that others use, seconds of its CPUs tell more."""
+
+  wall: float
+  cpu: float
+
+  def __str__(self) -> str:
+    return f"{self.wall:.1f} ({self.cpu:.1f})"
+
+
+class Clock:
+  """Adds up the time between its uses in `with`."""
+
+  def __init__(self):
+    self.spent = Spent(0.0, 0.0)
+
+  def __enter__(self) -> None:
+    self._start = time.perf_counter(), time.process_time()
+
+  def __exit__(self, *error) -> None:
+    now = time.perf_counter(), time.process_time()
+    self.spent = Spent(*(s + b - a for s, a, b in zip(self.spent, self._start, now, strict=True)))
+
+
 class Scored(NamedTuple):
   """What one side gives for a task's items, in order."""
 
-  seconds: float
+  spent: Spent
   log_probs: list[list[float]]  # of each item's choices
 
 
@@ -74,6 +98,7 @@ def main() -> None:
   add("--weights", type=pathlib.Path, required=True)
   add("--work", type=pathlib.Path, required=True, help="folder for what is made")
   add("--data", type=pathlib.Path, required=True)
+  add("--tasks", default=",".join(TASKS), help="of those, separated by commas (all)")
   add("--limit", type=int, default=100, help="items of each task, evenly spread (100)")
   add("--timed", type=int, default=100, help="items that are timed; 0 times none (100)")
   add("--hf-batch", type=int, default=8, help="of the hf model (8)")
@@ -90,13 +115,20 @@ def main() -> None:
     **{"dtype": "float32", "device": "cpu", "batch_size": args.hf_batch, "max_length": SEQ_LEN},
   )
   print(f"{args.weights.name}, float32, {torch.get_num_threads()} threads; times in seconds")
-  compare(model, ours, theirs, args.data, work, args.limit)
+  if args.tasks:
+    compare(model, ours, theirs, args.tasks.split(","), args.data, work, args.limit)
   if args.timed:
     time_both(ours, theirs, args.data, work, args.timed)
 
 
 def compare(
-  model: Model, ours: LmEval, theirs: HFLM, data: pathlib.Path, work: pathlib.Path, limit: int
+  model: Model,
+  ours: LmEval,
+  theirs: HFLM,
+  names: list[str],
+  data: pathlib.Path,
+  work: pathlib.Path,
+  limit: int,
 ) -> None:
   """Prints a row for each task: scores of the three, items that differ, times."""
   made = work / "items"
@@ -104,9 +136,10 @@ def compare(
     "| task | items | acc: own, ours in lm-eval, hf | acc_norm | other answers (acc, norm) |",
     end="",
   )
-  print(" largest difference of log p | seconds: own, ours in lm-eval, hf |")
+  print(" largest difference of log p | seconds (of CPUs): own, ours in lm-eval, hf |")
   print("|---|---|---|---|---|---|---|")
-  for name, (file, prompt) in TASKS.items():
+  for name in names:
+    file, prompt = TASKS[name]
     rows = write_items(data / file, made, limit)
     write_task(made, name, file, f"output_type: multiple_choice\n{prompt}\n{METRICS}")
     sides = [
@@ -130,7 +163,7 @@ def compare(
     )
     if name == "winogrande":  # contexts differ, continuations do not
       shares[1] = "-"
-    seconds = ", ".join(f"{side.seconds:.1f}" for side in sides)
+    seconds = ", ".join(str(side.spent) for side in sides)
     print(
       f"| {name} | {len(rows)} | {shares[0]} | {shares[1]} | {other[0]}, {other[1]} | {off:.1e} | "
       f"{seconds} |",
@@ -165,35 +198,31 @@ def write_task(made: pathlib.Path, name: str, file: str, text: str) -> None:
 
 def own(model: Model, name: str, made: pathlib.Path) -> Scored:
   """Scores a task without the harness."""
-  start = time.perf_counter()
-  settings = Settings(tasks=(name,), form="text", bos=False)
-  (result,) = evaluate(model, settings, made)
-  seconds = time.perf_counter() - start
+  clock, settings = Clock(), Settings(tasks=(name,), form="text", bos=False)
+  with clock:
+    (result,) = evaluate(model, settings, made)
   assert not result.dropped, result.dropped[0].problem
-  return Scored(seconds, [[x.log_prob for x in a.reply] for a in result.scored])  # pyright: ignore
+  return Scored(clock.spent, [[x.log_prob for x in a.reply] for a in result.scored])  # pyright: ignore
 
 
 def in_harness(lm, name: str, made: pathlib.Path) -> Scored:
   """Scores a task by the harness."""
-  seconds, samples = run(lm, name, made)
-  return Scored(seconds, [[float(r[0][0]) for r in s["resps"]] for s in samples])
+  spent, samples = run(lm, name, made)
+  return Scored(spent, [[float(r[0][0]) for r in s["resps"]] for s in samples])
 
 
-def run(lm, name: str, made: pathlib.Path) -> tuple[float, list[dict]]:
-  """Returns the seconds that a model takes for a task, and what was logged, in order.
+def run(lm, name: str, made: pathlib.Path) -> tuple[Spent, list[dict]]:
+  """Returns the time that a model takes for a task, and what was logged, in order.
 
   Reading the files and building the requests are not timed.
   """
   manager = TaskManager(include_path=str(made), include_defaults=False)
-  spent = 0.0
+  clock = Clock()
 
   def timed(method: Callable) -> Callable:
     def call(requests):
-      nonlocal spent
-      start = time.perf_counter()
-      found = method(requests)
-      spent += time.perf_counter() - start
-      return found
+      with clock:
+        return method(requests)
 
     return call
 
@@ -208,7 +237,7 @@ def run(lm, name: str, made: pathlib.Path) -> tuple[float, list[dict]]:
     for key in methods:
       delattr(lm, key)
   samples = found["samples"][f"local_{name}"]
-  return spent, sorted(samples, key=lambda sample: sample["doc_id"])
+  return clock.spent, sorted(samples, key=lambda sample: sample["doc_id"])
 
 
 def time_both(
@@ -226,21 +255,24 @@ def time_both(
   )
   for name in ("choices", "answers"):
     run(ours, name, made)  # compiles
-    times: dict[str, list[float]] = {"ours": [], "hf": []}
+    times: dict[str, list[Spent]] = {"ours": [], "hf": []}
     found = {}
     for _ in range(TURNS):
       for side, lm in (("ours", ours), ("hf", theirs)):
-        seconds, samples = run(lm, name, made)
-        times[side].append(seconds)
+        spent, samples = run(lm, name, made)
+        times[side].append(spent)
         found[side] = [sample["filtered_resps"] for sample in samples]
     differ = "-"
     if name == "answers":
       pairs = zip(found["ours"], found["hf"], strict=True)
       differ = str(sum(a[0].strip() != b[0].strip() for a, b in pairs))
-    best = {side: min(values) for side, values in times.items()}
-    shown = {side: ", ".join(f"{v:.1f}" for v in values) for side, values in times.items()}
+    best = {
+      side: [min(column) for column in zip(*spent, strict=True)] for side, spent in times.items()
+    }
+    wall, cpu = (b / a for a, b in zip(best["ours"], best["hf"], strict=True))
+    shown = [", ".join(map(str, spent)) for spent in times.values()]
     print(
-      f"| {name} | {shown['ours']} | {shown['hf']} | {best['hf'] / best['ours']:.2f}x | {differ} |",
+      f"| {name} | {shown[0]} | {shown[1]} | {wall:.1f}x ({cpu:.1f}x) | {differ} |",
       flush=True,
     )
 

@@ -50,8 +50,9 @@ def load(args: Mapping[str, Any], others: Sequence[str] = ()) -> Model:
     raise EvalError(
       f"--model_args has {wrong}; it takes checkpoint=RUN and may have {', '.join(known[1:])}."
     )
-  sizes = {name: whole_number(name, args[name], 1) for name in SIZES if name in args}
-  return Model.load(str(args["checkpoint"]), **sizes, quantize=args.get("quantize"))
+  settings: dict[str, Any] = {"quantize": args.get("quantize")}
+  settings |= {name: whole_number(name, args[name], 1) for name in SIZES if name in args}
+  return Model.load(str(args["checkpoint"]), **settings)
 
 
 def check_device(device: str | None, platform: str) -> None:

@@ -117,7 +117,7 @@ class LmEval(LM):
     """
     asked: list[Continuation] = []
     for _, group in itertools.groupby((r.args for r in requests), key=_context_of):
-      args = list(group)
+      args: list[tuple[Any, ...]] = list(group)
       asked += self._continuations(args[0][0], [arg[1] for arg in args], _visuals(args[0]))
     news = harness.teller("continuations", len(asked))
     found = likelihood.log_likelihoods(self.model, [self._fit(one) for one in asked], tell=news)
@@ -141,7 +141,8 @@ class LmEval(LM):
       PromptError: a picture cannot be read, or a prompt with pictures does not fit.
     """
     prompts, decodings = [], []
-    for args in (request.args for request in requests):
+    for request in requests:
+      args: tuple[Any, ...] = request.args
       decoding = harness.read_decoding(args[1], max_new_tokens=self.max_gen_toks)
       room = self.max_length - decoding.max_new_tokens
       if room < 1:
@@ -211,7 +212,7 @@ class LmEval(LM):
     """Returns continuations of one context, of any length."""
     turns = self._conversation(context)
     if turns is None:
-      items = fill_slots(context, pictures) if pictures else [context]
+      items: list[Any] = fill_slots(context, pictures) if pictures else [context]
       return likelihood.of_document(self.model, items, texts, bos=self.bos)
     request, begun = self._turns_prompt(turns, pictures)
     stem = begun.rstrip()

@@ -11,13 +11,15 @@ lmms-eval asks "chat" models for answers to messages, where texts and pictures a
 others; tasks whose choices are compared by likelihood need the "simple" one, by --force_simple. A
 run that was trained on conversations reads a user's turn, any other the beginning of a document.
 """
+# pyright: reportMissingImports=false
+# lmms-eval is installed in an environment of its own.
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.utils import simple_parse_args_string
@@ -107,7 +109,7 @@ class LmmsEval(lmms):
     alone = len(turns) == 1 and turns[0]["role"] == "user"
     return (turns[0]["content"] if alone else turns), kwargs, where
 
-  def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+  def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
     raise EvalError("likelihoods need --force_simple: messages are for generated answers.")
 
   def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -130,12 +132,15 @@ class LmmsEvalSimple(LmmsEval):
     visuals = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else None
     return fill_slots(context, [_picture(visual, where) for visual in visuals or ()])
 
-  def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+  def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
     """Returns how likely continuations are, and whether each of their tokens is the likeliest.
 
     A choice gets -log p, since lmms-eval takes the choice with the *least* value (its own models
     return a loss there); the target of a "loglikelihood" task gets log p, of which lmms-eval makes
     a perplexity. Its `acc_norm` is then -log p per character.
+
+    Each pair is wrapped: of a bare one, lmms-eval 0.7.3 makes a text, and fails when it scores it
+    (`unwrap_generation_output` in its api/instance.py).
 
     Raises:
       EvalError: a task asks for `acc_mutual_info`, which needs the contrary sign.
@@ -157,7 +162,8 @@ class LmmsEvalSimple(LmmsEval):
       signs.append(-1 if is_choice else 1)
     news = harness.teller("continuations", len(asked))
     found = likelihood.log_likelihoods(self.model, asked, tell=news)
-    return [(sign * one.log_prob, one.greedy) for sign, one in zip(signs, found, strict=True)]
+    pairs = [(sign * one.log_prob, one.greedy) for sign, one in zip(signs, found, strict=True)]
+    return [GenerationResult(pair) for pair in pairs]
 
 
 def _name(_: Any, doc_id: int, task: str, split: str) -> str:
