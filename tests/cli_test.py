@@ -152,7 +152,7 @@ def mm1(*args: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess:
   env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
   return subprocess.run(
     [sys.executable, "-m", "mm1_jax", *args],
-    **{"cwd": cwd, "env": env, "capture_output": True, "text": True, "timeout": 120},
+    **{"cwd": cwd, "env": env, "capture_output": True, "text": True, "timeout": 600},
     check=False,
   )
 
@@ -222,7 +222,7 @@ def test_help_imports_nothing_slow_and_spells_the_command(args):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=600,
     check=True,
   )
   text, _, modules = done.stdout.strip().rpartition("\n")

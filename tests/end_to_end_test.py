@@ -98,7 +98,7 @@ def run(
     env={**os.environ, "XLA_FLAGS": flags},
     capture_output=True,
     text=True,
-    timeout=400,
+    timeout=600,
     check=False,
     start_new_session=True,
   )

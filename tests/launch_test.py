@@ -48,7 +48,7 @@ def bench(tmp_path):
 
   def run(*command: str, stdin: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(
-      command, cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=120
+      command, cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=600
     )
 
   def given() -> list[list[str]]:
@@ -70,7 +70,7 @@ def test_shellcheck(script):
   shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
   if not shellcheck.exists() and not (shellcheck := shutil.which("shellcheck")):
     pytest.skip("shellcheck is not installed")
-  result = subprocess.run([shellcheck, script], capture_output=True, text=True, timeout=60)
+  result = subprocess.run([shellcheck, script], capture_output=True, text=True, timeout=600)
   assert result.returncode == 0, result.stdout
 
 

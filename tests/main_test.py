@@ -206,7 +206,7 @@ def run_all(folder: pathlib.Path, names) -> None:
     text=True,
     cwd=ROOT,
     check=True,
-    timeout=300,
+    timeout=600,
   )
 
 
@@ -267,7 +267,7 @@ def command(*args: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess
     env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=600,
     check=False,
   )
 

@@ -400,7 +400,7 @@ def test_processes_that_do_not_come():
     )
     for i in range(2)
   ]
-  said = [process.communicate(timeout=60)[1] for process in processes]
+  said = [process.communicate(timeout=600)[1] for process in processes]
   for i, (process, err) in enumerate(zip(processes, said, strict=True)):
     assert process.returncode == 1
     assert f"error: process {i} of 2 waited 2 s for the others at {address[i]}" in err

@@ -557,7 +557,7 @@ def test_the_command(tmp_path):
     text=True,
     cwd=ROOT,
     check=True,
-    timeout=120,
+    timeout=600,
   )
   said = {name: (tmp_path / name).read_text() for name in commands}
   assert (tmp_path / "codes").read_text().split() == ["0", "0", "1", "1", "1", "0"], said

@@ -8,7 +8,7 @@ import pytest
 
 
 def holds(shard: str, nodeid: str) -> bool:
-  """Returns whether shard `K/N` has a test; all cases of one function are in one shard.
+  """Returns whether shard `K/N` has a test; the cases of one function are dealt out, too.
 
   Raises:
     UsageError: `shard` is not K/N with 1 <= K <= N.
@@ -17,4 +17,4 @@ def holds(shard: str, nodeid: str) -> bool:
   number, count = map(int, found.groups()) if found else (0, 0)
   if not 1 <= number <= count:
     raise pytest.UsageError(f"SLOW_SHARD is '{shard}'; it must be K/N, such as 2/4.")
-  return zlib.crc32(nodeid.partition("[")[0].encode()) % count == number - 1
+  return zlib.crc32(nodeid.encode()) % count == number - 1

@@ -30,7 +30,7 @@ FLAGS = [
   "--disable-component-update",
   "--no-first-run",
 ]
-SLOW_MACHINE = 120_000  # milliseconds
+SLOW_MACHINE = 600_000  # milliseconds
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ class Terminal:
   def type(self, text: str) -> None:
     os.write(self._master, text.encode())
 
-  def wait_for(self, pattern: str, seconds: float = 120) -> str:
+  def wait_for(self, pattern: str, seconds: float = 600) -> str:
     """Returns what was printed up to and with `pattern`, and forgets it."""
     end = time.monotonic() + seconds
     while not (match := re.search(pattern, self.screen)):

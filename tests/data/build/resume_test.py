@@ -162,11 +162,11 @@ def test_the_command(flags, tmp_path):
   path = {**os.environ, "PYTHONPATH": f"{tmp_path}/no_beam:{os.getcwd()}"}
   helped = run("--help", env=path)
   wrong = run(*flags[:1], f"--input={tmp_path}/none", f"--output={tmp_path}/out")
-  out, _ = helped.communicate(timeout=120)
+  out, _ = helped.communicate(timeout=600)
   assert helped.returncode == 0
   for format in ("webdataset", "coco", "llava", "obelics", "mmc4", "text", "tfds"):
     assert f"python -m mm1_jax.data.build {format} --input=" in out
-  _, err = wrong.communicate(timeout=120)
+  _, err = wrong.communicate(timeout=600)
   assert wrong.returncode == 1
   assert err.startswith("error: --input=")
   assert err.count("\n") == 1
@@ -177,7 +177,7 @@ def test_workers_change_nothing(flags, tmp_path):
   main(flags)
   parallel = [flag.replace("/out", "/two") for flag in flags]
   process = run(*parallel, "--direct_num_workers=2", "--direct_running_mode=multi_processing")
-  out, err = process.communicate(timeout=300)
+  out, err = process.communicate(timeout=600)
   assert process.returncode == 0, err
   assert "kept                      60" in out
   assert list(hashes(tmp_path / "two").values()) == list(hashes(tmp_path / "out").values())
@@ -194,7 +194,7 @@ def test_killed_in_the_middle(tmp_path):
   write_webdataset(tmp_path / "raw", read("captions", 1500))
   flags = ["webdataset", f"--input={tmp_path}/raw/*.tar", "--max_aspect=5"]
   process = run(*flags, f"--output={tmp_path}/killed/out")
-  deadline = time.time() + 300
+  deadline = time.time() + 600
   while len(shards(tmp_path / "killed" / "out")) < 10:
     assert process.poll() is None, process.communicate()
     assert time.time() < deadline
@@ -206,7 +206,7 @@ def test_killed_in_the_middle(tmp_path):
   assert 9 <= len(done) < 60
   for prefix in ("killed", "whole"):
     again = run(*flags, f"--output={tmp_path}/{prefix}/out")
-    _, err = again.communicate(timeout=500)
+    _, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
   after = shards(tmp_path / "killed" / "out")
   for name in before:
