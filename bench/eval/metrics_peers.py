@@ -467,7 +467,7 @@ def write(
     for name, of_set in cases.items()
   }
   page = {
-    "about": "Answers of other projects' programs, by `python -m bench.eval.metrics_peers --write`.",
+    "about": "Answers of other programs, by `python -m bench.eval.metrics_peers --write`.",
     "programs": {metric: program for metric, (program, _) in programs.items()}
     | {"ptb tokens": "Stanford CoreNLP 3.4.1 in pycocoevalcap 1.2"},
     "credits": CREDITS,

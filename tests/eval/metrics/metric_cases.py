@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replies that every metric reads, and what our metrics make of each.
 
-`bench/eval/metrics_peers.py` gives the same replies to other projects' code and records its answers in
+`bench.eval.metrics_peers` gives the same replies to other projects' code and records its answers in
 `peers.json`; the tests here compare. Texts are drawn by `random.Random`, so that a seed is enough
 to have them again.
 """

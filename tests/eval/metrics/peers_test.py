@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our metrics beside answers of other projects' programs, recorded by `bench/eval/metrics_peers.py`."""
+"""Our metrics beside answers of other programs, recorded by `bench.eval.metrics_peers`."""
 
 import importlib.util
 import json
