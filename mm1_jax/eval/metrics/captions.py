@@ -103,7 +103,7 @@ def bleu(
     ]
   precision = float(np.prod((correct + 1e-15) / (guessed + 1e-9))) ** (1 / n)
   ratio = (length + 1e-15) / (nearest + 1e-9)
-  return precision if ratio >= 1 else precision * math.exp(max(1 - 1 / ratio, -700.0))
+  return precision if ratio >= 1 else precision * math.exp(1 - 1 / ratio)
 
 
 def rouge_l(

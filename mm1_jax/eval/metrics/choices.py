@@ -114,8 +114,8 @@ _NUMBERS = [
   re.compile(pattern)
   for pattern in (
     r"-?\b\d{1,3}(?:,\d{3})+\b",  # with commas
-    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",  # with an exponent
-    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",  # others
+    r"-?\d++(?:\.\d++)?[eE][+-]?\d+",  # with an exponent
+    r"-?(?:\d++\.\d++|\.\d++|\d++\b)(?![eE][+-]?\d+)(?![,\d])",  # others
   )
 ]
 

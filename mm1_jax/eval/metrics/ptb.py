@@ -44,13 +44,14 @@ _REPLACED = _BRACKETS | {
   "&nbsp;": "",
 }
 # Words that keep their full stop, wherever they are.
-_ABBREVIATIONS = set(
-  """jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri mr mrs ms mmes
+_ABBREVIATIONS = """
+  jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri mr mrs ms mmes
   messrs drs dr prof rev hon pres gov gen col lt sgt maj capt cpl sen rep reps sens adm st ste mt ft
   jr sr bros inc cos corp ltd co vs etc al seq sq bldg pl dept ave blvd rd ala ariz ark calif colo
   conn del fla ga ill ind kan ky la md mich minn mo mont neb nev okla ore pa penn tenn tex va vt
-  wash wis wyo ph alex wm jos assn""".split()
-)
+  wash wis wyo ph alex wm jos assn
+"""
+_WITH_STOP = set(_ABBREVIATIONS.split())
 _BEFORE_DIGITS = {"no", "nos", "fig", "figs", "pp", "p"}
 # A capital letter and a full stop are an initial, unless a word follows that begins a sentence.
 _SENTENCE = re.compile(
@@ -62,7 +63,8 @@ _A = r"[^\W_\xb2\xb3\xb9\xbc-\xbe\u2070-\u209f]"  # a letter or digit, not above
 _TOKEN = re.compile(
   rf"""
   (?P<tag></?[A-Za-z!][^<>]*>)
-  | (?P<address>https?://[^\s<>|()"]*[^\s<>|()".,;:!?'] | [^\W_][^\s<>|()"@]{{0,99}}@\w+(?:[.-]\w+)*)
+  | (?P<address>https?://[^\s<>|()"]*[^\s<>|()".,;:!?']
+      | [^\W_][^\s<>|()"@]{{0,99}}@\w+(?:[.-]\w+)*)
   | (?P<entity>&\#?\w{{1,9}};)
   | (?P<ellipsis>\.{{3}}|\u2026|(?:\.\ ){{2}}\.)
   | (?P<dash>-{{2,}}|[\u2013-\u2015])
@@ -72,7 +74,8 @@ _TOKEN = re.compile(
   | (?P<dollar>(?:[A-Z][A-Za-z]{{0,20}})?\$)
   | (?P<fraction>(?:\d{{1,4}}-)?\d{{1,4}}/\d{{1,4}}(?![\w/]))
   | (?P<paths>[A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}){{1,2}}(?!\w))
-  | (?P<number>(?:\+|(?<!\w)-|(?<!\w))(?:\d+(?:[.,:]\d+)+(?:-{_A}+)*|\d+(?![\w-])|[.,]\d+(?:[.,:]\d+)*)
+  | (?P<number>(?:\+|(?<!\w)-|(?<!\w))(?:\d+(?:[.,:]\d+)+(?:-{_A}+)*
+      | \d+(?![\w-]) | [.,]\d+(?:[.,:]\d+)*)
       | \.\d+(?:[.,:]\d+)*)
   | (?P<year>(?<!\w)['\u2019]\d\ds?(?!\w))
   | (?P<clitic>['\u2019](?:s|m|d|ll|re|ve)(?!\w))
@@ -106,9 +109,14 @@ def ptb_tokenize(text: str) -> list[str]:
       tokens.append("".join(_BRACKETS.get(c, c) if c in "()" else c for c in token.lower()))
     elif kind == "ellipsis" or kind == "dash":
       continue  # removed as punctuation
-    elif kind != "other" or unicodedata.category(token)[0] != "C" and token < "\U00010000":
+    elif kind != "other" or _is_known(token):
       tokens.append(_REPLACED.get(token, token.lower()))
   return [token for token in tokens if token and token not in _REMOVED]
+
+
+def _is_known(character: str) -> bool:
+  """Whether the Java program knows it: no control character, half a pair, or beyond 16 bits."""
+  return unicodedata.category(character)[0] != "C" and character < "\U00010000"
 
 
 def _keeps_stop(word: str, text: str, after: int) -> bool:
@@ -118,7 +126,7 @@ def _keeps_stop(word: str, text: str, after: int) -> bool:
   if len(word) == 1 and word.isascii() and word.isalpha():
     return not _SENTENCE.match(text, after)
   following = text[after : after + 2].strip()[:1]
-  return word.lower() in _ABBREVIATIONS or word.lower() in _BEFORE_DIGITS and following.isdigit()
+  return word.lower() in _WITH_STOP or (word.lower() in _BEFORE_DIGITS and following.isdigit())
 
 
 def _parts(word: str) -> list[str]:

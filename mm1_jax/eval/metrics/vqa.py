@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from mm1_jax.eval.metrics.limits import cut
 
 _MARKS = ';/[]"{}()=+\\_->' + "<@`,?!"
-_OFFICIAL_THOUSANDS = re.compile(r"\d,\d")
+OFFICIAL_THOUSANDS = re.compile(r"\d,\d")
 _THOUSANDS = re.compile(r"\d,+\d")  # lmms-eval's also finds "1,,000"
 # The official pattern begins with (?!<=\d), a slip for a look-behind that is true of every full
 # stop: any that is not before a digit goes. Its flags are passed as the count: 32 at most go.
@@ -59,7 +59,7 @@ CONTRACTIONS = {
 
 def normalize(text: str) -> str:
   """Returns an answer as lmms-eval's VQAv2 compares it: punctuation, then digits and articles."""
-  return _digits_and_articles(_punctuation(_on_one_line(text), _THOUSANDS))
+  return _digits_and_articles(without_punctuation(_on_one_line(text), _THOUSANDS))
 
 
 def vqa_accuracy(answer: str, truths: Sequence[str], normalization: str = "lmms") -> float:
@@ -87,8 +87,8 @@ def vqa_accuracy(answer: str, truths: Sequence[str], normalization: str = "lmms"
 
 def _official(answer: str, truths: list[str]) -> tuple[str, list[str]]:
   if len(set(truths)) > 1:
-    truths = [_punctuation(truth, _OFFICIAL_THOUSANDS) for truth in truths]
-  return _digits_and_articles(_punctuation(_on_one_line(answer), _OFFICIAL_THOUSANDS)), truths
+    truths = [without_punctuation(truth, OFFICIAL_THOUSANDS) for truth in truths]
+  return _digits_and_articles(without_punctuation(_on_one_line(answer), OFFICIAL_THOUSANDS)), truths
 
 
 def _openflamingo(answer: str, truths: list[str]) -> tuple[str, list[str]]:
@@ -97,7 +97,7 @@ def _openflamingo(answer: str, truths: list[str]) -> tuple[str, list[str]]:
     return answer, truths
 
   def both(text: str) -> str:
-    return _digits_and_articles(_punctuation(text, _OFFICIAL_THOUSANDS))
+    return _digits_and_articles(without_punctuation(text, OFFICIAL_THOUSANDS))
 
   return both(answer), [both(truth) for truth in truths]
 
@@ -130,16 +130,18 @@ def _on_one_line(text: str) -> str:
   return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _punctuation(text: str, thousands: re.Pattern[str]) -> str:
+def without_punctuation(
+  text: str, thousands: re.Pattern[str], full_stop: re.Pattern[str] = _FULL_STOP
+) -> str:
   """Removes each mark that has a space beside it, makes the others spaces, and drops full stops.
 
-  A comma between digits makes all marks go, wherever it is: so do the official rules.
+  Where `thousands` finds a comma between digits all marks go: so it is in the official rules.
   """
   all_go, changed = thousands.search(text), text
   for mark in _MARKS:
     goes = all_go or f"{mark} " in text or f" {mark}" in text
     changed = changed.replace(mark, "" if goes else " ")
-  return _FULL_STOP.sub("", changed, count=_FULL_STOPS)
+  return full_stop.sub("", changed, count=_FULL_STOPS)
 
 
 def _digits_and_articles(text: str) -> str:

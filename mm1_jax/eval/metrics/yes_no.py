@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mm1_jax.eval.metrics.limits import cut
+from mm1_jax.eval.metrics.vqa import OFFICIAL_THOUSANDS, without_punctuation
 
 PERCEPTION = (
   "existence",
@@ -21,7 +22,7 @@ PERCEPTION = (
   "OCR",
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-_MARKS = re.compile(r"[^\w\s']")
+_FULL_STOP = re.compile(r"(?<!\d)\.(?!\d)")
 
 
 def exactly(reply: str) -> str | None:
@@ -40,7 +41,7 @@ def by_prefix(reply: str) -> str | None:
 
 def by_word(reply: str) -> str | None:
   """Returns which of the two is a word of the reply, if not both are (VLMEvalKit)."""
-  words = set(_MARKS.sub(" ", cut(reply).lower()).split())
+  words = set(without_punctuation(cut(reply).lower(), OFFICIAL_THOUSANDS, _FULL_STOP).split())
   found = words & {"yes", "no"}
   return found.pop() if len(found) == 1 else None
 
