@@ -5,7 +5,7 @@
   python -m mm1_jax.eval lm_eval --checkpoint=runs/mm1_debug --tasks=piqa,arc_easy
   python -m mm1_jax.eval lm_eval run --help
 
-All flags but --checkpoint are the harness's own; --model=mm1_jax and --batch_size=auto are set if
+All flags but --checkpoint are the harness's own; --model, --device and --batch_size=auto are set if
 left out. --model_args may have data, fsdp, expert, tensor (devices) and quantize as in Model.load;
 bos=False, for documents without `<s>`; max_gen_toks=N, where a task does not say (256).
 
@@ -334,7 +334,12 @@ def with_defaults(argv: Sequence[str]) -> list[str]:
   ours, flags = parser.parse_known_args(flags)
   if ours.checkpoint is not None:
     flags += ["--model_args", json.dumps({"checkpoint": ours.checkpoint})]
-  for spellings, value in ((("--model", "-M"), NAME), (("--batch_size", "-b"), "auto")):
-    if not any(flag.split("=")[0] in spellings for flag in flags):
+  given = {flag.split("=")[0] for flag in flags}
+  # The harness's own default device is a GPU, and its default of prompts at once is one.
+  defaults = {("--model", "-M"): NAME, ("--device",): jax.default_backend()}
+  if not given & {"--config", "-C"}:  # which may say it
+    defaults["--batch_size", "-b"] = "auto"
+  for spellings, value in defaults.items():
+    if not given & set(spellings):
       flags += [spellings[0], value]
   return [command, *flags]

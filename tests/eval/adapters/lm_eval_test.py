@@ -319,25 +319,22 @@ def test_flags_that_mean_nothing_here_are_refused(flags, message):
 def test_what_is_left_out_of_the_command_line():
   assert with_defaults(["ls", "tasks"]) == ["ls", "tasks"]
   assert with_defaults(["--help"]) == ["run", "--help"]
-  assert with_defaults(["run", "-M", "hf", "--batch_size=4"]) == [
-    "run",
-    "-M",
-    "hf",
-    "--batch_size=4",
-  ]
+  whole = ["run", "-M", "hf", "--batch_size=4", "--device=cpu"]
+  assert with_defaults(whole) == whole
+  ours = ["--model", "mm1_jax", "--device", "cpu"]
+  assert with_defaults(["-C", "a.yaml"]) == ["run", "-C", "a.yaml", *ours]
   assert with_defaults(["--checkpoint=a,b", "--tasks=x"]) == [
     *("run", "--tasks=x", "--model_args", '{"checkpoint": "a,b"}'),
-    *("--model", "mm1_jax", "--batch_size", "auto"),
+    *(*ours, "--batch_size", "auto"),
   ]
 
 
 @pytest.mark.slow
 def test_the_command_line_evaluates_a_checkpoint(workdir, folder):
-  code = "import sys; from mm1_jax.eval.adapters import lm_eval; lm_eval.main(sys.argv[1:])"
   flags = [f"--checkpoint={workdir}", "--tasks=mm1_choices,mm1_answers", f"--include_path={folder}"]
   out = folder / "out"
   done = subprocess.run(
-    [sys.executable, "-c", code, *flags, f"--output_path={out}", "--log_samples"],
+    [sys.executable, "-m", "mm1_jax.eval", "lm_eval", *flags, f"--output_path={out}"],
     env={**os.environ, "PYTHONPATH": str(ROOT)},
     **{"capture_output": True, "text": True, "check": False, "cwd": folder},
   )
