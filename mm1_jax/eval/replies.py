@@ -281,23 +281,22 @@ def _save(path: epath.Path, replies: list[Any]) -> None:
 def other_pictures(items: Sequence[Item]) -> Change:
   """Returns the control that shows each item the pictures of another one.
 
-  Items are shifted by half of the split in the order of their pictures, past those with a picture
-  in common; a content gets as many pictures as it has.
+  The other one is of the same source where items have one (`details["source"]`), so that the kind of
+  picture tells nothing, and has no picture in common: in the order of their pictures, half of the
+  items further on. A content gets as many pictures as it has.
 
   Raises:
     EvalError: all items have the same pictures.
   """
-  order = sorted(range(len(items)), key=lambda i: [few_shot.identity(p) for p in items[i].pictures])
-  pictures = [set(map(few_shot.identity, items[i].pictures)) for i in order]
   shown: dict[str, tuple[Picture, ...]] = {}
-  for at, i in enumerate(order):
-    for shift in range(len(order)):
-      other = (at + len(order) // 2 + shift) % len(order)
-      if pictures[other] and not pictures[at] & pictures[other]:
-        shown[items[i].id] = items[order[other]].pictures
-        break
-    else:
-      raise EvalError("no other item has another picture, so there is no control with one.")
+  by_source: dict[str, list[Item]] = {}
+  for item in items:
+    by_source.setdefault(str(item.details.get("source")), []).append(item)
+  for group in by_source.values():
+    shown |= _others(group)
+  shown = _others(items) | shown if len(shown) < len(items) else shown
+  if len(shown) < len(items):
+    raise EvalError("no other item has another picture, so there is no control with one.")
 
   def change(item: Item, content: Content) -> Content:
     others, number, found = shown[item.id], 0, []
@@ -308,6 +307,20 @@ def other_pictures(items: Sequence[Item]) -> Change:
     return found
 
   return change
+
+
+def _others(items: Sequence[Item]) -> dict[str, tuple[Picture, ...]]:
+  """Returns other items' pictures by an item's id, for each that has one with none in common."""
+  named = [[*map(few_shot.identity, item.pictures)] for item in items]
+  order = sorted(range(len(items)), key=lambda i: named[i])
+  found = {}
+  for at, i in enumerate(order):
+    for shift in range(len(order)):
+      other = order[(at + len(order) // 2 + shift) % len(order)]
+      if named[other] and not set(named[i]) & set(named[other]):
+        found[items[i].id] = items[other].pictures
+        break
+  return found
 
 
 def no_pictures(item: Item, content: Content) -> Content:

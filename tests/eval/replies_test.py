@@ -148,5 +148,13 @@ def test_another_items_pictures_are_never_ones_own():
     first, text, second = change(item, [item.pictures[0], "and", item.pictures[1]])
     assert text == "and"
     assert not {first, second} & set(item.pictures)
+  kinds = [
+    dataclasses.replace(item, details={"source": str(i % 2)}) for i, item in enumerate(items)
+  ]
+  change = other_pictures(kinds)
+  for item in kinds:
+    (shown,) = change(item, [item.pictures[0]])
+    same = [k for k in kinds if k.details == item.details and shown in k.pictures]
+    assert same  # of the same source
   with pytest.raises(EvalError, match="no other item"):
     other_pictures(items[:3])
