@@ -23,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bench.train.sft_answers import answer_nll, with_error
 from mm1_jax import cli
 from mm1_jax.config import OptimizerConfig, RunConfig
-from mm1_jax.configs import mm1_debug_sft
-from mm1_jax.data.sources import Source
+from mm1_jax.configs import common, mm1_debug_sft
+from mm1_jax.eval.evaluate import Result, Settings, difference, evaluate
 from mm1_jax.inference.model import Model
 from mm1_jax.train.loop import train
 from mm1_jax.train.optimizer import adafactor
@@ -69,8 +68,8 @@ def steps_table() -> None:
       print(f"| {name} | {over} | {' | '.join(shown)} |")
 
 
-def fine_tuned(args: argparse.Namespace, setting: dict, rate: float) -> np.ndarray:
-  """Returns the loss of each held-out answer after fine-tuning, in nats per token."""
+def fine_tuned(args: argparse.Namespace, setting: dict, rate: float) -> Result:
+  """Returns the loss of held-out answers after fine-tuning, in nats per token."""
   config = mm1_debug_sft.get_config(args.kind)
   config.optimizer.update(learning_rate=rate, **setting)
   config.train.update(num_steps=args.num_steps, init_from=str(args.init_from))
@@ -78,10 +77,9 @@ def fine_tuned(args: argparse.Namespace, setting: dict, rate: float) -> np.ndarr
   changed = "_".join(f"{key}_{value}" for key, value in setting.items()) or "no_scale"
   workdir = args.workdir / f"{changed}_{rate:g}"
   train(RunConfig.from_dict(config.to_dict()), workdir)
-  model = Model.load(workdir)
-  (held_out,) = model.run.data.eval_sources
-  source = Source(held_out)
-  return answer_nll(model, [source[i] for i in range(len(source))])
+  settings = Settings(("records:sft",), form="sft_nats")
+  (result,) = evaluate(Model.load(workdir), settings, common.SAMPLE)
+  return result
 
 
 def answers_table(args: argparse.Namespace) -> None:
@@ -91,11 +89,12 @@ def answers_table(args: argparse.Namespace) -> None:
   }
   first = next(iter(rows.values()))
   print("\n| setting | rate | held-out answers | beside the first row |\n|---|---|---|---|")
-  for (name, rate), losses in rows.items():
-    fits = ~np.isnan(losses)
-    difference = with_error((losses - first)[fits])
-    print(f"| {name} | {rate:g} | {with_error(losses[fits])} | {difference} |")
-  print(f"n = {np.sum(~np.isnan(first))} answers")
+  for (name, rate), result in rows.items():
+    assert result.scores is not None
+    cells = result.scores.values["nats_per_token"], difference(result, first)
+    shown = [f"{cell.mean:.3f} ± {cell.standard_error:.3f}" for cell in cells]
+    print(f"| {name} | {rate:g} | {' | '.join(shown)} |")
+  print(f"n = {len(first.scored)} answers; {len(first.dropped)} are too long")
 
 
 def main() -> None:

@@ -23,19 +23,15 @@ import io
 import json
 import pathlib
 
-import jax
 import numpy as np
 from PIL import Image
 
-from bench.train.looks_at_pictures import held_out_captions, score
+from bench.train.looks_at_pictures import score
 from mm1_jax import cli
-from mm1_jax.checkpoint import restore_params
 from mm1_jax.config import RunConfig
 from mm1_jax.configs import common, mm1_debug
 from mm1_jax.data.sources import Record, write_shards
 from mm1_jax.metrics import read_metrics
-from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import abstract_state, make_mesh
 from mm1_jax.train.loop import TrainingDiverged, train
 
 INKS = {
@@ -121,7 +117,7 @@ def make_run(args: argparse.Namespace, rate: float | None) -> RunConfig:
   return RunConfig.from_dict(config.to_dict())
 
 
-def measure(run: RunConfig, workdir: pathlib.Path) -> dict[str, float]:
+def measure(run: RunConfig, workdir: pathlib.Path, shards: pathlib.Path) -> dict[str, float]:
   """Trains a run, unless that was done, and returns its row of the table."""
   try:
     train(run, workdir)
@@ -129,12 +125,8 @@ def measure(run: RunConfig, workdir: pathlib.Path) -> dict[str, float]:
     print(f"{workdir}: {error}", flush=True)
   series = read_metrics(workdir)
   spread, vit = (list(series[name].values()) for name in ("image_spread", "grad_norm/vit"))
-  mesh = make_mesh(run)
-  with jax.set_mesh(mesh):
-    like = abstract_state(lambda: MM1(jax.random.key(0), run.model), mesh)
-    scores = score(restore_params(workdir, like), mesh, *held_out_captions(run))
   return {
-    **scores,
+    **score(workdir, shards),
     "train_loss": list(series["loss"].values())[-1],
     "smallest_spread": min(spread),
     "last_spread": spread[-1],
@@ -166,7 +158,8 @@ def main() -> None:
   for rate in args.rates:
     run = make_run(args, None if rate == "law" else float(rate))
     name = f"{args.kind}_{rate}" + (f"_decoder_{args.decoder}" if args.decoder else "")
-    rows[name] = measure(run, args.workdir / name)
+    shards = common.SAMPLE if args.world == "sample" else args.workdir / "shards"
+    rows[name] = measure(run, args.workdir / name, shards)
     print(json.dumps({"run": name, **rows[name]}), flush=True)
   columns = list(next(iter(rows.values())))
   print("| run | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))

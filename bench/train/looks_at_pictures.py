@@ -14,121 +14,51 @@ that was interrupted continues where it was.
 import argparse
 import json
 import pathlib
-from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import matplotlib
-import numpy as np
-from jax.sharding import reshard
 
 from mm1_jax import cli
-from mm1_jax.batch import Batch
-from mm1_jax.checkpoint import STEPS, restore_params
+from mm1_jax.checkpoint import STEPS
 from mm1_jax.config import RunConfig
-from mm1_jax.configs import mm1_debug
-from mm1_jax.data.examples import Example, make_encoder
-from mm1_jax.data.image import decode_image
-from mm1_jax.data.packing import Segment, assemble, stack
-from mm1_jax.data.sources import Source
-from mm1_jax.data.tokenizer import Tokenizer
-from mm1_jax.models.mm1 import MM1
-from mm1_jax.sharding import LAYOUT, abstract_state, device_batch, make_mesh
+from mm1_jax.configs import common, mm1_debug
+from mm1_jax.eval.evaluate import Result, Settings, difference, evaluate
+from mm1_jax.inference.model import Model
 from mm1_jax.train.loop import train
 
-ROWS = 32  # captions scored at a time, each in a row of its own
 
-
-def held_out_captions(run: RunConfig) -> tuple[list[Batch], np.ndarray]:
-  """Returns batches of one caption and its picture a row, and the other picture for each row.
-
-  The second is an index into all rows: a cyclic shift within the captions of the same source, so
-  that no caption keeps its own.
-  """
-  data = run.data
-  source = Source(next(s for s in data.eval_sources if s.name == "captions"))
-  tokenizer = Tokenizer(data.tokenizer)
-  encoder = make_encoder(
-    run.data,
-    tokenizer,
-    run.input_spec,
-  )
-  rows, names = [], []
-  for record in (source[i] for i in range(len(source))):
-    example = encoder.encode_record(record)
-    if len(example) <= data.seq_len and len(example.images) == 1:
-      picture = decode_image(example.images[0], run.model.vision.image_size)
-      rows.append(row_of(example, [picture], run, slots=1, pad_id=tokenizer.pad_id))
-      names.append(record["source"])
-  other = np.arange(len(rows))
-  for name in set(names):
-    order = np.random.default_rng(0).permutation(np.flatnonzero(np.array(names) == name))
-    other[order] = np.roll(order, 1)
-  rows += [row_of(None, [], run, slots=1, pad_id=tokenizer.pad_id)] * (-len(rows) % ROWS)
-  batches = [stack(rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)]
-  assert np.all(other != np.arange(len(other)))
-  return batches, other
-
-
-def row_of(
-  example: Example | None,
-  pictures: Sequence[np.ndarray],
-  run: RunConfig,
-  *,
-  slots: int,
-  pad_id: int,
-) -> Batch:
-  """Returns a row of one example and its pictures, uint8[H, W, 3] each; or an empty row."""
-  pixels = np.array(pictures, np.uint8).reshape(1, -1, *run.model.vision.image_size, 3)
-  segments = [] if example is None else [Segment(0, example)]
-  return assemble(segments, pixels, seq_len=run.data.seq_len, images_per_row=slots, pad_id=pad_id)
-
-
-@jax.jit
-def caption_scores(model: MM1, batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """Returns nats per target of each row, 0 for an empty one; and whether greedy answers are right.
-
-  All targets being the likeliest after those before them is what greedy decoding would say.
-  """
-  decoder = model.decoder
-  logits = reshard(decoder.logits(model(batch, dropless=True).hidden), LAYOUT.act_b)
-  nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
-  wrong = (jnp.argmax(logits, axis=-1) != batch.targets) & (batch.loss_mask > 0)
-  num = jnp.maximum(jnp.sum(batch.loss_mask, axis=1), 1)
-  return jnp.sum(nll * batch.loss_mask, axis=1) / num, ~jnp.any(wrong, axis=1)
-
-
-def score(model: MM1, mesh, batches: list[Batch], other: np.ndarray) -> dict[str, float]:
+def score(checkpoint: pathlib.Path, shards: pathlib.Path) -> dict[str, float]:
   """Returns mean loss and share of exact captions with right and wrong pictures.
 
   The loss's margin, wrong above right, has its standard error beside it.
+
+  Args:
+    checkpoint: a run, or one of its steps.
+    shards: folder of `captions-heldout-*.arrayrecord`.
   """
-  images = np.concatenate([b.images for b in batches])
-  wrong = images.copy()
-  wrong[: len(other)] = images[other]
-
-  def scores(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    parts = [
-      caption_scores(
-        model, device_batch(b._replace(images=images[i * ROWS : (i + 1) * ROWS]), mesh)
-      )
-      for i, b in enumerate(batches)
-    ]
-    nll, exact = (np.concatenate(list(map(np.asarray, x))) for x in zip(*parts, strict=True))
-    return nll[: len(other)], exact[: len(other)]
-
-  (right, exact_right), (wrong, exact_wrong) = scores(images), scores(wrong)
-  margin = wrong - right
+  settings = Settings(("records:captions",), form="nats", controls=("own", "other"))
+  right, wrong = evaluate(Model.load(checkpoint), settings, shards)
+  margin = difference(wrong, right)
   return {
-    "captions": len(margin),
-    "right": float(right.mean()),
-    "wrong": float(wrong.mean()),
-    "margin": float(margin.mean()),
-    "standard_error": float(margin.std(ddof=1) / np.sqrt(len(margin))),
-    "better_with_right": float((margin > 0).mean()),
-    "exact_right": float(exact_right.mean()),
-    "exact_wrong": float(exact_wrong.mean()),
+    "captions": margin.n,
+    "right": _mean(right),
+    "wrong": _mean(wrong),
+    "margin": margin.mean,
+    "standard_error": margin.standard_error,
+    "exact_right": _exact(right),
+    "exact_wrong": _exact(wrong),
   }
+
+
+def _mean(result: Result) -> float:
+  assert result.scores is not None
+  return result.scores.values["nats_per_token"].mean
+
+
+def _exact(result: Result) -> float:
+  """Returns the share of captions whose every token is the likeliest: greedy decoding says them."""
+  assert result.scores is not None
+  assert result.scores.right is not None
+  return float(result.scores.right.mean())
 
 
 def draw(rows: list[dict], path: pathlib.Path, title: str) -> None:
@@ -160,16 +90,11 @@ def main() -> None:
   config.checkpoint.update(every=args.every, keep_period=args.every)
   run = RunConfig.from_dict(config.to_dict())
   train(run, args.workdir)
-  mesh = make_mesh(run)
-  batches, other = held_out_captions(run)
   rows = []
-  with jax.set_mesh(mesh):
-    like = abstract_state(lambda: MM1(jax.random.key(0), run.model), mesh)
-    steps = sorted(int(p.name) for p in (args.workdir / STEPS).iterdir() if p.name.isdigit())
-    for step in steps:
-      model = restore_params(args.workdir / STEPS / str(step), like)
-      rows.append({"step": step, **score(model, mesh, batches, other)})
-      print(json.dumps(rows[-1]), flush=True)
+  steps = sorted(int(p.name) for p in (args.workdir / STEPS).iterdir() if p.name.isdigit())
+  for step in steps:
+    rows.append({"step": step, **score(args.workdir / STEPS / str(step), common.SAMPLE)})
+    print(json.dumps(rows[-1]), flush=True)
   (args.workdir / "looks.json").write_text(
     json.dumps({"kind": args.kind, "rows": rows}, indent=2) + "\n"
   )

@@ -7,9 +7,9 @@
 `--data` is conversations in LLaVA's form, JSON lines with a `source`, pictures relative to it.
 A tenth of the pictures of each source are held out, with all that is asked about them; descriptions
 that the pre-trained run has read are not among them. After fine-tuning each held-out answer is
-scored (nats per token) and said (greedily; exact match, but for case, space around it and a last
-full stop) with its own picture, with none, and with that of another question of its source; beside
-them is the answer that is most frequent in training. Prints a table, leaves `answers.json`.
+scored (nats per token) and said (greedily; exact match, case and punctuation ignored) with its own
+picture, with none, and with that of another question of its source; beside them is the answer that
+is most frequent in training. Prints tables, and leaves them in `answers.txt`.
 """
 
 import argparse
@@ -19,27 +19,18 @@ import json
 import pathlib
 from typing import NamedTuple
 
-import jax
-import numpy as np
-
-from bench.train.looks_at_pictures import ROWS, caption_scores, row_of
 from mm1_jax import checkpoint, cli
-from mm1_jax.batch import Batch
 from mm1_jax.config import RunConfig
 from mm1_jax.configs import common, mm1_debug_sft
 from mm1_jax.data.build.conversations import llava_records
 from mm1_jax.data.build.options import BuildOptions
-from mm1_jax.data.examples import Example
-from mm1_jax.data.packing import stack
 from mm1_jax.data.sources import Record, Source, write_shards
-from mm1_jax.data.tiling import decode_pictures
+from mm1_jax.eval.evaluate import Result, Settings, evaluate
+from mm1_jax.eval.report import table
 from mm1_jax.inference.model import Model
-from mm1_jax.sharding import device_batch
 from mm1_jax.train.loop import train
 
 HELD_OUT = 0.1  # of the pictures
-PICTURES = ("own", "none", "another")
-NEW_TOKENS = 64  # a longer answer is no exact match
 
 
 class Question(NamedTuple):
@@ -91,13 +82,16 @@ def texts_of(workdir: str) -> set[str]:
   return {text for text in texts if len(text) > 30}
 
 
+def write(by_source: dict[str, list[Question]], shards: pathlib.Path, side: str) -> None:
+  shards.mkdir(parents=True, exist_ok=True)
+  for name, questions in by_source.items():
+    write_shards([q.record for q in questions], str(shards / f"{name}-{side}"), 1)
+
+
 def fine_tune(by_source: dict[str, list[Question]], args: argparse.Namespace) -> None:
   """Trains `mm1_debug_sft`, each source by its positions."""
   config = mm1_debug_sft.get_config(args.kind)
   shards = args.workdir / "shards"
-  shards.mkdir(parents=True, exist_ok=True)
-  for name, questions in by_source.items():
-    write_shards([q.record for q in questions], str(shards / f"{name}-train"), 1)
   lengths = {
     name: sum(len(json.dumps(q.record, default=lambda _: "")) for q in questions)
     for name, questions in by_source.items()
@@ -110,101 +104,12 @@ def fine_tune(by_source: dict[str, list[Question]], args: argparse.Namespace) ->
   train(RunConfig.from_dict(config.to_dict()), args.workdir / "run")
 
 
-def shown(questions: list[Question], pictures: str) -> list[Record]:
-  """Returns the records with their own pictures, with none, or with another question's."""
-  # In order of pictures, shifted by half: no question gets a picture of its own.
-  order = sorted(range(len(questions)), key=lambda i: questions[i].pictures)
-  other = dict(zip(order, np.roll(order, len(order) // 2), strict=True))
-  records = []
-  for i, question in enumerate(questions):
-    images = [
-      item["image"]
-      for turn in questions[other[i]].record["turns"]
-      for item in turn["content"]
-      if "image" in item
-    ]
-    assert not set(questions[other[i]].pictures) & set(question.pictures)
-    turns, number = [], 0
-    for turn in question.record["turns"]:
-      content = []
-      for item in turn["content"]:
-        if "image" not in item or pictures == "own":
-          content.append(item)
-        elif pictures == "another":
-          content.append({"image": images[number % len(images)]})
-          number += 1
-      turns.append({"role": turn["role"], "content": content})
-    records.append({**question.record, "turns": turns})
-  return records
-
-
-def answer_nll(model: Model, records: list[Record]) -> np.ndarray:
-  """Returns nats per token of each record's answers, the end included; NaN if it does not fit."""
-  data, size = model.run.data, model.run.model.vision.image_size
-  examples = [model.encoder.encode_record(record) for record in records]
-  fits = [i for i, e in enumerate(examples) if len(e) <= data.seq_len]
-  slots = max(len(examples[i].images) for i in fits)
-  nll = np.full(len(records), np.nan)
-
-  def row(example: Example | None) -> Batch:
-    images = () if example is None else example.images
-    pictures = decode_pictures(images, size, fit=data.image_fit, max_pixels=data.max_image_pixels)
-    return row_of(example, list(pictures), model.run, slots=slots, pad_id=model.tokenizer.pad_id)
-
-  for start in range(0, len(fits), ROWS):
-    rows = fits[start : start + ROWS]
-    batch = [row(examples[i]) for i in rows] + [row(None)] * (ROWS - len(rows))
-    with jax.set_mesh(model.mesh):
-      losses, _ = caption_scores(model.params, device_batch(stack(batch), model.mesh))
-    nll[rows] = np.asarray(losses)[: len(rows)]
-  return nll
-
-
-def says(model: Model, records: list[Record]) -> list[str]:
-  """Returns what the model answers to the first turn of each record."""
-  prompts = [[next(iter(item.values())) for item in r["turns"][0]["content"]] for r in records]
-  return model.generate(prompts, max_new_tokens=NEW_TOKENS, batch_size=ROWS)
-
-
-def plain(answer: str) -> str:
-  return answer.strip().removesuffix(".").strip().lower()
-
-
-def with_error(values: np.ndarray) -> str:
-  """Returns a mean and its standard error."""
-  return f"{values.mean():.3f} ± {values.std(ddof=1) / np.sqrt(len(values)):.3f}"
-
-
-def measure(model: Model, train: list[Question], held_out: list[Question]) -> dict[str, str]:
-  """Returns one line of the table."""
-  losses = {p: answer_nll(model, shown(held_out, p)) for p in PICTURES}
-  # The same questions for all three.
-  kept = np.flatnonzero(~np.isnan(sum(losses.values())))
-  questions = [held_out[i] for i in kept]
-  truths = [plain(q.answer) for q in questions]
-  losses = {p: losses[p][kept] for p in PICTURES}
-  match = {
-    p: np.array(
-      [plain(a) == t for a, t in zip(says(model, shown(questions, p)), truths, strict=True)]
-    )
-    for p in PICTURES
-  }
-  frequent = collections.Counter(plain(q.answer) for q in train).most_common(1)[0][0]
-  majority = np.array([frequent == t for t in truths])
-  own = losses["own"], match["own"].astype(float)
-  return {
-    "train": f"{len(train)}",
-    "held out": f"{len(questions)}",
-    "too long": f"{len(held_out) - len(questions)}",
-    "loss, own picture": with_error(own[0]),
-    "none - own": with_error(losses["none"] - own[0]),
-    "another - own": with_error(losses["another"] - own[0]),
-    "match, own picture": with_error(own[1]),
-    "match, none": with_error(match["none"]),
-    "match, another": with_error(match["another"]),
-    "match, majority": with_error(majority),
-    "own - majority": with_error(own[1] - majority),
-  }
+def measure(model: Model, name: str, shards: pathlib.Path) -> list[Result]:
+  """Returns a source's held-out answers, scored and said, beside their controls."""
+  task, pictures = (f"records:{name}",), ("own", "blind", "other")
+  scored = Settings(task, form="sft_nats", controls=pictures)
+  said = Settings(task, form="sft", controls=(*pictures, "frequent"), batch_size=32)
+  return [*evaluate(model, scored, shards), *evaluate(model, said, shards)]
 
 
 def main() -> None:
@@ -219,14 +124,15 @@ def main() -> None:
   args = parser.parse_args()
   seen = texts_of(str(args.init_from))
   sides = {name: split(questions, seen) for name, questions in read(args.data).items()}
-  fine_tune({name: train for name, (train, _) in sides.items()}, args)
+  shards = args.workdir / "shards"
+  train_side = {name: train for name, (train, _) in sides.items()}
+  write(train_side, shards, "train")
+  write({name: held_out for name, (_, held_out) in sides.items()}, shards, "heldout")
+  fine_tune(train_side, args)
   model = Model.load(args.workdir / "run")
-  table = {name: measure(model, *side) for name, side in sides.items()}
-  (args.workdir / "answers.json").write_text(json.dumps(table, indent=2) + "\n")
-  print("| | " + " | ".join(table) + " |")
-  print("|---|" + "---|" * len(table))
-  for key in next(iter(table.values())):
-    print(f"| {key} | " + " | ".join(line[key] for line in table.values()) + " |")
+  tables = [table(measure(model, name, shards)) for name in sides]
+  (args.workdir / "answers.txt").write_text("\n\n".join(tables) + "\n")
+  print(*tables, sep="\n\n")
 
 
 if __name__ == "__main__":

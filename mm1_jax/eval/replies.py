@@ -281,8 +281,8 @@ def _save(path: epath.Path, replies: list[Any]) -> None:
 def other_pictures(items: Sequence[Item]) -> Change:
   """Returns the control that shows each item the pictures of another one.
 
-  The other one is of the same source where items have one (`details["source"]`), so that the kind of
-  picture tells nothing, and has no picture in common: in the order of their pictures, half of the
+  The other one is of the same source where items have one (`details["source"]`), so that the kind
+  of picture tells nothing, and has no picture in common: in the order of pictures, half of the
   items further on. A content gets as many pictures as it has.
 
   Raises:
