@@ -11,8 +11,6 @@ lmms-eval asks "chat" models for answers to messages, where texts and pictures a
 others; tasks whose choices are compared by likelihood need the "simple" one, by --force_simple. A
 run that was trained on conversations reads a user's turn, any other the beginning of a document.
 """
-# pyright: reportMissingImports=false
-# lmms-eval is installed in an environment of its own.
 
 from collections.abc import Mapping
 from typing import Any
