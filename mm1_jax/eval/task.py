@@ -42,7 +42,8 @@ class Item:
       answers are not published.
     choices: of a multiple-choice question; its `answers` is then the right one's text.
     right: index of the right choice; -1 where there are none, or it is not published.
-    details: what forms, metrics or reports need besides: category, hint, type of the answer.
+    details: what forms, metrics or reports need besides: category, hint, type of the answer. Items
+      of the same "group" are only scored together; "source" says what kind of data one is of.
   """
 
   id: str

@@ -180,7 +180,7 @@ def rotations(item: Item) -> Iterator[Item]:
     row = item.details["row"] | {chr(65 + i): text for i, text in enumerate(moved)} | {"index": id}
     if right >= 0:
       row["answer"] = chr(65 + right)
-    details = {**item.details, "row": row}
+    details = {**item.details, "row": row, "group": str(question_of(item))}
     yield dataclasses.replace(item, id=id, choices=moved, right=right, details=details)
 
 

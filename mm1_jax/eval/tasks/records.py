@@ -16,7 +16,6 @@ import numpy as np
 from etils import epath
 
 from mm1_jax.config import SourceConfig
-from mm1_jax.data.sources import DataError, Source
 from mm1_jax.eval.metrics.statistics import estimate
 from mm1_jax.eval.task import Content, EvalError, Form, Item, Reply, Scores, Task
 from mm1_jax.eval.tasks import captions, prompts, scoring
@@ -49,6 +48,9 @@ def read(name: str, folder: epath.Path, split: str) -> Iterator[Item]:
   Raises:
     EvalError: there are no shards, a record is damaged, or none of them can be asked.
   """
+  # Only now: Grain imports JAX, which lists of tasks can do without.
+  from mm1_jax.data.sources import DataError, Source
+
   path = str(epath.Path(folder) / f"{name}-{split}-*.arrayrecord")
   try:
     source = Source(SourceConfig(name=name, path=path))

@@ -121,7 +121,7 @@ def read_mme(folder: epath.Path, split: str) -> list[Item]:
     question, answer = line.strip().split("\t")
     place = root / paths[path]
     name = f"{paths[path]}/{path.stem}"
-    details = {"category": paths[path], "picture": name}
+    details = {"category": paths[path], "group": name}
     picture = _picture_of(path.stem, files.below(place, "images"))
     yield Item(f"{name}/{number}", question, (picture,), (answer,), details=details)
 
@@ -139,7 +139,7 @@ def _with_pictures(items: list[Item]) -> list[Item]:
     if "image_path" not in item.details or "category" not in item.details:
       raise EvalError(f"item '{item.id}' of MME.tsv has no image_path or no category.")
   return [
-    dataclasses.replace(item, details={**item.details, "picture": item.details["image_path"]})
+    dataclasses.replace(item, details={**item.details, "group": item.details["image_path"]})
     for item in items
   ]
 
@@ -157,7 +157,7 @@ def mme_score(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
   answers = scoring.texts(items, replies)
   truths = [item.answers[0] for item in items]
   categories = [item.details["category"] for item in items]
-  pictures = [item.details["picture"] for item in items]
+  pictures = [item.details["group"] for item in items]
   try:
     totals = yes_no.mme(answers, truths, categories, pictures)
   except ValueError as e:
