@@ -238,8 +238,13 @@ def run_job(
   items, form = data.items(job), job.task.forms[job.form]
   if job.control == "frequent":
     return _scored(job, _most_frequent(items, data.demonstrations(job), form))
-  if job.control != "own" and not any(item.pictures for item in items):
+  pictures = any(item.pictures for item in items)
+  if job.control != "own" and not pictures:
     raise EvalError(f"{job.task.name} has no pictures, so it has no control '{job.control}'.")
+  if pictures and job.control != "blind" and not model.run.data.images_per_row:
+    raise EvalError(
+      f"{job.task.name} shows pictures, and the model was trained on none (data.images_per_row 0)."
+    )
   news = _News(job.name, len(items), tell)
   asking = make_asking(job, items, data, settings)
   chunks = replies.answer(model, items, asking, kept=kept, digest=digest, share=share, tell=news)

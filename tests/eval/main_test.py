@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: its files, its mistakes, and that it continues where it was killed."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +15,38 @@ import time
 import pytest
 
 from mm1_jax.eval.__main__ import main
+from mm1_jax.eval.evaluate import Settings, evaluate
 from mm1_jax.eval.task import EvalError
+from mm1_jax.inference.model import Model
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+
+def write_many(folder: pathlib.Path, pictures: list[bytes], num: int) -> pathlib.Path:
+  for i, picture in enumerate(pictures):
+    (folder / f"{i}.png").write_bytes(picture)
+  rows = [
+    {"id": str(i), "image": f"{i % 2}.png", "question": f"What is {i}?", "answer": "a"}
+    for i in range(num)
+  ]
+  path = folder / "mine.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def start(
+  run: pathlib.Path, path: pathlib.Path, out: pathlib.Path, **environment: str
+) -> subprocess.Popen:
+  """Starts an evaluation as a process."""
+  flags = [f"--checkpoint={run}", f"--tasks={path}", f"--out={out}", "--batch-size=32"]
+  return subprocess.Popen(
+    [sys.executable, "-m", "mm1_jax.eval", *flags],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": "", **environment},
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 @pytest.fixture
@@ -97,25 +128,43 @@ def test_pictures_are_what_their_control_is_about(dense_workdir, tmp_path):
     main([*flags, "--controls=blind"])
 
 
+def test_a_model_of_text_is_not_asked_about_pictures(dense_model, questions):
+  data = dataclasses.replace(dense_model.run.data, images_per_row=0)
+  run = dataclasses.replace(dense_model.run, data=data)
+  model = Model(dense_model.params, run, dense_model.mesh)
+  with pytest.raises(
+    EvalError, match=r"mine.jsonl shows pictures, and the model was trained on none"
+  ):
+    list(evaluate(model, Settings((str(questions),)), questions.parent))
+  assert list(evaluate(model, Settings((str(questions),), controls=("blind",)), questions.parent))
+
+
+@pytest.mark.long
+def test_two_processes_leave_the_same_results_as_one(dense_workdir, tmp_path, pictures):
+  path, results = write_many(tmp_path, pictures, 600), []
+  for num in (1, 2):
+    with socket.socket() as s:
+      s.bind(("localhost", 0))
+      port = s.getsockname()[1]
+    processes = [
+      start(dense_workdir, path, tmp_path / str(num), **(
+        {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(num),
+         "JAX_PROCESS_ID": str(i)} if num > 1 else {}
+      )) for i in range(num)
+    ]  # fmt: skip
+    for process in processes:
+      _, err = process.communicate()
+      assert process.returncode == 0, err
+    results.append((tmp_path / str(num) / "results.json").read_bytes())
+  assert results[0] == results[1]
+  assert len(list((tmp_path / "2" / "replies").iterdir())) == 3
+
+
 @pytest.mark.slow
 def test_killed_and_started_again_it_leaves_the_same_results(dense_workdir, tmp_path, pictures):
-  rows = []
-  for i in range(700):  # three chunks
-    (tmp_path / f"{i % 2}.png").write_bytes(pictures[i % 2])
-    rows.append({"id": str(i), "image": f"{i % 2}.png", "question": f"What is {i}?", "answer": "a"})
-  path = tmp_path / "mine.jsonl"
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-  def start(out: pathlib.Path) -> subprocess.Popen:
-    flags = [f"--checkpoint={dense_workdir}", f"--tasks={path}", f"--out={out}"]
-    return subprocess.Popen(
-      [sys.executable, "-m", "mm1_jax.eval", *flags, "--batch-size=32"],
-      cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""},
-      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
+  path = write_many(tmp_path, pictures, 700)  # three chunks
   killed, whole = tmp_path / "killed", tmp_path / "whole"
-  process = start(killed)
+  process = start(dense_workdir, path, killed)
   while not list((killed / "replies").glob("*.json")) and process.poll() is None:
     time.sleep(0.02)
   os.kill(process.pid, signal.SIGKILL)
@@ -124,7 +173,7 @@ def test_killed_and_started_again_it_leaves_the_same_results(dense_workdir, tmp_
   kept = {p.name: p.stat().st_mtime_ns for p in (killed / "replies").glob("*.json")}
   assert 1 <= len(kept) < 3
   for out in (killed, whole):
-    process = start(out)
+    process = start(dense_workdir, path, out)
     _, err = process.communicate()
     assert process.returncode == 0, err
   for name in ("results.json", "results.md"):
