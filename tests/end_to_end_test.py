@@ -214,6 +214,25 @@ def test_benchmarks_inside_a_run_change_nothing_of_it(straight, tmp_path):
   assert_same_run(tmp_path, straight[0], others=("eval_tasks/",))
 
 
+def test_a_run_is_evaluated_on_the_sample(straight, tmp_path):
+  """As docs/guides/evaluate.md has it."""
+  result = subprocess.run(
+    [sys.executable, "-m", "mm1_jax.eval", f"--checkpoint={straight[0]}", "--sample", "--limit=3",
+     f"--out={tmp_path}"],
+    cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr
+  lines = result.stdout.splitlines()
+  assert [line.split()[4] for line in lines if line.startswith("records:")] == [
+    "own",
+    "other",
+    "blind",
+  ]
+  assert "own - other" in result.stdout
+  for name in ("results.json", "results.md", "results.html", "items"):
+    assert (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize(
   ("key", "value", "says"),
   [

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mm1_jax import metrics, report
@@ -41,6 +42,31 @@ def write_stage(workdir, *, sources=("captions", "text"), experts=4, steps=range
       if experts and step % 10 == 0:
         writer.write_tables(step, {"moe/load": np.ones((2, experts))})
     writer.write_scalars(20, {f"eval/loss/{source}": 4.5 for source in sources})
+
+
+class TestBenchmarks:
+  def test_the_first_metric_of_each_is_drawn_with_its_error(self, tmp_path):
+    write_stage(tmp_path / "run", experts=0)
+    with metrics.MetricWriter(tmp_path / "run", start_step=39) as writer:
+      for step, value in ((10, 0.2), (20, 0.4)):
+        scalars = {"pope/f1": value, "pope/f1/standard_error": 0.1, "pope/accuracy": 0.5}
+        scalars |= {"coco/cider_ptb": 100 * value, "coco/cider_ptb/standard_error": 3.0}
+        writer.write_scalars(step, {f"eval_tasks/{name}": x for name, x in scalars.items()})
+    run = metrics.read_metrics(tmp_path / "run")
+    assert report._task_keys(run) == ["eval_tasks/pope/f1", "eval_tasks/coco/cider_ptb"]
+    figure = Figure()
+    report._draw_tasks(figure, figure.subplots(), run)
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+      "pope/f1",
+      "coco/cider_ptb",
+    ]
+    assert left.get_ylim()[1] < 1 < right.get_ylim()[1]
+    (bars,) = left.containers
+    for (low, high), value in zip(bars.lines[2][0].get_segments(), (0.2, 0.4), strict=True):
+      assert (low[1], high[1]) == pytest.approx((value - 0.1, value + 0.1))
+    _, page = report.write_report(tmp_path / "out", {"run": tmp_path / "run"})
+    assert Page(page.read_text()).tags.count("img") == 3
 
 
 class TestWriteReport:
