@@ -22,7 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
   os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={NUM_DEVICES} "
     # As in mm1_jax/chips.py, for what tests compile themselves.
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false "
+    "--xla_cpu_use_fusion_emitters=false"  # compiles faster
   )
   os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
   # `pytest -n` runs one process a core: more BLAS threads would only get in each other's way.

@@ -43,6 +43,7 @@ def test_anything_else_is_refused(shard):
     shards.holds(shard, "any")
 
 
+@pytest.mark.slow
 def test_the_shards_of_a_collection(monkeypatch):
   def names(done: subprocess.CompletedProcess) -> list[str]:
     assert done.returncode in (0, 5), done.stderr  # 5: there are none

@@ -27,6 +27,8 @@ from mm1_jax.data.examples import Encoder
 from mm1_jax.data.inspect import facts, picture, stream
 from tests.helpers.records import SAMPLE, conversation, document
 
+pytestmark = pytest.mark.compiles
+
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGE_ID = 4
 
@@ -540,6 +542,7 @@ for name, args in commands.items():
 """
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
   config, output = "--config=configs/mm1_debug.py", f"--output={tmp_path}/out"
   path = f"--path={SAMPLE}/text-heldout-*.arrayrecord"

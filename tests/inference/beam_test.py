@@ -134,6 +134,7 @@ def test_few_beams_find_what_a_plain_loop_finds(model, few, prompts, penalty):
       assert said == [plain_search(one, prompt, how, 12, stop) for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_devices_search_as_one_does(model, workdir, prompts):
   how = BeamSearch(3)
   shared = Model.load(workdir, data=2, tensor=2)

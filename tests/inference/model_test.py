@@ -55,6 +55,7 @@ def test_answers_do_not_depend_on_the_batch(model, prompts):
   assert model.generate([], max_new_tokens=5) == []
 
 
+@pytest.mark.slow
 def test_devices_share_rows_and_params_and_give_the_same_answers(model, workdir, prompts):
   shared = Model.load(workdir, data=2, tensor=2)
   assert "tensor" in str(shared.params.decoder.units.layers[0].mlp.up[...].sharding.spec)
@@ -178,6 +179,7 @@ def test_load_takes_a_relative_path(model, workdir, monkeypatch):
     assert Model.load(path).run == model.run
 
 
+@pytest.mark.slow
 def test_params_in_the_compute_dtype_give_the_same_logits(copy, prompts):
   change_config(copy, "model", dtype="bfloat16")
   model = Model.load(copy)

@@ -239,6 +239,7 @@ def test_greedy_is_the_argmax_of_the_full_forward_step_by_step(params):
     np.testing.assert_array_equal(new[i, :NEW], tokens[i, length : length + NEW])
 
 
+@pytest.mark.slow
 def test_one_row_alone(moe):
   together, _ = run_generate(moe)
   alone, _ = run_generate(moe, order=[0])
@@ -252,6 +253,7 @@ def test_decoding_in_parts_changes_nothing(params):
   np.testing.assert_array_equal(parts[1], whole[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moe", [False, True])
 def test_a_new_token_moves_no_cache(moe):
   """Compiled, `decode` writes a token's slots where they are: nothing else makes a whole cache.

@@ -27,6 +27,8 @@ from mm1_jax.train.guard import (
 )
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 RUN = RunConfig()
 SANE = 3.0  # nats per target
 

@@ -15,6 +15,8 @@ from mm1_jax.train import meaning
 from mm1_jax.train.meaning import TABLE, Kind
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.compiles
+
 # Another value of each setting that fits the tiny model.
 OTHER = {
   "vision": {

@@ -309,7 +309,7 @@ def test_frozen_parts_come_apart_and_together(params, frozen):
   tiny_step.assert_same_bits(join_frozen(trainable, rest), params)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.slow), "adafactor"])
 def test_frozen_parts_do_not_change(name):
   """They have no optimizer state, and the others' gradients are what they were."""
   cfg = dataclasses.replace(tiny_step.ADAMW, name=name)

@@ -26,6 +26,8 @@ from mm1_jax.train import start
 from tests.helpers import tiny
 from tests.helpers.records import TOKENIZER
 
+pytestmark = pytest.mark.compiles
+
 LORA = LoRAConfig(rank=2, alpha=4.0, matrices=("query",))
 
 

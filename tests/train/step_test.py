@@ -396,6 +396,7 @@ def equations(jaxpr):
       yield from equations(sub)
 
 
+@pytest.mark.slow
 def test_micro_batches_without_two_pictures_do_not_lower_the_spread():
   """Half of these have none: the mean is over the others, which have the same pictures twice."""
   rows = [tiny.row("tit", "ti", seed=3), tiny.row("tttt", seed=6)]
