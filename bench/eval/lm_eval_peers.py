@@ -102,8 +102,11 @@ def main() -> None:
   add("--limit", type=int, default=100, help="items of each task, evenly spread (100)")
   add("--timed", type=int, default=100, help="items that are timed; 0 times none (100)")
   add("--hf-batch", type=int, default=8, help="of the hf model (8)")
+  add("--threads", type=int, help="of PyTorch; on a machine that others use, 1 may be fastest")
   args = parser.parse_args()
   os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
+  if args.threads is not None:
+    torch.set_num_threads(args.threads)
   work = args.work / args.weights.stem
   folder = to_folder(args.weights, work / "hf")
   if not (work / "run").exists():
@@ -114,7 +117,7 @@ def main() -> None:
     pretrained=str(folder),
     **{"dtype": "float32", "device": "cpu", "batch_size": args.hf_batch, "max_length": SEQ_LEN},
   )
-  print(f"{args.weights.name}, float32, {torch.get_num_threads()} threads; times in seconds")
+  print(f"{args.weights.name}, float32; PyTorch has {torch.get_num_threads()} threads")
   if args.tasks:
     compare(model, ours, theirs, args.tasks.split(","), args.data, work, args.limit)
   if args.timed:
