@@ -29,7 +29,7 @@ from mm1_jax.inference.sampler import GREEDY, Draw, Sampling
 from mm1_jax.models.mm1 import IN_FLOAT32, MM1
 from mm1_jax.sharding import LAYOUT, abstract_state, fetch, make_params_mesh, num_row_shards
 
-SHORTEST = 64  # positions that any prompt gets room for
+SHORTEST = 32  # positions that any prompt gets room for
 # Tokens between two reads by the host, which checks stop strings, streams, and notices Ctrl-C.
 TOKENS_AT_ONCE = 8
 MOST_BEAMS = 64
@@ -385,10 +385,10 @@ def _keys(seed: int | Sequence[int], num: int) -> np.ndarray:
 
 
 def bucket(length: int) -> int:
-  """Returns the room that so many positions get: 64, 96, 128, 192, 256, 384, ...
+  """Returns the room that so many positions get: 32, 48, 64, 96, 128, 192, ...
 
   Two sizes for every doubling: at most a third of the room is empty, and the programs for all
-  lengths up to 4096 are 13.
+  lengths up to 4096 are 15.
   """
   above = max(SHORTEST, power_of_two(length))
   between = above * 3 // 4
