@@ -15,7 +15,8 @@ MODULES = {
   if path.stem != "__init__"
 }
 COMMANDS = [name for name, path in MODULES.items() if "\nimport argparse\n" in path.read_text()]
-PEERS = {"lm_eval", "tensorflow", "torch", "transformers", "webdataset"}  # of extras that tests go without
+# Of extras that tests go without.
+PEERS = {"lm_eval", "tensorflow", "torch", "transformers", "webdataset"}
 
 
 def test_the_readme_has_a_line_for_each_module():
