@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out shards of a run's own data: `records:NAME` reads NAME-heldout-*.arrayrecord.
 
-A conversation is asked its first question; the answer is right if it is the same, case and
-punctuation ignored. A document that is one picture and a text is a
-picture to caption. Demonstrations come from NAME-train-*.arrayrecord. Scores are also by the
-records' sources.
+Each question of a conversation is asked by itself, after the pictures that were shown before it;
+the answer is right if it is the same, case and punctuation ignored. A document that is one picture
+and a text is a picture to caption. Demonstrations come from NAME-train-*.arrayrecord. Scores are
+also by the records' sources.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -59,39 +60,49 @@ def read(name: str, folder: epath.Path, split: str) -> Iterator[Item]:
     raise EvalError(str(e)) from e
   found = 0
   for record in records:
-    item = _conversation(record) if "turns" in record else _caption(record)
-    if item is not None:
+    for item in _questions(record) if "turns" in record else _captions(record):
       found += 1
       yield item
   if not found:
     raise EvalError(f"none of {len(records)} records of {path} is a caption or a conversation.")
 
 
-def _conversation(record: Mapping[str, Any]) -> Item | None:
-  turns = [turn for turn in record["turns"] if turn["role"] != "system"]
-  if [turn["role"] for turn in turns[:2]] != ["user", "assistant"]:
-    return None
-  content = [next(iter(part.values())) for part in turns[0]["content"]]
-  return Item(
-    record["id"],
-    _text(turns[0]["content"]),
-    tuple(part for part in content if not isinstance(part, str)),
-    (_text(turns[1]["content"]).strip(),),
-    details={"source": record["source"], "content": content, "kind": ANSWER},
-  )
+def _questions(record: Mapping[str, Any]) -> Iterator[Item]:
+  """Yields an item for each answer that follows a user's turn.
+
+  A record may say what each of its answers is about, `asks`; else its source is told.
+  """
+  shown: list[bytes] = []  # in turns before
+  turns = record["turns"]
+  pairs = [
+    (asked["content"], said["content"])
+    for asked, said in itertools.pairwise(turns)
+    if (asked["role"], said["role"]) == ("user", "assistant")
+  ]
+  kinds = record.get("asks") or [record["source"]] * len(pairs)
+  for number, ((asked, said), kind) in enumerate(zip(pairs, kinds, strict=True), start=1):
+    content = [*shown, *(next(iter(part.values())) for part in asked)]
+    shown = [part for part in content if not isinstance(part, str)]
+    yield Item(
+      record["id"] if len(pairs) == 1 else f"{record['id']}/{number}",
+      _text(asked),
+      tuple(shown),
+      (_text(said).strip(),),
+      details={"source": kind, "content": content, "kind": ANSWER},
+    )
 
 
-def _caption(record: Mapping[str, Any]) -> Item | None:
+def _captions(record: Mapping[str, Any]) -> Iterator[Item]:
+  """Yields a document that is one picture and a text."""
   content = record["content"]
-  if [list(part) for part in content] != [["image"], ["text"]]:
-    return None
-  return Item(
-    record["id"],
-    "",
-    (content[0]["image"],),
-    (content[1]["text"].strip(),),
-    details={"source": record["source"], "kind": CAPTION},
-  )
+  if [list(part) for part in content] == [["image"], ["text"]]:
+    yield Item(
+      record["id"],
+      "",
+      (content[0]["image"],),
+      (content[1]["text"].strip(),),
+      details={"source": record["source"], "kind": CAPTION},
+    )
 
 
 def _text(content: Sequence[Mapping[str, Any]]) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import mm1_jax
+from mm1_jax.data.sources import write_shards
 from mm1_jax.eval import tasks
 from mm1_jax.eval.task import EvalError, Likelihood
 
@@ -26,7 +27,7 @@ def test_captions_are_pictures_to_caption():
   assert not {item.id for item in train} & {item.id for item in items}
 
 
-def test_conversations_are_asked_their_first_question():
+def test_conversations_are_asked_their_questions():
   task = tasks.get_task("records:sft")
   items = tasks.read_items(task, SAMPLE)
   assert {item.details["kind"] for item in items} == {"answers"}
@@ -41,6 +42,32 @@ def test_conversations_are_asked_their_first_question():
   by_source = {name for name in scores.values if "/" in name}
   assert by_source == {f"exact_match/{item.details['source']}" for item in items}
   assert scores.counts["empty"] == (len(items) + 1) // 2
+
+
+def test_each_question_of_a_conversation_is_asked_by_itself(tmp_path):
+  def turn(role, *parts):
+    return {"role": role, "content": [{kind: value} for kind, value in parts]}
+
+  record = {
+    "id": "7",
+    "source": "zoo",
+    "asks": ["kind", "colour"],
+    "turns": [
+      turn("system", ("text", "Be brief.")),
+      turn("user", ("image", b"a"), ("text", "What is it?")),
+      turn("assistant", ("text", "A cat")),
+      turn("user", ("text", "Its colour?")),
+      turn("assistant", ("text", "black")),
+    ],
+  }
+  write_shards([record], str(tmp_path / "talk-heldout"), 1)
+  first, second = tasks.read_items(tasks.get_task("records:talk"), tmp_path)
+  assert (first.id, second.id) == ("7/1", "7/2")
+  assert (first.details["source"], second.details["source"]) == ("kind", "colour")
+  prompt = tasks.get_task("records:talk").forms["sft"].prompt
+  assert prompt(first) == [b"a", "What is it?"]
+  assert prompt(second) == [b"a", "Its colour?"]
+  assert (first.answers, second.answers) == (("A cat",), ("black",))
 
 
 def test_true_texts_are_scored_in_nats_per_token():
