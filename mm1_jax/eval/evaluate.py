@@ -16,7 +16,7 @@ from mm1_jax.eval import replies, tasks
 from mm1_jax.eval.few_shot import Demonstrations
 from mm1_jax.eval.metrics.statistics import Estimate, paired
 from mm1_jax.eval.replies import Answered, Asking
-from mm1_jax.eval.task import EvalError, Form, Item, Likelihood, Scores, Task
+from mm1_jax.eval.task import EvalError, Form, Item, Likelihood, Scores, Task, source
 from mm1_jax.inference.model import Model
 from mm1_jax.metrics import format_seconds
 
@@ -28,6 +28,7 @@ CONTROLS = {
   "frequent": "no model: the most frequent answer of the demonstration split",
 }
 SECONDS_BETWEEN_NEWS = 10.0
+ALL_SOURCES = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,19 +288,25 @@ def _scored(job: Job, answered: list[Answered]) -> Result:
 
 
 def _most_frequent(items: list[Item], shown: list[Item], form: Form) -> list[Answered]:
-  """Answers each item with what is right most often in the demonstration split."""
-  if form.options is None:
-    said = collections.Counter(answer for item in shown for answer in item.answers)
-    if not said:
-      raise EvalError("the demonstration split has no answers, so none is the most frequent.")
-    return [Answered(item, (), said.most_common(1)[0][0]) for item in items]
-  right = collections.Counter(item.right for item in shown).most_common(1)[0][0]
-  return [
-    Answered(item, (), tuple(
-      Likelihood(0.0 if i == right else -1.0, False, 1) for i in range(len(form.options(item)))
-    ))
-    for item in items
-  ]  # fmt: skip
+  """Answers each item with what is right most often among demonstrations of its source.
+
+  Where these have none of its source, all of them count.
+  """
+  right: dict[str, collections.Counter[Any]] = collections.defaultdict(collections.Counter)
+  for item in shown:
+    said = item.answers if form.options is None else (item.right,)
+    for key in (ALL_SOURCES, source(item)):
+      right[key].update(said)
+  if not right[ALL_SOURCES]:
+    raise EvalError("the demonstration split has no answers, so none is the most frequent.")
+  found = []
+  for item in items:
+    (most, _), *_ = (right.get(source(item)) or right[ALL_SOURCES]).most_common(1)
+    if form.options is not None:
+      num = len(form.options(item))
+      most = tuple(Likelihood(0.0 if i == most else -1.0, False, 1) for i in range(num))
+    found.append(Answered(item, (), most))
+  return found
 
 
 class _News:

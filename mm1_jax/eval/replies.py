@@ -22,7 +22,7 @@ from etils import epath
 from mm1_jax.eval import few_shot
 from mm1_jax.eval.few_shot import Demonstrations
 from mm1_jax.eval.likelihood import Continuation, continuations, log_likelihoods
-from mm1_jax.eval.task import Content, EvalError, Form, Item, Likelihood, Picture, Reply
+from mm1_jax.eval.task import Content, EvalError, Form, Item, Likelihood, Picture, Reply, source
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import PromptError, Request, RoomError
@@ -291,7 +291,7 @@ def other_pictures(items: Sequence[Item]) -> Change:
   shown: dict[str, tuple[Picture, ...]] = {}
   by_source: dict[str, list[Item]] = {}
   for item in items:
-    by_source.setdefault(str(item.details.get("source")), []).append(item)
+    by_source.setdefault(source(item), []).append(item)
   for group in by_source.values():
     shown |= _others(group)
   shown = _others(items) | shown if len(shown) < len(items) else shown

@@ -55,6 +55,11 @@ class Item:
   details: Mapping[str, Any] = dataclasses.field(default_factory=lambda: types.MappingProxyType({}))
 
 
+def source(item: Item) -> str:
+  """Returns what kind of data an item is of; controls compare with items of the same kind."""
+  return str(item.details.get("source", ""))
+
+
 class Likelihood(NamedTuple):
   """How likely a continuation is after its prompt."""
 

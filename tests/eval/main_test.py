@@ -61,6 +61,8 @@ def questions(tmp_path, pictures) -> pathlib.Path:
     for i in range(12)
   ]
   rows[5]["image"] = "gone.png"
+  for i in range(4):
+    rows[i] |= {"source": "quarry", "answer": "stone" if i else "bread"}
   path = folder / "mine.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return path
@@ -81,7 +83,8 @@ def test_all_files_of_an_evaluation(dense_workdir, questions, tmp_path, capsys):
   assert [d["id"] for d in own["dropped"]] == ["5"]
   assert "gone.png" in own["dropped"][0]["problem"]
   assert own["values"]["accuracy"]["n"] == 11
-  assert found[0, "frequent"]["values"]["accuracy"]["mean"] == 1.0
+  # Of the items' own source: 8 of 12 say bread, and the 4 of the other source stone.
+  assert found[0, "frequent"]["values"]["accuracy"]["mean"] == pytest.approx(11 / 12)
   assert len(found[2, "own"]["trials"]) == 2
   # Those that were shown the missing picture are dropped, too.
   assert all("gone.png" in d["problem"] for d in found[2, "own"]["dropped"])
