@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from absl import logging
+
 from mm1_jax.eval.task import EvalError
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.generate import tell
@@ -93,7 +95,7 @@ def read_decoding(kwargs: Mapping[str, Any], *, max_new_tokens: int) -> Decoding
   An answer is sampled where `temperature` is above 0 and `do_sample` is not False, as in both
   harnesses. `top_k` and `top_p` count then, `num_beams` and `length_penalty` otherwise.
 
-  `image_aspect_ratio` is left out of account: pictures are fitted as in training.
+  `image_aspect_ratio` is not used, which is told once: pictures are fitted as in training.
 
   Args:
     kwargs: a task's, with those of the command line.
@@ -107,7 +109,9 @@ def read_decoding(kwargs: Mapping[str, Any], *, max_new_tokens: int) -> Decoding
   stops = [left.pop(name) for name in STOPS if name in left]
   seed = whole_number("seed", left.pop("seed", 0), 0)
   sampling = _sampling(left)
-  left.pop("image_aspect_ratio", None)  # how another model's pictures are fitted
+  if ratio := left.pop("image_aspect_ratio", None):
+    told = "image_aspect_ratio=%s is not used: pictures are fitted as in training (data.image_fit)"
+    logging.log_first_n(logging.WARNING, told, 1, ratio)
   for name, value in left.items():
     if name not in NEUTRAL or value != NEUTRAL[name]:
       raise EvalError(

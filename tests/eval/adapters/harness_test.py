@@ -28,11 +28,17 @@ from mm1_jax.inference.sampler import GREEDY, Sampling
     ),
     ({"num_beams": 1, "repetition_penalty": 1.0}, Decoding(128, (), GREEDY, 0)),
     ({"num_beams": 3, "length_penalty": 0}, Decoding(128, (), BeamSearch(3, 0.0), 0)),
-    ({"image_aspect_ratio": "original"}, Decoding(128, (), GREEDY, 0)),  # and a line says so
   ],
 )
 def test_generation_kwargs_are_honoured(kwargs, expected):
   assert read_decoding(kwargs, max_new_tokens=128) == expected
+
+
+def test_what_is_not_used_is_told(caplog):
+  with caplog.at_level("WARNING"):
+    found = read_decoding({"image_aspect_ratio": "original"}, max_new_tokens=128)
+  assert found == Decoding(128, (), GREEDY, 0)
+  assert "image_aspect_ratio=original is not used" in caplog.text
 
 
 @pytest.mark.parametrize(
