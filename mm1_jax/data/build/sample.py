@@ -4,7 +4,8 @@
   python -m mm1_jax.data.build.sample --raw=/path/to/data --out=mm1_jax/data/sample
 
 Four parts (captions, interleaved, text, sft), each as `PART-train-*` and `PART-heldout-*` shards; a
-tokenizer trained on the train side; a manifest; the credits. The same input gives the same bytes.
+tokenizer trained on the train side; the small world of `world.py`, its parts in shards beside them;
+a manifest; the credits. The same input gives the same bytes.
 
 Nothing held out is seen in training: records that share a textbook module, a picture (or one that
 looks the same), a caption, an exercise or a novel form a component, and a component goes to one
@@ -29,6 +30,7 @@ import sentencepiece
 
 from mm1_jax import cli
 from mm1_jax.data import sources, tokenizer
+from mm1_jax.data.build import world
 from mm1_jax.data.image import on_white
 
 SCHEMA_VERSION = 1
@@ -129,11 +131,16 @@ def build(raw: pathlib.Path, out: pathlib.Path) -> None:
     shards = NUM_SHARDS.get((part, side), 1)
     paths = sources.write_shards(records, str(out / f"{part}-{side}"), shards)
     manifest["parts"][f"{part}-{side}"] = _statistics(records, paths)
+  shipped = [c.record for group in chosen.values() for c in group]
+  for (part, side), records in world.records(raw).items():
+    paths = sources.write_shards(records, str(out / f"{part}-{side}"), 1)
+    manifest["parts"][f"{part}-{side}"] = _statistics(records, paths)
+    shipped += records
   model = train_tokenizer(_texts(c.record for p in PARTS for c in chosen[p, "train"]))
   (out / "tokenizer.model").write_bytes(model)
   manifest["tokenizer"] = {"vocab_size": VOCAB_SIZE, "bytes": len(model)}
   (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-  (out / "CREDITS.md").write_text(_credits(raw, [c.record for g in chosen.values() for c in g]))
+  (out / "CREDITS.md").write_text(_credits(raw, shipped))
   logging.info("%s", json.dumps(manifest, indent=2))
 
 
@@ -461,7 +468,9 @@ def _credits(raw: pathlib.Path, records: list[sources.Record]) -> str:
   listing = "\n".join(
     f"- {book}: {', '.join(sorted(repos))}" for book, repos in sorted(books.items())
   )
-  licenses = collections.Counter((r["source"], r["license"]) for r in records)
+  licenses = collections.Counter(
+    (r["source"], r["license"]) for r in records if r["source"] != world.SOURCE
+  )
   table = "\n".join(f"| {s} | {n} | {license} |" for (s, license), n in sorted(licenses.items()))
   return f"""# Credits of the sample
 
@@ -482,6 +491,15 @@ descriptions are cut to about {MAX_CAPTION} characters, mathematics is flattened
 - **tinyshakespeare**: Shakespeare's plays, public domain, as collected for karpathy/char-rnn.
 
 The wording of the exercise prompt "Describe the image." and its variants is ours.
+
+## The small world
+Records of the source `{world.SOURCE}` have pictures drawn from the digits and icons below: their
+`pictures` names them, `license` and `credit` are those of all of them. Changes we made: they are
+scaled, placed on white, encoded as WebP; digits are inked. The questions, answers and sentences
+are ours, under the licence of the code; names of things are Unicode CLDR's, by way of
+emojibase-data 17.0.0 (MIT).
+
+{world.credits(records)}
 
 ## OpenStax books, and the commit each was taken from
 {listing}
