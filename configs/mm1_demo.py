@@ -35,15 +35,16 @@ def get_config(kind: str = "moe") -> ConfigDict:
     position_grid=(4, 4),
   )
   config.model.connector.update(token_grid=(2, 2), hidden=96, depth=1)
-  # Most of a step is the decoder's, and most of that the head's: a narrow one leaves time to look.
-  common.decoder(config, depth=2, width=96, heads=4, kv_heads=2, mlp_dim=192)
-  config.model.decoder.vocab_size = 4096
+  # A small decoder, and few ids for the head to score: most of a step's time goes to the pictures.
+  common.decoder(config, depth=4, width=128, heads=4, kv_heads=2, mlp_dim=128)
+  config.data.tokenizer = f"{sample}/tokenizer_1024.model"
+  config.model.decoder.vocab_size = 1024
   config.model.dtype, config.model.remat, config.model.scan = "float32", "none", False
-  config.data.update(seq_len=256, batch_size=3, images_per_row=16, window_rows=512)
-  config.train.update(num_steps=3000, eval_every=3000, eval_batches=4, log_every=50)
+  config.data.update(seq_len=128, batch_size=6, images_per_row=8, window_rows=512)
+  config.train.update(num_steps=3600, eval_every=3600, eval_batches=4, log_every=50)
   # One rate for all parts: at the decoder's own, MM1's law, the pictures would not be read; see
   # `python -m bench.encoder_rates`.
-  config.optimizer.update(learning_rate=5e-4, warmup_steps=50)
+  config.optimizer.update(learning_rate=4e-4, warmup_steps=50)
   config.checkpoint.update(every=500, keep_period=500)
   if kind == "moe":
     common.moe(config, num_experts=8, every=2)

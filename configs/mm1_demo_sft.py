@@ -16,7 +16,8 @@ def get_config(kind: str = "moe") -> ConfigDict:
   config.name += "_sft"
   config.data.sources = common.mixture(sample, {"questions": 1.0})
   config.data.eval_sources = common.mixture(sample, {"questions": 1.0}, part="heldout")
-  config.data.update(weight_by="examples", chat=True, images_per_row=12)
+  config.data.update(weight_by="examples", chat=True, images_per_row=6)
+  config.optimizer.learning_rate = 2.5e-4
   config.train.update(num_steps=800, eval_every=800)
   config.checkpoint.update(every=200, keep_period=200)
   return config

@@ -10,10 +10,13 @@ two controls, `answers.png`, held-out pictures with what the model says, `report
 """
 
 import argparse
+import io
 import json
 import pathlib
 import time
 import types
+
+import PIL.Image
 
 from launch import questions
 from mm1_jax import cli
@@ -69,7 +72,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
   parser = cli.make_parser("launch.demo", __doc__)
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
-  parser.add_argument("--pretrain-steps", type=int, default=3000)
+  parser.add_argument("--pretrain-steps", type=int, default=3600)
   parser.add_argument("--sft-steps", type=int, default=800)
   parser.add_argument("--seed", type=int, default=0, help="of the params and the order of the data")
   return parser.parse_args()
@@ -135,7 +138,7 @@ def write_pictures(folder: pathlib.Path, items: list[questions.Item]) -> None:
   for asks in ASKS:
     item = questions.of_kind(items, asks)[0]
     for number, image in enumerate(item.images, 1):
-      (folder / f"{asks}{number}.webp").write_bytes(image)
+      PIL.Image.open(io.BytesIO(image)).save(folder / f"{asks}{number}.png")
 
 
 class Story:

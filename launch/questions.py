@@ -76,12 +76,13 @@ def caption(model: Model, items: Sequence[Item]) -> list[str]:
 
 
 def with_other_pictures(items: Sequence[Item]) -> list[Item]:
-  """Returns the same questions and answers, each with the next item's pictures of its kind."""
+  """Returns the same questions and answers, each with another item's pictures of its kind."""
   moved = {}
   for asks in ASKS:
     group = of_kind(items, asks)
-    for item, other in zip(group, [*group[1:], *group[:1]], strict=True):
-      moved[id(item)] = dataclasses.replace(item, images=other.images)
+    order = np.random.default_rng(0).permutation(len(group))
+    for i, other in zip(order, np.roll(order, 1), strict=True):
+      moved[id(group[i])] = dataclasses.replace(group[i], images=group[other].images)
   return [moved[id(item)] for item in items]
 
 

@@ -4,8 +4,8 @@
   python -m mm1_jax.data.build.sample --raw=/path/to/data --out=mm1_jax/data/sample
 
 Four parts (captions, interleaved, text, sft), each as `PART-train-*` and `PART-heldout-*` shards; a
-tokenizer trained on the train side; the small world of `world.py`, its parts in shards beside them;
-a manifest; the credits. The same input gives the same bytes.
+tokenizer trained on the train side; the small world of `world.py`, its parts in shards beside them,
+and a smaller tokenizer for it; a manifest; the credits. The same input gives the same bytes.
 
 Nothing held out is seen in training: records that share a textbook module, a picture (or one that
 looks the same), a caption, an exercise or a novel form a component, and a component goes to one
@@ -58,6 +58,7 @@ MAX_CAPTION = 300  # characters
 MAX_MODULE = 12_000
 MAX_CHAPTER = 20_000  # characters of a novel or play
 VOCAB_SIZE = 4096
+SMALL_VOCAB = 1024  # of a tokenizer for the world and the captions: in minutes its head is trained
 
 Row = Mapping[str, Any]
 
@@ -132,13 +133,21 @@ def build(raw: pathlib.Path, out: pathlib.Path) -> None:
     paths = sources.write_shards(records, str(out / f"{part}-{side}"), shards)
     manifest["parts"][f"{part}-{side}"] = _statistics(records, paths)
   shipped = [c.record for group in chosen.values() for c in group]
+  trained = [c.record for p in PARTS for c in chosen[p, "train"]]
+  captions = [c.record for c in chosen["captions", "train"]]
+  seen: list[sources.Record] = []
   for (part, side), records in world.records(raw).items():
     paths = sources.write_shards(records, str(out / f"{part}-{side}"), 1)
     manifest["parts"][f"{part}-{side}"] = _statistics(records, paths)
     shipped += records
-  model = train_tokenizer(_texts(c.record for p in PARTS for c in chosen[p, "train"]))
-  (out / "tokenizer.model").write_bytes(model)
-  manifest["tokenizer"] = {"vocab_size": VOCAB_SIZE, "bytes": len(model)}
+    seen += records if side == "train" else []
+  for name, size, read in (
+    ("tokenizer", VOCAB_SIZE, trained),
+    (f"tokenizer_{SMALL_VOCAB}", SMALL_VOCAB, [*seen, *captions]),
+  ):
+    model = train_tokenizer(_texts(read), size)
+    (out / f"{name}.model").write_bytes(model)
+    manifest[name] = {"vocab_size": size, "bytes": len(model)}
   (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
   (out / "CREDITS.md").write_text(_credits(raw, shipped))
   logging.info("%s", json.dumps(manifest, indent=2))
@@ -412,14 +421,14 @@ def choose(candidates: list[Candidate], sides: list[str]) -> dict[tuple[str, str
 # --- what goes with the shards
 
 
-def train_tokenizer(texts: Iterable[str]) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
   """Trains the SentencePiece model that `tokenizer.Tokenizer` reads."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(texts),
     model_writer=model,
     model_type="bpe",
-    vocab_size=VOCAB_SIZE,
+    vocab_size=vocab_size,
     pad_id=0,
     bos_id=1,
     eos_id=2,

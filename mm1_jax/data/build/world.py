@@ -7,7 +7,7 @@ at most `MOST_CONCEPTS` of each of `KINDS`. Every picture is drawn anew for each
 white; a digit in one of `INKS`.
 
   captions      one picture: "A red 7.", "An animal: fox." or "An animal: fox, three times."
-  interleaved   four to eight of them, each named in a sentence
+  interleaved   four to seven of them, named, guessed at or looked for
   questions     conversations about pictures, in several wordings, with short answers
 
 Nothing held out is seen in training: not the handwriting (a fifth of the digits), and of every
@@ -44,9 +44,10 @@ INKS = {
   "purple": (140, 40, 170),
   "brown": (120, 75, 30),
 }
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven")
 MOST_COUNTED = 5
-PAGE = (4, 8)  # pictures of an interleaved document, at least and at most
+PLACES = ("the first", "the second")
+PAGE = (4, 7)  # pictures of an interleaved document, at least and at most
 # Kind -> how subgroups of Unicode's list begin. The first word of a kind is its article, if it has
 # one; a subgroup's concepts that no one would call so are in `NOT_SO`.
 KINDS = {
@@ -94,11 +95,11 @@ WORDINGS = {
   "which": ("Which picture has {}?", "Where is {}?", "In which picture is {}?"),
 }
 NUM_TRAIN = {  # pictures of digits, of single things, of several things; and pairs of pictures
-  "captions": (1200, 480, 200),
-  "interleaved": (2300, 960, 320),
-  "questions": (960, 600, 300, 320),
+  "captions": (1400, 400, 160),
+  "interleaved": (2600, 1400, 320),
+  "questions": (960, 600, 320, 320),
 }
-NUM_HELDOUT = 312  # of each kind of question; 8 kinds of thing, 6 inks and 4 pairs divide it
+NUM_HELDOUT = 320  # of each kind of question; 16 ways to make a pair divide it
 HELDOUT_DIGITS = 1000
 
 
@@ -274,15 +275,29 @@ def _captions(artist: Artist) -> Iterator[Record]:
 
 
 def _documents(artist: Artist) -> Iterator[Record]:
+  """Yields pages: pictures are named, guessed at and then named, or one of two is looked for."""
   pictures = _pictures(artist, NUM_TRAIN["interleaved"])
   number = 0
   while pictures:
     size = int(artist.rng.integers(PAGE[0], PAGE[1] + 1))
     shown, pictures = pictures[:size], pictures[size:]
     content: list[dict[str, Any]] = [{"text": f"A page of {NUMBERS[len(shown) - 1]}.\n"}]
-    for place, picture in enumerate(shown):
-      begin = "First," if not place else "Then" if place < len(shown) - 1 else "Last,"
-      content += [{"image": picture.image}, {"text": f" {begin} {picture.caption}.\n"}]
+    left = shown
+    while left:
+      style = artist.rng.random()
+      if style < 0.25 and len(left) > 1 and (about := _differences(*left[:2])):
+        place = int(artist.rng.integers(2))
+        thing = _wanted(left[place], str(artist.rng.choice(about)))
+        text = f"Where is {thing}? {_capital(PLACES[place])}: {left[0].caption}, {left[1].caption}"
+        taken = 2
+      elif style < 0.6:
+        guess = artist.rng.choice((_guess_number, _guess_ink) if left[0].ink else (_guess_kind,))
+        thing, is_there = guess(artist, left[0])
+        text, taken = f"Is it {thing}? {'Yes' if is_there else 'No'}, {left[0].caption}", 1
+      else:
+        text, taken = _capital(left[0].caption), 1
+      content += [*({"image": p.image} for p in left[:taken]), {"text": f" {text}.\n"}]
+      left = left[taken:]
     yield _record(f"interleaved/{number}", shown, content=content)
     number += 1
 
@@ -329,12 +344,12 @@ def _conversations(artist: Artist) -> Iterator[Record]:
 
 def _heldout(artist: Artist) -> Iterator[Record]:
   """Yields as many questions of each kind; those of one record are to be asked alone."""
-  # A quarter of the questions about absence are of numbers, a quarter of inks, half of kinds.
+  # A third of the questions about absence are of numbers, a third of inks, a third of kinds.
   for i in range(NUM_HELDOUT):
     number, thing, several = artist.number(), artist.thing(), artist.things()
     asked = [
-      ([number], [_number, _colour, *([], [_is_number], [], [_is_ink])[i % 4]]),
-      ([thing], [_kind, *([], [_is_kind])[i % 2]]),
+      ([number], [_number, _colour, *([], [_is_number], [_is_ink])[i % 3]]),
+      ([thing], [_kind, *([_is_kind], [], [])[i % 3]]),
       ([several], [_count]),
     ]
     for j, (pictures, make) in enumerate(asked):
@@ -359,25 +374,41 @@ def _count(artist: Artist, picture: Picture) -> Question:
   return _ask(artist, "count", NUMBERS[picture.count - 1])
 
 
+def _guess_number(artist: Artist, picture: Picture) -> tuple[str, bool]:
+  """Returns a digit with its article, and whether it is the picture's; so do those below."""
+  return _guess(artist, _article(picture.name), [_article(str(n)) for n in range(10)])
+
+
+def _guess_ink(artist: Artist, picture: Picture) -> tuple[str, bool]:
+  inks = [f"{_article(ink)} number" for ink in INKS]
+  return _guess(artist, f"{_article(picture.ink)} number", inks)
+
+
+def _guess_kind(artist: Artist, picture: Picture) -> tuple[str, bool]:
+  return _guess(artist, picture.kind, ["a number", *KINDS])
+
+
+def _guess(artist: Artist, true: str, things: Sequence[str]) -> tuple[str, bool]:
+  """Returns what is there or, as often, another of `things`."""
+  if next(artist.is_there):
+    return true, True
+  return str(artist.rng.choice([thing for thing in things if thing != true])), False
+
+
 def _is_number(artist: Artist, picture: Picture) -> Question:
-  return _is_there(artist, _article(picture.name), [_article(str(n)) for n in range(10)])
+  return _is_there(artist, *_guess_number(artist, picture))
 
 
 def _is_ink(artist: Artist, picture: Picture) -> Question:
-  inks = [f"{_article(ink)} number" for ink in INKS]
-  return _is_there(artist, f"{_article(picture.ink)} number", inks)
+  return _is_there(artist, *_guess_ink(artist, picture))
 
 
 def _is_kind(artist: Artist, picture: Picture) -> Question:
-  return _is_there(artist, picture.kind, ["a number", *KINDS])
+  return _is_there(artist, *_guess_kind(artist, picture))
 
 
-def _is_there(artist: Artist, true: str, things: Sequence[str]) -> Question:
-  """Asks for what is there or, as often, for another of `things`."""
-  if next(artist.is_there):
-    return _ask(artist, "absence", "yes", true)
-  others = [thing for thing in things if thing != true]
-  return _ask(artist, "absence", "no", str(artist.rng.choice(others)))
+def _is_there(artist: Artist, thing: str, is_there: bool) -> Question:
+  return _ask(artist, "absence", "yes" if is_there else "no", thing)
 
 
 OF_NUMBERS = (
@@ -396,14 +427,25 @@ def _pair(artist: Artist, number: int) -> tuple[list[Picture], list[Question]]:
     ("kind", (artist.number, artist.thing)),
   )[number % 4]
   pictures = [draw() for draw in draws]
-  while getattr(pictures[0], about) == getattr(pictures[1], about):
+  while about not in _differences(*pictures):
     pictures[1] = draws[1]()
-  if number // 2 % 2:
+  # Every order with every place: else the question alone would tell where the picture is.
+  if number // 4 % 2:
     pictures.reverse()
-  place = number // 4 % 2
-  wanted = getattr(pictures[place], about)
-  thing = {"name": f"the {wanted}", "ink": f"the {wanted} number", "kind": wanted}[about]
-  return pictures, [_ask(artist, "which", ("the first", "the second")[place], thing)]
+  place = number // 8 % 2
+  return pictures, [_ask(artist, "which", PLACES[place], _wanted(pictures[place], about))]
+
+
+def _differences(a: Picture, b: Picture) -> list[str]:
+  """Returns the fields of a `Picture` by which one of two can be asked for."""
+  fields = ("name", "ink") if a.ink and b.ink else ("kind",)
+  return [field for field in fields if getattr(a, field) != getattr(b, field)]
+
+
+def _wanted(picture: Picture, about: str) -> str:
+  """Returns what a picture is called by one of its fields."""
+  value = getattr(picture, about)
+  return {"name": f"the {value}", "ink": f"the {value} number", "kind": value}[about]
 
 
 def _ask(artist: Artist, asks: str, answer: str, thing: str = "") -> Question:
