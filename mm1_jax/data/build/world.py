@@ -85,7 +85,7 @@ ORIGINS = {  # licence, credit, and where the dump has it from
   "fluent3d": ("MIT", "Fluent Emoji, Microsoft", "npm @lobehub/fluent-emoji-3d 1.1.0"),
   "fluentflat": ("MIT", "Fluent Emoji, Microsoft", "npm @iconify-json/fluent-emoji-flat 1.2.6"),
 }
-ASKS = ("number", "colour", "kind", "absence", "count", "which")
+ASKS: tuple[str, ...] = ("number", "colour", "kind", "absence", "count", "which")
 WORDINGS = {
   "number": ("What number is this?", "Which number is written here?", "Read the number."),
   "colour": ("What colour is it?", "Which colour has the ink?", "Name the colour."),
@@ -291,8 +291,8 @@ def _documents(artist: Artist) -> Iterator[Record]:
         text = f"Where is {thing}? {_capital(PLACES[place])}: {left[0].caption}, {left[1].caption}"
         taken = 2
       elif style < 0.6:
-        guess = artist.rng.choice((_guess_number, _guess_ink) if left[0].ink else (_guess_kind,))
-        thing, is_there = guess(artist, left[0])
+        guesses = (_guess_number, _guess_ink) if left[0].ink else (_guess_kind,)
+        thing, is_there = guesses[int(artist.rng.integers(len(guesses)))](artist, left[0])
         text, taken = f"Is it {thing}? {'Yes' if is_there else 'No'}, {left[0].caption}", 1
       else:
         text, taken = _capital(left[0].caption), 1

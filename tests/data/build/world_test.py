@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -52,7 +53,7 @@ def records(dump):
   with pytest.MonkeyPatch.context() as patch:
     small = {"captions": (20, 12, 8), "interleaved": (20, 12, 8), "questions": (16, 12, 8, 16)}
     patch.setattr(world, "NUM_TRAIN", small)
-    patch.setattr(world, "NUM_HELDOUT", 24)
+    patch.setattr(world, "NUM_HELDOUT", 48)
     first, second = world.records(dump), world.records(dump)
   assert first == second
   return first
@@ -92,7 +93,7 @@ def test_no_look_and_no_handwriting_is_on_both_sides(records):
 
 def test_every_kind_is_asked_as_often(records):
   asked = [asks for r in records["questions", "heldout"] for asks, _, _ in turns(r)]
-  assert {asks: asked.count(asks) for asks in world.ASKS} == dict.fromkeys(world.ASKS, 24)
+  assert {asks: asked.count(asks) for asks in world.ASKS} == dict.fromkeys(world.ASKS, 48)
 
 
 @pytest.mark.parametrize("side", ["train", "heldout"])
@@ -125,6 +126,32 @@ def test_answers_are_true(records, side):
   for said in (("absence", "yes"), ("which", "the first")):
     both = [answer for asks, answer in answers if asks == said[0]]
     assert both.count(said[1]) == pytest.approx(len(both) / 2, abs=1)
+
+
+def test_pages_ask_what_their_captions_answer(records):
+  texts = [
+    item["text"].strip()
+    for record in records["interleaved_world", "train"]
+    for item in record["content"]
+    if "text" in item
+  ]
+  guesses = [re.fullmatch(r"Is it (.+)\? (Yes|No), (.+)\.", text) for text in texts]
+  kinds = {kind: kind for kind in world.KINDS}
+  for match in filter(None, guesses):
+    thing, said, caption = match.groups()
+    digit = re.fullmatch(r"an? (\w+) (\d)", caption)
+    true = {"a number", f"a {digit[1]} number", f"an {digit[1]} number"} if digit else set()
+    true |= {f"a {digit[2]}", f"an {digit[2]}"} if digit else {kinds[caption.split(":")[0]]}
+    assert (said == "Yes") == (thing in true), match[0]
+  searches = [re.fullmatch(r"Where is (.+)\? The (first|second): (.+)\.", text) for text in texts]
+  assert len([*filter(None, guesses)]) > 5
+  assert len([*filter(None, searches)]) > 2
+  for match in filter(None, searches):
+    digit = re.search(r"\d", match[3])
+    thing = match[1].removeprefix("the ").removesuffix(" number")
+    place = digit.start() if match[1] == "a number" else match[3].find(thing)
+    first = re.search(r", (?=an? |food:|clothing:)", match[3]).start()
+    assert (place > first) == (match[2] == "second"), match[0]
 
 
 def test_ink_and_count_are_what_the_picture_shows(dump):
