@@ -36,12 +36,12 @@ def get_config(kind: str = "moe") -> ConfigDict:
   )
   config.model.connector.update(token_grid=(2, 2), hidden=96, depth=1)
   # A small decoder, and few ids for the head to score: most of a step's time goes to the pictures.
-  common.decoder(config, depth=4, width=128, heads=4, kv_heads=2, mlp_dim=128)
+  common.decoder(config, depth=2, width=128, heads=4, kv_heads=2, mlp_dim=192)
   config.data.tokenizer = f"{sample}/tokenizer_1024.model"
   config.model.decoder.vocab_size = 1024
   config.model.dtype, config.model.remat, config.model.scan = "float32", "none", False
   config.data.update(seq_len=128, batch_size=6, images_per_row=8, window_rows=512)
-  config.train.update(num_steps=3600, eval_every=3600, eval_batches=4, log_every=50)
+  config.train.update(num_steps=2300, eval_every=2300, eval_batches=4, log_every=50)
   # One rate for all parts: at the decoder's own, MM1's law, the pictures would not be read; see
   # `python -m bench.encoder_rates`.
   config.optimizer.update(learning_rate=4e-4, warmup_steps=50)

@@ -33,8 +33,8 @@ import PIL.Image
 from mm1_jax.data.sources import Record
 
 T = TypeVar("T")
-SIDE = 40  # pixels of a picture
-DIGIT_COLORS = 6  # between paper and ink: a palette halves the bytes
+SIDE = 32  # pixels of a picture
+DIGIT_COLORS = 4  # between paper and ink: a palette halves the bytes
 WEBP_QUALITY = 60  # of what is not a digit
 INKS = {
   "red": (220, 30, 30),
@@ -95,9 +95,9 @@ WORDINGS = {
   "which": ("Which picture has {}?", "Where is {}?", "In which picture is {}?"),
 }
 NUM_TRAIN = {  # pictures of digits, of single things, of several things; and pairs of pictures
-  "captions": (1400, 400, 160),
-  "interleaved": (2600, 1400, 320),
-  "questions": (960, 600, 320, 320),
+  "captions": (1600, 480, 160),
+  "interleaved": (3000, 1200, 320),
+  "questions": (1920, 800, 400, 480),
 }
 NUM_HELDOUT = 320  # of each kind of question; 16 ways to make a pair divide it
 HELDOUT_DIGITS = 1000
@@ -172,7 +172,7 @@ class Artist:
     """Returns a handwritten digit in ink."""
     index, label, grey = next(self._digits)
     ink = next(self._inks)
-    side = int(self.rng.integers(23, 35))
+    side = int(self.rng.integers(18, 28))
     mask = PIL.Image.fromarray(grey).resize((side, side), PIL.Image.Resampling.BILINEAR)
     canvas = PIL.Image.new("RGB", (SIDE, SIDE), "white")
     canvas.paste(PIL.Image.new("RGB", (side, side), INKS[ink]), self._place(side), mask)
@@ -197,12 +197,12 @@ class Artist:
   def _places(self, count: int) -> list[tuple[int, tuple[int, int]]]:
     """Returns sizes and upper left corners; several are apart, in cells of a third of a side."""
     if count == 1 and self.rng.random() < 0.8:
-      side = int(self.rng.integers(27, 39))
+      side = int(self.rng.integers(22, 32))
       return [(side, self._place(side))]
     cell = SIDE // 3
     places = []
     for at in self.rng.choice(9, count, replace=False):
-      side = int(self.rng.integers(cell - 4, cell))
+      side = int(self.rng.integers(cell - 3, cell))
       jitter = self.rng.integers(0, cell - side, 2)
       corner = at % 3 * cell + jitter[0], at // 3 * cell + jitter[1]
       places.append((side, (int(corner[0]), int(corner[1]))))
@@ -285,12 +285,12 @@ def _documents(artist: Artist) -> Iterator[Record]:
     left = shown
     while left:
       style = artist.rng.random()
-      if style < 0.25 and len(left) > 1 and (about := _differences(*left[:2])):
+      if style < 0.15 and len(left) > 1 and (about := _differences(*left[:2])):
         place = int(artist.rng.integers(2))
         thing = _wanted(left[place], str(artist.rng.choice(about)))
         text = f"Where is {thing}? {_capital(PLACES[place])}: {left[0].caption}, {left[1].caption}"
         taken = 2
-      elif style < 0.6:
+      elif style < 0.4:
         guesses = (_guess_number, _guess_ink) if left[0].ink else (_guess_kind,)
         thing, is_there = guesses[int(artist.rng.integers(len(guesses)))](artist, left[0])
         text, taken = f"Is it {thing}? {'Yes' if is_there else 'No'}, {left[0].caption}", 1
