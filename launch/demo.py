@@ -3,95 +3,142 @@
 
   python -m launch.demo --workdir=runs/demo
 
-The main job with `configs/mm1_debug.py:moe` and its SFT on the shipped sample, sized for minutes on
-two CPU cores; at the end `report.png` and `report.html` are in the workdir. Run it again to
-continue where it was stopped.
+The main job with `configs/mm1_demo.py` and its SFT on the shipped sample, sized for minutes on two
+CPU cores. At the end the workdir has `report.json`, the accuracy of each kind of question beside
+two controls, `answers.png`, held-out pictures with what the model says, `report.png` and
+`report.html`. Run it again to continue where it was stopped.
 """
 
+import argparse
 import io
+import json
 import pathlib
 import time
 import types
 
-import numpy as np
 import PIL.Image
 
+from launch import questions
 from mm1_jax import cli
+from mm1_jax.checkpoint import STEPS
 from mm1_jax.config import RunConfig
-from mm1_jax.configs import mm1_debug, mm1_debug_sft
-from mm1_jax.data.sources import Source
+from mm1_jax.configs import mm1_demo, mm1_demo_sft
+from mm1_jax.data.build.world import ASKS
 from mm1_jax.inference.model import Model
 from mm1_jax.metrics import format_seconds
-from mm1_jax.report import Answer, write_report
+from mm1_jax.report import Answer, draw_grid, write_report
 from mm1_jax.train.loop import train
 
-NUM_PICTURES = 12
+CAPTIONED = ("number", "colour", "kind")  # questions that a caption answers, unasked
+POINTS = 5  # of a curve of accuracy, in each stage
+IN_A_POINT = 60  # questions of each kind
+SHOWN = 4  # answers of each kind in the picture
 
 
 def main() -> None:
-  parser = cli.make_parser("launch.demo", __doc__)
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
-  parser.add_argument("--pretrain-steps", type=int, default=360)
-  parser.add_argument("--sft-steps", type=int, default=80)
-  args = parser.parse_args()
+  args = parse()
   story = Story()
   pretrained, tuned = args.workdir / "pretrain", args.workdir / "sft"
 
   story.tell(f"1/4 pre-training a small MoE model on captions, documents and text -> {pretrained}")
-  run = make_run(mm1_debug, num_steps=args.pretrain_steps)
-  train(run, pretrained)
+  train(make_run(mm1_demo, args.pretrain_steps, args.seed), pretrained)
 
-  story.tell(f"2/4 fine-tuning it on conversations about pictures -> {tuned}")
-  sft = make_run(mm1_debug_sft, num_steps=args.sft_steps, init_from=str(pretrained))
+  story.tell(f"2/4 fine-tuning it on questions about pictures -> {tuned}")
+  sft = make_run(mm1_demo_sft, args.sft_steps, args.seed, init_from=str(pretrained))
   train(sft, tuned)
 
-  story.tell("3/4 describing held-out pictures, with both models")
-  captioned = describe(Model.load(pretrained), run, prompt=None)
-  described = describe(Model.load(tuned), run, prompt="Describe the image.")
-  answers = [a for pair in zip(captioned, described, strict=True) for a in pair]
+  story.tell("3/4 asking about pictures that no stage has seen")
+  items = questions.held_out(sft)
+  curves = {"pretrain": caption_curve(pretrained, items), "sft": answer_curve(tuned, items)}
+  model = Model.load(tuned)
+  said = questions.ask(model, items)
+  other = questions.ask(model, questions.with_other_pictures(items))
+  figures = questions.score(items, said, other, questions.most_frequent(sft))
+  print(table(figures), flush=True)
 
   story.tell("4/4 drawing the report")
-  picture, page = write_report(args.workdir, {"pretrain": pretrained, "sft": tuned}, answers)
-  story.tell(f"done: look at {picture} and {page}")
+  answers = [
+    Answer(questions.pixels(item), item.question, text, item.answer)
+    for item, text in choose(items, said)
+  ]
+  (args.workdir / "answers.png").write_bytes(draw_grid(answers))
+  report = {"questions": figures, "curves": curves, "seed": args.seed}
+  (args.workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+  write_pictures(args.workdir / "pictures", items)
+  write_report(args.workdir, {"pretrain": pretrained, "sft": tuned}, answers, curves)
+  story.tell(f"done: look at {args.workdir / 'answers.png'} and {args.workdir / 'report.html'}")
+
+
+def parse() -> argparse.Namespace:
+  parser = cli.make_parser("launch.demo", __doc__)
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
+  parser.add_argument("--pretrain-steps", type=int, default=2300)
+  parser.add_argument("--sft-steps", type=int, default=2400)
+  parser.add_argument("--seed", type=int, default=0, help="of the params and the order of the data")
+  return parser.parse_args()
 
 
 def make_run(
-  config_file: types.ModuleType, *, num_steps: int, init_from: str | None = None
+  config_file: types.ModuleType, num_steps: int, seed: int, *, init_from: str | None = None
 ) -> RunConfig:
-  """Returns the MoE variant of a config file, with as many steps, evaluated twice."""
-  config = config_file.get_config("moe")
-  config.train.update(num_steps=num_steps, init_from=init_from, eval_every=num_steps // 2)
-  config.checkpoint.every = num_steps
-  config.data.batch_size = 8  # in so few steps, more of them teach more than larger ones
-  config.optimizer.warmup_steps = num_steps // 10
+  """Returns the run of a config file with so many steps, a checkpoint for each point of a curve."""
+  config = config_file.get_config()
+  config.train.update(num_steps=num_steps, init_from=init_from, eval_every=num_steps, seed=seed)
+  config.data.seed = seed
+  every = max(1, num_steps // POINTS)
+  config.checkpoint.update(every=every, keep_period=every)
   return RunConfig.from_dict(config.to_dict())
 
 
-def describe(model: Model, run: RunConfig, *, prompt: str | None) -> list[Answer]:
-  """Returns what a model says about held-out pictures, beside their true captions.
+def checkpoints(workdir: pathlib.Path) -> list[tuple[int, Model]]:
+  """Returns the steps and models of a run's checkpoints."""
+  steps = sorted(int(path.name) for path in (workdir / STEPS).iterdir() if path.name.isdigit())
+  return [(step, Model.load(workdir / STEPS / str(step))) for step in steps]
 
-  Without a `prompt` the picture alone is continued, as in a caption of pre-training.
-  """
-  source = Source(next(s for s in run.data.eval_sources if s.name == "captions"))
-  stride = len(source) // NUM_PICTURES
-  records = [source[i * stride] for i in range(NUM_PICTURES)]
-  images = [next(i["image"] for i in r["content"] if "image" in i) for r in records]
-  truths = [" ".join(i["text"] for i in r["content"] if "text" in i) for r in records]
-  said = model.generate(
-    [[image, prompt] if prompt else [image] for image in images],
-    max_new_tokens=48,
-    chat=prompt is not None,
-    batch_size=NUM_PICTURES,
-  )
-  return [
-    Answer(
-      np.asarray(PIL.Image.open(io.BytesIO(i)).convert("RGB")),
-      prompt or "(nothing: it captions)",
-      s,
-      t,
-    )
-    for i, s, t in zip(images, said, truths, strict=True)
-  ]
+
+def caption_curve(workdir: pathlib.Path, items: list[questions.Item]) -> questions.Curves:
+  """Returns how often a model in pre-training names what is asked for, by kind and step."""
+  asked = [item for item in questions.few(items, IN_A_POINT) if item.asks in CAPTIONED]
+  points = {}
+  for step, model in checkpoints(workdir):
+    said = questions.caption(model, asked)
+    points[step] = [questions.names(item, text) for item, text in zip(asked, said, strict=True)]
+  return questions.curves(asked, points)
+
+
+def answer_curve(workdir: pathlib.Path, items: list[questions.Item]) -> questions.Curves:
+  """Returns how often a model in fine-tuning answers right, by kind of question and step."""
+  asked = questions.few(items, IN_A_POINT)
+  points = {}
+  for step, model in checkpoints(workdir):
+    said = questions.ask(model, asked)
+    points[step] = [questions.is_right(item, text) for item, text in zip(asked, said, strict=True)]
+  return questions.curves(asked, points)
+
+
+def choose(items: list[questions.Item], said: list[str]) -> list[tuple[questions.Item, str]]:
+  """Returns the first items of each kind with their answers, whether right or wrong."""
+  answers = dict(zip(map(id, items), said, strict=True))
+  return [(item, answers[id(item)]) for item in questions.few(items, SHOWN)]
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+  """Returns the figures as lines of text."""
+  lines = [f"{'question':10}{'right':>14}{'other picture':>16}{'most frequent':>16}{'n':>6}"]
+  for asks, row in figures.items():
+    right = f"{row['accuracy']:.1%} ± {100 * row['standard_error']:.1f}"
+    other, frequent = f"{row['other_picture']:.1%}", f"{row['most_frequent']:.1%}"
+    lines.append(f"{asks:10}{right:>14}{other:>16}{frequent:>16}{row['n']:>6}")
+  return "\n".join(lines)
+
+
+def write_pictures(folder: pathlib.Path, items: list[questions.Item]) -> None:
+  """Writes the held-out pictures of the first question of each kind, to ask about them."""
+  folder.mkdir(exist_ok=True)
+  for asks in ASKS:
+    item = questions.of_kind(items, asks)[0]
+    for number, image in enumerate(item.images, 1):
+      PIL.Image.open(io.BytesIO(image)).save(folder / f"{asks}{number}.png")
 
 
 class Story:

@@ -27,6 +27,7 @@ from mm1_jax.drawing import (
   MUTED,
   PADDING,
   PAPER,
+  WRONG,
   img,
   page,
   printable,
@@ -37,6 +38,7 @@ from mm1_jax.legend import STANDARD_ERROR
 from mm1_jax.metrics import read_metrics, read_tables
 
 TASKS = "eval_tasks/"
+GRID_COLUMNS = 6
 Run = Mapping[str, Mapping[int, Any]]  # series of numbers and of tables, by name and step
 
 
@@ -51,7 +53,10 @@ class Answer:
 
 
 def write_report(
-  out_dir: epath.PathLike, stages: Mapping[str, epath.PathLike], answers: Sequence[Answer] = ()
+  out_dir: epath.PathLike,
+  stages: Mapping[str, epath.PathLike],
+  answers: Sequence[Answer] = (),
+  accuracy: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
 ) -> tuple[epath.Path, epath.Path]:
   """Writes `report.png` and the self-contained page `report.html`; returns their paths.
 
@@ -61,10 +66,16 @@ def write_report(
       `loss`, `loss/{source}`, `eval/loss/{source}`, the table `moe/load`, `lr` and
       `grad_norm/{part}`; what a stage did not write is left out.
     answers: held-out pictures. The page shows all of them, the picture the first eight.
+    accuracy: shares of right answers by stage, kind of question and step.
   """
   out_dir = epath.Path(out_dir)
   out_dir.mkdir(parents=True, exist_ok=True)
-  runs = {name: read_metrics(path) | read_tables(path) for name, path in stages.items()}
+  runs = {
+    name: read_metrics(path)
+    | read_tables(path)
+    | {f"accuracy/{kind}": curve for kind, curve in (accuracy or {}).get(name, {}).items()}
+    for name, path in stages.items()
+  }
   png, html_page = out_dir / "report.png", out_dir / "report.html"
   png.write_bytes(_draw_overview(runs, answers[:8]))
   html_page.write_text(_page(runs, answers))
@@ -245,7 +256,26 @@ def _draw_tasks(_figure, ax: Axes, run) -> None:
   _legend(ax)
 
 
+def _accuracy_keys(run) -> list[str]:
+  return [name for name in run if name.startswith("accuracy/")]
+
+
+def _draw_accuracy(_figure, ax: Axes, run) -> None:
+  """Share of right answers about held-out pictures, a line for each kind of question."""
+  for name, color in zip(_accuracy_keys(run), itertools.cycle(COLORS)):
+    steps, values = _points(run[name])
+    ax.plot(
+      steps, 100 * values, color=color, linewidth=1.6, marker="o", markersize=4.5,
+      label=name.removeprefix("accuracy/"),
+    )  # fmt: skip
+  ax.set_ylim(0, 101)
+  ax.set_xlabel("step", fontsize=9, color=MUTED)
+  ax.set_ylabel("right, %", fontsize=9, color=MUTED)
+  _legend(ax)
+
+
 PANELS = (
+  Panel("answers about held-out pictures", 3.0, _accuracy_keys, _draw_accuracy),
   Panel("loss", 3.4, _loss_keys, _draw_loss),
   Panel("benchmarks", 2.8, _task_keys, _draw_tasks),
   Panel("expert load", 2.6, _expert_keys, _draw_experts),
@@ -306,6 +336,27 @@ def _draw_answers(figure, answers: Sequence[Answer], num_rows: int) -> None:
       _put(right, 0, down + 1.5, label, fontsize=8, color=MUTED)
       _put(right, 34, down, "\n".join(wrapped), fontsize=10, color=color, weight=weight)
       down += 14 * len(wrapped) + 6
+
+
+def draw_grid(answers: Sequence[Answer]) -> bytes:
+  """Returns a PNG of pictures with the question, and the answer in green if right, red if not."""
+  lines = -(-len(answers) // GRID_COLUMNS)
+  figure = Figure((13, 2.2 * lines), dpi=DPI, facecolor=PAPER, layout="constrained")
+  axes = figure.subplots(lines, GRID_COLUMNS, squeeze=False).ravel()
+  for ax in axes:
+    ax.set_axis_off()
+  for ax, answer in zip(axes, answers, strict=False):
+    ax.imshow(answer.image)
+    question = "\n".join(_wrap(answer.prompt, 32, 2))
+    ax.set_title(question, fontsize=9, color=MUTED, parse_math=False)
+    right = answer.said == answer.truth
+    said = f"✓ {answer.said}" if right else f"✗ {answer.said}  (true: {answer.truth})"
+    style = {"fontsize": 11, "weight": "bold", "color": COLORS[2] if right else WRONG}
+    text = "\n".join(_wrap(said, 26, 2))
+    ax.text(
+      0.5, -0.05, text, ha="center", va="top", transform=ax.transAxes, parse_math=False, **style
+    )  # fmt: skip
+  return to_png(figure)
 
 
 def _put(ax: Axes, right: float, down: float, text: str, **style) -> None:

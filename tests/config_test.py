@@ -47,6 +47,8 @@ from mm1_jax.configs import (
   mm1_30b_moe,
   mm1_debug,
   mm1_debug_sft,
+  mm1_demo,
+  mm1_demo_sft,
   mm1_proxy,
   mm1_sft,
 )
@@ -71,6 +73,8 @@ CONFIGS = {
   "mm1_debug_moe": functools.partial(mm1_debug.get_config, "moe"),
   "mm1_debug_sft": mm1_debug_sft.get_config,
   "mm1_debug_moe_sft": functools.partial(mm1_debug_sft.get_config, "moe"),
+  "mm1_demo": mm1_demo.get_config,
+  "mm1_demo_sft": mm1_demo_sft.get_config,
   **{
     f"mm1_proxy_{size}": functools.partial(mm1_proxy.get_config, size) for size in mm1_proxy.SIZES
   },

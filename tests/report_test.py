@@ -124,3 +124,20 @@ class TestWriteReport:
       writer.write_scalars(2, {"loss": 2.0})
     _, page = report.write_report(tmp_path, {"pretrain": tmp_path / "a"})
     assert re.findall(r'alt="([^"]*)"', page.read_text()) == ["pretrain: loss"]
+
+  def test_curves_of_accuracy(self, tmp_path):
+    write_stage(tmp_path / "a")
+    accuracy = {"pretrain": {"number": {10: 0.1, 20: 0.5}, "colour": {10: 0.9, 20: 1.0}}}
+    _, page = report.write_report(tmp_path, {"pretrain": tmp_path / "a"}, accuracy=accuracy)
+    assert "pretrain: answers about held-out pictures" in page.read_text()
+
+
+def test_a_grid_tells_right_from_wrong(tmp_path):
+  answers = [report.Answer(picture((90, 90, 90)), "What $is$ it?", s, "7") for s in ("7", "9")]
+  colors = []
+  for answer in answers:
+    (tmp_path / "grid.png").write_bytes(report.draw_grid([answer]))
+    with Image.open(tmp_path / "grid.png") as image:
+      pixels = np.asarray(image.convert("RGB"), np.int32)
+    colors.append((pixels[..., 0] - pixels[..., 1]).max() > 100)
+  assert colors == [False, True], "only the wrong answer is red"

@@ -9,20 +9,24 @@ import json
 import pytest
 
 from mm1_jax.data.build.sample import RESTRICTED
+from mm1_jax.data.build.world import ASKS
 from mm1_jax.data.image import decode_image
 from mm1_jax.data.sources import Source
 from tests.helpers.records import SAMPLE, sample_source
 
-PARTS = ("captions", "interleaved", "text", "sft")
+PARTS = ("captions", "interleaved", "text", "sft", "questions")
+TRAINED_ONLY = ("captions_world", "interleaved_world")
 LICENSES = {"CC-BY-4.0", "CC0/Public-Domain", "Public domain", "Public domain (USA)"}
-MIN_HELDOUT = {"captions": 400, "interleaved": 20, "text": 30, "sft": 150}
+WORLD_LICENSES = {"CC-BY-SA-3.0", "Apache-2.0", "CC-BY-4.0", "MIT"}
+MIN_HELDOUT = {"captions": 400, "interleaved": 20, "text": 30, "sft": 150, "questions": 1000}
 
 
 @pytest.fixture(scope="module")
 def records():
   """All records by (part, side)."""
   found = {}
-  for part, side in itertools.product(PARTS, ("train", "heldout")):
+  both = itertools.product(PARTS, ("train", "heldout"))
+  for part, side in (*both, *((part, "train") for part in TRAINED_ONLY)):
     source = Source(sample_source(part, side))
     found[part, side] = [source[i] for i in range(len(source))]
   return found
@@ -37,8 +41,8 @@ def side(records, name):
   return [record for (_, s), group in records.items() for record in group if s == name]
 
 
-def test_is_at_most_20_mb():
-  assert sum(f.stat().st_size for f in SAMPLE.iterdir()) <= 20e6
+def test_is_below_25_mb():
+  assert sum(f.stat().st_size for f in SAMPLE.iterdir()) < 25e6
 
 
 def test_manifest_counts(records):
@@ -98,7 +102,9 @@ def test_no_module_is_on_both_sides(records):
 
 def test_licenses_and_credits(records):
   everything = [r for group in records.values() for r in group]
-  assert {r["license"] for r in everything} == LICENSES
+  assert {r["license"] for r in everything if r["source"] != "world"} == LICENSES
+  drawn = [r for r in everything if r["source"] == "world"]
+  assert {term for r in drawn for term in r["license"].split(" + ")} == WORLD_LICENSES
   for record in everything:
     if record["source"].startswith("openstax"):
       assert "Access for free at openstax.org" in record["credit"]
@@ -106,6 +112,7 @@ def test_licenses_and_credits(records):
     assert not RESTRICTED.search(" ".join(lines)), record["id"]
   text = (SAMPLE / "CREDITS.md").read_text()
   assert all(r["source"] in text for r in everything)
+  assert all(f"| {name.split('/')[0]} |" in text for r in drawn for name in r["pictures"])
 
 
 def test_every_image_decodes(records):
@@ -113,3 +120,16 @@ def test_every_image_decodes(records):
     for item in items(record):
       if "image" in item:
         assert decode_image(item["image"], (8, 8)).shape == (8, 8, 3)
+
+
+def test_no_look_and_no_handwriting_of_the_world_is_on_both_sides(records):
+  train, heldout = (
+    {name for r in side(records, s) for name in r.get("pictures", ())} for s in ("train", "heldout")
+  )
+  assert len(heldout) > 600
+  assert not train & heldout
+
+
+def test_300_questions_of_each_kind_are_held_out(records):
+  counts = collections.Counter(a for r in records["questions", "heldout"] for a in r["asks"])
+  assert min(counts[asks] for asks in ASKS) >= 300

@@ -4,7 +4,8 @@
   python -m mm1_jax.data.build.sample --raw=/path/to/data --out=mm1_jax/data/sample
 
 Four parts (captions, interleaved, text, sft), each as `PART-train-*` and `PART-heldout-*` shards; a
-tokenizer trained on the train side; a manifest; the credits. The same input gives the same bytes.
+tokenizer trained on the train side; the small world of `world.py`, its parts in shards beside them,
+and a smaller tokenizer for it; a manifest; the credits. The same input gives the same bytes.
 
 Nothing held out is seen in training: records that share a textbook module, a picture (or one that
 looks the same), a caption, an exercise or a novel form a component, and a component goes to one
@@ -29,6 +30,7 @@ import sentencepiece
 
 from mm1_jax import cli
 from mm1_jax.data import sources, tokenizer
+from mm1_jax.data.build import world
 from mm1_jax.data.image import on_white
 
 SCHEMA_VERSION = 1
@@ -56,6 +58,7 @@ MAX_CAPTION = 300  # characters
 MAX_MODULE = 12_000
 MAX_CHAPTER = 20_000  # characters of a novel or play
 VOCAB_SIZE = 4096
+SMALL_VOCAB = 1024  # of a tokenizer for the world and the captions: in minutes its head is trained
 
 Row = Mapping[str, Any]
 
@@ -129,11 +132,24 @@ def build(raw: pathlib.Path, out: pathlib.Path) -> None:
     shards = NUM_SHARDS.get((part, side), 1)
     paths = sources.write_shards(records, str(out / f"{part}-{side}"), shards)
     manifest["parts"][f"{part}-{side}"] = _statistics(records, paths)
-  model = train_tokenizer(_texts(c.record for p in PARTS for c in chosen[p, "train"]))
-  (out / "tokenizer.model").write_bytes(model)
-  manifest["tokenizer"] = {"vocab_size": VOCAB_SIZE, "bytes": len(model)}
+  shipped = [c.record for group in chosen.values() for c in group]
+  trained = [c.record for p in PARTS for c in chosen[p, "train"]]
+  captions = [c.record for c in chosen["captions", "train"]]
+  seen: list[sources.Record] = []
+  for (part, side), records in world.records(raw).items():
+    paths = sources.write_shards(records, str(out / f"{part}-{side}"), 1)
+    manifest["parts"][f"{part}-{side}"] = _statistics(records, paths)
+    shipped += records
+    seen += records if side == "train" else []
+  for name, size, read in (
+    ("tokenizer", VOCAB_SIZE, trained),
+    (f"tokenizer_{SMALL_VOCAB}", SMALL_VOCAB, [*seen, *captions]),
+  ):
+    model = train_tokenizer(_texts(read), size)
+    (out / f"{name}.model").write_bytes(model)
+    manifest[name] = {"vocab_size": size, "bytes": len(model)}
   (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-  (out / "CREDITS.md").write_text(_credits(raw, [c.record for g in chosen.values() for c in g]))
+  (out / "CREDITS.md").write_text(_credits(raw, shipped))
   logging.info("%s", json.dumps(manifest, indent=2))
 
 
@@ -405,14 +421,14 @@ def choose(candidates: list[Candidate], sides: list[str]) -> dict[tuple[str, str
 # --- what goes with the shards
 
 
-def train_tokenizer(texts: Iterable[str]) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
   """Trains the SentencePiece model that `tokenizer.Tokenizer` reads."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(texts),
     model_writer=model,
     model_type="bpe",
-    vocab_size=VOCAB_SIZE,
+    vocab_size=vocab_size,
     pad_id=0,
     bos_id=1,
     eos_id=2,
@@ -461,7 +477,9 @@ def _credits(raw: pathlib.Path, records: list[sources.Record]) -> str:
   listing = "\n".join(
     f"- {book}: {', '.join(sorted(repos))}" for book, repos in sorted(books.items())
   )
-  licenses = collections.Counter((r["source"], r["license"]) for r in records)
+  licenses = collections.Counter(
+    (r["source"], r["license"]) for r in records if r["source"] != world.SOURCE
+  )
   table = "\n".join(f"| {s} | {n} | {license} |" for (s, license), n in sorted(licenses.items()))
   return f"""# Credits of the sample
 
@@ -482,6 +500,15 @@ descriptions are cut to about {MAX_CAPTION} characters, mathematics is flattened
 - **tinyshakespeare**: Shakespeare's plays, public domain, as collected for karpathy/char-rnn.
 
 The wording of the exercise prompt "Describe the image." and its variants is ours.
+
+## The small world
+Records of the source `{world.SOURCE}` have pictures drawn from the digits and icons below: their
+`pictures` names them, `license` and `credit` are those of all of them. Changes we made: they are
+scaled, placed on white, encoded as WebP; digits are inked. The questions, answers and sentences
+are ours, under the licence of the code; names of things are Unicode CLDR's, by way of
+emojibase-data 17.0.0 (MIT).
+
+{world.credits(records)}
 
 ## OpenStax books, and the commit each was taken from
 {listing}
