@@ -24,6 +24,7 @@ from mm1_jax.checkpoint import STEPS
 from mm1_jax.config import RunConfig
 from mm1_jax.configs import mm1_demo, mm1_demo_sft
 from mm1_jax.data.build.world import ASKS
+from mm1_jax.eval.task import Item, source
 from mm1_jax.inference.model import Model
 from mm1_jax.metrics import format_seconds
 from mm1_jax.report import Answer, draw_grid, write_report
@@ -48,19 +49,17 @@ def main() -> None:
   train(sft, tuned)
 
   story.tell("3/4 asking about pictures that no stage has seen")
-  items = questions.held_out(sft)
+  items = questions.held_out()
   curves = {"pretrain": caption_curve(pretrained, items), "sft": answer_curve(tuned, items)}
-  model = Model.load(tuned)
-  said = questions.ask(model, items)
-  other = questions.ask(model, questions.with_other_pictures(items))
-  figures = questions.score(items, said, other, questions.most_frequent(sft))
+  results = questions.measure(Model.load(tuned))
+  figures = questions.figures(results)
   print(table(figures), flush=True)
 
   story.tell("4/4 drawing the report")
-  answers = [
-    Answer(questions.pixels(item), item.question, text, item.answer)
-    for item, text in choose(items, said)
-  ]
+  own, *_ = results
+  shown = questions.few(items, SHOWN)
+  said = {answered.item.id: str(answered.reply) for answered in own.scored}
+  answers = [Answer(questions.pixels(i), i.question, said[i.id], i.answers[0]) for i in shown]
   (args.workdir / "answers.png").write_bytes(draw_grid(answers))
   report = {"questions": figures, "curves": curves, "seed": args.seed}
   (args.workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -96,30 +95,18 @@ def checkpoints(workdir: pathlib.Path) -> list[tuple[int, Model]]:
   return [(step, Model.load(workdir / STEPS / str(step))) for step in steps]
 
 
-def caption_curve(workdir: pathlib.Path, items: list[questions.Item]) -> questions.Curves:
+def caption_curve(workdir: pathlib.Path, items: list[Item]) -> questions.Curves:
   """Returns how often a model in pre-training names what is asked for, by kind and step."""
-  asked = [item for item in questions.few(items, IN_A_POINT) if item.asks in CAPTIONED]
-  points = {}
-  for step, model in checkpoints(workdir):
-    said = questions.caption(model, asked)
-    points[step] = [questions.names(item, text) for item, text in zip(asked, said, strict=True)]
+  asked = [item for item in questions.few(items, IN_A_POINT) if source(item) in CAPTIONED]
+  points = {step: questions.caption_names(model, asked) for step, model in checkpoints(workdir)}
   return questions.curves(asked, points)
 
 
-def answer_curve(workdir: pathlib.Path, items: list[questions.Item]) -> questions.Curves:
+def answer_curve(workdir: pathlib.Path, items: list[Item]) -> questions.Curves:
   """Returns how often a model in fine-tuning answers right, by kind of question and step."""
   asked = questions.few(items, IN_A_POINT)
-  points = {}
-  for step, model in checkpoints(workdir):
-    said = questions.ask(model, asked)
-    points[step] = [questions.is_right(item, text) for item, text in zip(asked, said, strict=True)]
+  points = {step: questions.answer_right(model, asked) for step, model in checkpoints(workdir)}
   return questions.curves(asked, points)
-
-
-def choose(items: list[questions.Item], said: list[str]) -> list[tuple[questions.Item, str]]:
-  """Returns the first items of each kind with their answers, whether right or wrong."""
-  answers = dict(zip(map(id, items), said, strict=True))
-  return [(item, answers[id(item)]) for item in questions.few(items, SHOWN)]
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
@@ -132,12 +119,12 @@ def table(figures: dict[str, dict[str, float]]) -> str:
   return "\n".join(lines)
 
 
-def write_pictures(folder: pathlib.Path, items: list[questions.Item]) -> None:
+def write_pictures(folder: pathlib.Path, items: list[Item]) -> None:
   """Writes the held-out pictures of the first question of each kind, to ask about them."""
   folder.mkdir(exist_ok=True)
   for asks in ASKS:
     item = questions.of_kind(items, asks)[0]
-    for number, image in enumerate(item.images, 1):
+    for number, image in enumerate(item.pictures, 1):
       PIL.Image.open(io.BytesIO(image)).save(folder / f"{asks}{number}.png")
 
 

@@ -1,52 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a model the sample's held-out questions, and scores its answers beside two controls."""
+"""The demo's questions: the sample's held-out ones, by what they ask for, and the scores."""
 
-import collections
-import dataclasses
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from mm1_jax.config import RunConfig
+from mm1_jax.configs import common
 from mm1_jax.data.build.world import ASKS
-from mm1_jax.data.sources import Record, Source
+from mm1_jax.eval import tasks
+from mm1_jax.eval.evaluate import Result, Settings, evaluate
+from mm1_jax.eval.metrics.statistics import estimate
+from mm1_jax.eval.task import Item, source
+from mm1_jax.eval.tasks.scoring import is_accepted
 from mm1_jax.inference.model import Model
 
 Curves = dict[str, dict[int, float]]
-SOURCE = "questions"  # name of the source in `configs/mm1_demo_sft.py`
-LONGEST = 8  # tokens of an answer
+TASK = "records:questions"
+CONTROLS = ("own", "other", "frequent")
+LONGEST = 8  # tokens of an answer, in curves
 AT_ONCE = 64  # questions that are answered together
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """A question about one or two pictures, and its answer."""
-
-  asks: str  # one of `ASKS`
-  images: tuple[bytes, ...]
-  question: str
-  answer: str
-
-
-def held_out(run: RunConfig) -> list[Item]:
-  """Returns the held-out questions of a fine-tuning run, one a record."""
-  source = Source(next(s for s in run.data.eval_sources if s.name == SOURCE))
-  return [item for i in range(len(source)) for item in read_items(source[i])]
-
-
-def read_items(record: Record) -> list[Item]:
-  """Returns each question of a conversation, to be asked alone, with its pictures."""
-  content = [item for turn in record["turns"] for item in turn["content"]]
-  images = tuple(item["image"] for item in content if "image" in item)
-  texts = [item["text"] for item in content if "text" in item]
-  return [
-    Item(asks, images, question, answer)
-    for asks, question, answer in zip(record["asks"], texts[::2], texts[1::2], strict=True)
-  ]
+def held_out() -> list[Item]:
+  """Returns the held-out questions; `source` says what one asks for, one of `ASKS`."""
+  return tasks.read_items(tasks.get_task(TASK), common.SAMPLE)
 
 
 def few(items: Sequence[Item], num: int) -> list[Item]:
@@ -55,102 +35,73 @@ def few(items: Sequence[Item], num: int) -> list[Item]:
 
 
 def of_kind(items: Sequence[Item], asks: str) -> list[Item]:
-  return [item for item in items if item.asks == asks]
+  return [item for item in items if source(item) == asks]
 
 
-def ask(model: Model, items: Sequence[Item]) -> list[str]:
-  """Returns the model's answers: greedy, each question in a conversation of its own."""
-  return model.generate(
-    [[*item.images, item.question] for item in items],
-    max_new_tokens=LONGEST,
-    chat=True,
-    batch_size=AT_ONCE,
-  )
+def measure(model: Model) -> list[Result]:
+  """Returns the answers to all held-out questions, and those of each control."""
+  settings = Settings((TASK,), form="sft", controls=CONTROLS, batch_size=AT_ONCE)
+  return [*evaluate(model, settings, common.SAMPLE)]
 
 
-def caption(model: Model, items: Sequence[Item]) -> list[str]:
-  """Returns what a pre-trained model continues each item's pictures with, without the question."""
-  return model.generate(
-    [[*item.images] for item in items], max_new_tokens=LONGEST, chat=False, batch_size=AT_ONCE
-  )
-
-
-def with_other_pictures(items: Sequence[Item]) -> list[Item]:
-  """Returns the same questions and answers, each with another item's pictures of its kind."""
-  moved = {}
+def figures(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+  """Returns the figures of each kind of question, of `measure`."""
+  own, other, frequent = (_by_kind(result) for result in results)
+  found = {}
   for asks in ASKS:
-    group = of_kind(items, asks)
-    order = np.random.default_rng(0).permutation(len(group))
-    for i, other in zip(order, np.roll(order, 1), strict=True):
-      moved[id(group[i])] = dataclasses.replace(group[i], images=group[other].images)
-  return [moved[id(item)] for item in items]
+    right = estimate(own[asks])
+    found[asks] = {
+      "accuracy": right.mean,
+      "standard_error": right.standard_error,
+      "other_picture": estimate(other[asks]).mean,
+      "most_frequent": estimate(frequent[asks]).mean,
+      "n": right.n,
+    }
+  return found
 
 
-def is_right(item: Item, said: str) -> bool:
-  return _plain(said) == item.answer
+def _by_kind(result: Result) -> dict[str, list[float]]:
+  assert result.scores is not None
+  found: dict[str, list[float]] = {asks: [] for asks in ASKS}
+  for answered, score in zip(result.scored, result.scores.per_item, strict=True):
+    found[source(answered.item)].append(score)
+  return found
+
+
+def answer_right(model: Model, items: Sequence[Item]) -> list[float]:
+  """Returns whether a fine-tuned model answers each of some questions right."""
+  asked = [[*item.pictures, item.question] for item in items]
+  said = model.generate(asked, max_new_tokens=LONGEST, chat=True, batch_size=AT_ONCE)
+  return [is_accepted(item, text) for item, text in zip(items, said, strict=True)]
+
+
+def caption_names(model: Model, items: Sequence[Item]) -> list[float]:
+  """Returns whether a pre-trained model's caption of each item's pictures has its answer."""
+  shown = [[*item.pictures] for item in items]
+  said = model.generate(shown, max_new_tokens=LONGEST, chat=False, batch_size=AT_ONCE)
+  return [float(names(item, text)) for item, text in zip(items, said, strict=True)]
 
 
 def names(item: Item, said: str) -> bool:
   """Returns whether a caption has an item's answer among its words."""
-  return f" {item.answer} " in f" {_plain(said).replace(':', ' ').replace(',', ' ')} "
+  words = said.lower()
+  for mark in ".:,":
+    words = words.replace(mark, " ")
+  return f" {item.answers[0]} " in f" {' '.join(words.split())} "
 
 
-def accuracy(right: Sequence[bool]) -> tuple[float, float]:
-  """Returns a share and its binomial standard error."""
-  share = sum(right) / len(right)
-  return share, math.sqrt(share * (1 - share) / len(right))
-
-
-def score(
-  items: Sequence[Item], said: Sequence[str], other: Sequence[str], frequent: Mapping[str, str]
-) -> dict[str, dict[str, Any]]:
-  """Returns the figures of each kind of question.
-
-  Args:
-    items: held-out questions.
-    said: the answers to them.
-    other: the answers to the same questions with other pictures.
-    frequent: the most frequent answer of training by kind of question.
-  """
-  figures = {}
-  for asks in ASKS:
-    rows = [(i, s, o) for i, s, o in zip(items, said, other, strict=True) if i.asks == asks]
-    share, error = accuracy([is_right(i, s) for i, s, _ in rows])
-    figures[asks] = {
-      "accuracy": share,
-      "standard_error": error,
-      "other_picture": accuracy([is_right(i, o) for i, _, o in rows])[0],
-      "most_frequent": accuracy([is_right(i, frequent[asks]) for i, _, _ in rows])[0],
-      "n": len(rows),
-    }
-  return figures
-
-
-def curves(items: Sequence[Item], points: Mapping[int, Sequence[bool]]) -> Curves:
+def curves(items: Sequence[Item], points: Mapping[int, Sequence[float]]) -> Curves:
   """Returns accuracy by kind of question and step, of which of `items` were right at each step."""
   found: Curves = {}
   for step, right in points.items():
-    for asks in dict.fromkeys(item.asks for item in items):
-      group = [r for item, r in zip(items, right, strict=True) if item.asks == asks]
-      found.setdefault(asks, {})[step] = accuracy(group)[0]
+    for asks in dict.fromkeys(map(source, items)):
+      group = [r for item, r in zip(items, right, strict=True) if source(item) == asks]
+      found.setdefault(asks, {})[step] = float(np.mean(group))
   return found
 
 
-def most_frequent(run: RunConfig) -> dict[str, str]:
-  """Returns the most frequent answer of training by kind of question."""
-  source = Source(next(s for s in run.data.leaves if s.name == SOURCE))
-  counts = collections.defaultdict(collections.Counter)
-  for i in range(len(source)):
-    for item in read_items(source[i]):
-      counts[item.asks][item.answer] += 1
-  return {asks: count.most_common(1)[0][0] for asks, count in counts.items()}
-
-
 def pixels(item: Item) -> np.ndarray:
-  """Returns an item's pictures side by side, uint8[H, W, 3]."""
-  images = [np.asarray(PIL.Image.open(io.BytesIO(i)).convert("RGB")) for i in item.images]
-  return np.concatenate(images, axis=1)
-
-
-def _plain(said: str) -> str:
-  return said.strip().rstrip(".").lower()
+  """Returns an item's pictures side by side with a line between them, uint8[H, W, 3]."""
+  images = [np.asarray(PIL.Image.open(io.BytesIO(i)).convert("RGB")) for i in item.pictures]  # pyright: ignore
+  line = np.full_like(images[0][:, :1], 200)
+  return np.concatenate([part for image in images for part in (line, image)][1:], axis=1)
