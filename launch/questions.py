@@ -147,9 +147,10 @@ def most_frequent(run: RunConfig) -> dict[str, str]:
 
 
 def pixels(item: Item) -> np.ndarray:
-  """Returns an item's pictures side by side, uint8[H, W, 3]."""
+  """Returns an item's pictures side by side with a line between them, uint8[H, W, 3]."""
   images = [np.asarray(PIL.Image.open(io.BytesIO(i)).convert("RGB")) for i in item.images]
-  return np.concatenate(images, axis=1)
+  line = np.full_like(images[0][:, :1], 200)
+  return np.concatenate([part for image in images for part in (line, image)][1:], axis=1)
 
 
 def _plain(said: str) -> str:
