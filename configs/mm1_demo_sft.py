@@ -21,6 +21,6 @@ def get_config(kind: str = "moe") -> ConfigDict:
   config.data.eval_sources = common.mixture(sample, {"questions": 1.0}, part="heldout")
   config.data.update(weight_by="examples", chat=True, images_per_row=7)
   config.optimizer.learning_rate = 4e-4
-  config.train.update(num_steps=2400, eval_every=2400)
+  config.train.update(num_steps=3000, eval_every=3000)
   config.checkpoint.update(every=500, keep_period=500)
   return config

@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
   parser = cli.make_parser("launch.demo", __doc__)
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
   parser.add_argument("--pretrain-steps", type=int, default=2300)
-  parser.add_argument("--sft-steps", type=int, default=2400)
+  parser.add_argument("--sft-steps", type=int, default=3000)
   parser.add_argument("--seed", type=int, default=0, help="of the params and the order of the data")
   return parser.parse_args()
 

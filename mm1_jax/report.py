@@ -343,10 +343,12 @@ def draw_grid(answers: Sequence[Answer]) -> bytes:
   lines = -(-len(answers) // GRID_COLUMNS)
   figure = Figure((13, 2.2 * lines), dpi=DPI, facecolor=PAPER, layout="constrained")
   axes = figure.subplots(lines, GRID_COLUMNS, squeeze=False).ravel()
-  for ax in axes:
+  for ax in axes[len(answers) :]:
     ax.set_axis_off()
   for ax, answer in zip(axes, answers, strict=False):
     ax.imshow(answer.image)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_color(PADDING)
     question = "\n".join(_wrap(answer.prompt, 32, 2))
     ax.set_title(question, fontsize=9, color=MUTED, parse_math=False)
     right = answer.said == answer.truth
