@@ -5,6 +5,10 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.installed
 LIBTPU := .venv/libtpu/.installed
+# glibc then asks for huge pages: programs of XLA:CPU take new memory in every step, and a sixth of a
+# small step went to page faults. Elsewhere it means nothing.
+GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+export GLIBC_TUNABLES
 
 .DEFAULT_GOAL := help
 .PHONY: help run test-fast test test-slow test-long lint docs libtpu clean

@@ -141,7 +141,8 @@ def _loss_keys(run) -> list[str]:
 
 
 def _sources(run) -> list[str]:
-  return sorted({name.rsplit("/", 1)[1] for name in _loss_keys(run) if "/" in name})
+  names = (name.removeprefix("eval/") for name in _loss_keys(run))
+  return sorted({name.removeprefix("loss/") for name in names if "/" in name})
 
 
 def _draw_loss(_figure, ax: Axes, run) -> None:
@@ -270,12 +271,12 @@ def _draw_accuracy(_figure, ax: Axes, run) -> None:
     )  # fmt: skip
   ax.set_ylim(0, 101)
   ax.set_xlabel("step", fontsize=9, color=MUTED)
-  ax.set_ylabel("right, %", fontsize=9, color=MUTED)
+  ax.set_ylabel("right of held out, %", fontsize=9, color=MUTED)
   _legend(ax)
 
 
 PANELS = (
-  Panel("answers about held-out pictures", 3.0, _accuracy_keys, _draw_accuracy),
+  Panel("answers", 3.0, _accuracy_keys, _draw_accuracy),
   Panel("loss", 3.4, _loss_keys, _draw_loss),
   Panel("benchmarks", 2.8, _task_keys, _draw_tasks),
   Panel("expert load", 2.6, _expert_keys, _draw_experts),
@@ -292,7 +293,7 @@ def _legend(ax: Axes) -> None:
   if ax.get_legend_handles_labels()[0]:
     legend = ax.legend(
       frameon=False, fontsize=9, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 0.99),
-      ncols=5, borderpad=0, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2,
+      ncols=6, borderpad=0, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2,
     )  # fmt: skip
     for text in legend.get_texts():
       text.set_parse_math(False)
