@@ -148,11 +148,13 @@ def _sources(run) -> list[str]:
 def _draw_loss(_figure, ax: Axes, run) -> None:
   """Training loss faint and smoothed, held-out loss as dots, one colour for each source."""
   for source, color in zip(_sources(run), itertools.cycle(COLORS)):
-    steps, values = _points(run.get(f"loss/{source}", {}))
-    ax.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
-    ax.plot(steps, _smooth(values), color=color, linewidth=1.8, label=source)
+    trained = f"loss/{source}" in run
+    if trained:
+      steps, values = _points(run[f"loss/{source}"])
+      ax.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
+      ax.plot(steps, _smooth(values), color=color, linewidth=1.8, label=source)
     steps, values = _points(run.get(f"eval/loss/{source}", {}))
-    label = source if f"loss/{source}" not in run else None
+    label = None if trained else source
     ax.plot(
       steps, values, color=color, linewidth=1.2, linestyle=(0, (3, 2)), marker="o",
       markersize=4.5, markeredgecolor=PAPER, markeredgewidth=0.6, label=label,
@@ -165,7 +167,7 @@ def _draw_loss(_figure, ax: Axes, run) -> None:
     ax.plot(
       [], [], color=MUTED, linestyle=(0, (3, 2)), marker="o", markersize=4.5, label="held out"
     )
-  ax.set_xlabel("step", fontsize=9, color=MUTED)
+  ax.set_xlabel("step", loc="left", fontsize=9, color=MUTED)
   ax.set_ylabel("loss, nats a token", fontsize=9, color=MUTED)
   _legend(ax)
 
@@ -183,7 +185,7 @@ def _draw_optimizer(_figure, ax: Axes, run) -> None:
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_ylabel("gradient norm", fontsize=9, color=MUTED)
-  ax.set_xlabel("step", fontsize=9, color=MUTED)
+  ax.set_xlabel("step", loc="left", fontsize=9, color=MUTED)
   if "lr" in run:
     right = ax.twinx() if parts else ax
     right.plot(*_points(run["lr"]), color=MUTED, linewidth=1.1, linestyle=":")
@@ -223,7 +225,7 @@ def _draw_experts(figure, ax: Axes, run) -> None:
   )
   ax.invert_yaxis()
   ax.grid(visible=False)
-  ax.set_xlabel("step", fontsize=9, color=MUTED)
+  ax.set_xlabel("step", loc="left", fontsize=9, color=MUTED)
   bar = figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.05)
   bar.set_label("tokens, times an even share", fontsize=9, color=MUTED)
   bar.ax.tick_params(colors=MUTED, labelsize=8)
@@ -253,7 +255,7 @@ def _draw_tasks(_figure, ax: Axes, run) -> None:
       linestyle=style, marker="o", markersize=4, capsize=2,
     )  # fmt: skip
     ax.plot([], [], color=color, linestyle=style, marker="o", label=name.removeprefix(TASKS))
-  ax.set_xlabel("step", fontsize=9, color=MUTED)
+  ax.set_xlabel("step", loc="left", fontsize=9, color=MUTED)
   _legend(ax)
 
 
@@ -270,7 +272,7 @@ def _draw_accuracy(_figure, ax: Axes, run) -> None:
       label=name.removeprefix("accuracy/"),
     )  # fmt: skip
   ax.set_ylim(0, 101)
-  ax.set_xlabel("step", fontsize=9, color=MUTED)
+  ax.set_xlabel("step", loc="left", fontsize=9, color=MUTED)
   ax.set_ylabel("right of held out, %", fontsize=9, color=MUTED)
   _legend(ax)
 
@@ -292,8 +294,8 @@ PANELS = (
 def _legend(ax: Axes) -> None:
   if ax.get_legend_handles_labels()[0]:
     legend = ax.legend(
-      frameon=False, fontsize=9, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 0.99),
-      ncols=6, borderpad=0, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2,
+      frameon=False, fontsize=9, labelcolor=INK, loc="upper right", bbox_to_anchor=(1, -0.13),
+      ncols=5, borderpad=0, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2,
     )  # fmt: skip
     for text in legend.get_texts():
       text.set_parse_math(False)
