@@ -135,14 +135,19 @@ def _nats(items: Sequence[Item], replies: Sequence[Reply]) -> Scores:
 _exact = scoring.mean_score({"exact_match": scoring.is_accepted}, "source")
 
 
+def _said(item: Item) -> str:
+  """Returns an item's true text as it follows its prompt in a document."""
+  return f" {item.answers[0]}" if item.question else item.answers[0]
+
+
 def _likelihood(form: Form) -> Form:
   """Returns the form that scores the true text instead of what a model says."""
-  return dataclasses.replace(form, options=lambda item: [(prompt(item), item.answers[0])])
+  return dataclasses.replace(form, options=lambda item: [(prompt(item), _said(item))])
 
 
 DOCUMENT = Form(
   prompt,
-  demonstration=lambda item: f"{item.answers[0]}\n",
+  demonstration=lambda item: f"{_said(item)}\n",
   max_new_tokens=64,
   stop=("\n",),
   clean=prompts.caption_part,

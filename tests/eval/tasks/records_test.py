@@ -68,6 +68,9 @@ def test_each_question_of_a_conversation_is_asked_by_itself(tmp_path):
   assert prompt(first) == [b"a", "What is it?"]
   assert prompt(second) == [b"a", "Its colour?"]
   assert (first.answers, second.answers) == (("A cat",), ("black",))
+  demonstration = tasks.get_task("records:talk").forms["mm1"].demonstration
+  assert demonstration is not None
+  assert demonstration(first) == " A cat\n"
 
 
 def test_true_texts_are_scored_in_nats_per_token():
@@ -75,7 +78,7 @@ def test_true_texts_are_scored_in_nats_per_token():
   items = tasks.read_items(task, SAMPLE)[:3]
   options = task.forms["sft_nats"].options
   assert options is not None
-  assert options(items[0]) == [(task.forms["sft"].prompt(items[0]), items[0].answers[0])]
+  assert options(items[0]) == [(task.forms["sft"].prompt(items[0]), f" {items[0].answers[0]}")]
   assert task.score is not None
   replies = [(Likelihood(-6.0, False, 3),), (Likelihood(-1.0, True, 2),), (Likelihood(0, True, 1),)]
   scores = task.score(items, replies)
