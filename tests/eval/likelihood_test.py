@@ -14,6 +14,8 @@ from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import PromptError
 from mm1_jax.sharding import LAYOUT
 
+pytestmark = pytest.mark.compiles
+
 WORDS = ["the", "quick", "brown", "fox", "finds", "bread", "in", "seven", "small", "houses"]
 
 

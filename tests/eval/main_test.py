@@ -19,6 +19,8 @@ from mm1_jax.eval.evaluate import Settings, evaluate
 from mm1_jax.eval.task import EvalError
 from mm1_jax.inference.model import Model
 
+pytestmark = pytest.mark.compiles
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

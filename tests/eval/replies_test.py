@@ -11,6 +11,8 @@ from mm1_jax.eval.few_shot import Demonstrations
 from mm1_jax.eval.replies import Answered, Asking, answer, no_pictures, other_pictures
 from mm1_jax.eval.task import EvalError, Form, Item
 
+pytestmark = pytest.mark.compiles
+
 GENERATE = Form(
   prompt=lambda item: [*item.pictures, f"{item.question} "],
   demonstration=lambda item: f"{item.answers[0]}\n",

@@ -9,6 +9,8 @@ from mm1_jax.eval.task import EvalError
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.sampler import GREEDY, Sampling
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.mark.parametrize(
   ("kwargs", "expected"),

@@ -26,6 +26,8 @@ from mm1_jax.eval.task import EvalError  # noqa: E402
 from mm1_jax.inference.model import Model  # noqa: E402
 from mm1_jax.inference.prompts import PromptError  # noqa: E402
 
+pytestmark = pytest.mark.compiles
+
 ROOT = pathlib.Path(__file__).parents[3]
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "bread"]
 CHOICES = """
