@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add("--images", metavar="FOLDER", help="of the pictures that --input names (its own folder)")
   add("--batch-size", type=int, default=8, metavar="N", help="questions read at once (8)")
   add_model_flags(parser)
-  add_answer_flags(parser, max_new_tokens=128)
+  add_answer_flags(parser)
   chat = parser.add_mutually_exclusive_group()
   chat.add_argument(
     "--chat",
@@ -77,15 +77,15 @@ def add_model_flags(parser: argparse.ArgumentParser, *, required: bool = True) -
   add("--cut-last", type=int, metavar="N", help="cut the last N pictures alone: mixed resolution")
 
 
-def add_answer_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-  """Adds how answers are drawn, and what ends them."""
+def add_answer_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int | None = None) -> None:
+  """Adds how answers are drawn, and what ends them; None leaves their length to the model."""
   add = parser.add_argument
   add(
     "--max-new-tokens",
     type=int,
     default=max_new_tokens,
     metavar="N",
-    help=f"longest answer ({max_new_tokens})",
+    help=f"longest answer ({max_new_tokens or '128, or half of a row if that is shorter'})",
   )
   add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest")
   add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens")

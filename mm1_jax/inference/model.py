@@ -33,6 +33,7 @@ SHORTEST = 32  # positions that any prompt gets room for
 # Tokens between two reads by the host, which checks stop strings, streams, and notices Ctrl-C.
 TOKENS_AT_ONCE = 8
 MOST_BEAMS = 64
+LONGEST_ANSWER = 128  # tokens, where none are asked for
 
 
 class Model:
@@ -107,7 +108,7 @@ class Model:
     self,
     prompts: Sequence[Prompt | Request],
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     sampling: Sampling | BeamSearch = GREEDY,
     stop: Sequence[str] = (),
     chat: bool | None = None,
@@ -122,7 +123,7 @@ class Model:
     Args:
       prompts: texts and pictures in order, or turns of a conversation, for each prompt; or what
         `encode` made of it.
-      max_new_tokens: tokens after which an answer is cut off.
+      max_new_tokens: tokens after which an answer is cut off; None is `answer_length`.
       sampling: how tokens are drawn, or how the likeliest answer is searched for.
       stop: texts that end an answer where they first appear; they are not part of it.
       chat: whether a prompt of texts and pictures is a user's turn that the assistant answers, or
@@ -135,6 +136,7 @@ class Model:
       PromptError: a picture cannot be read, a prompt does not fit the model, or a setting is
         out of range.
     """
+    max_new_tokens = self.answer_length if max_new_tokens is None else max_new_tokens
     _check(max_new_tokens, sampling, stop, batch_size)
     requests = [self.encode(p, chat=chat, max_new_tokens=max_new_tokens) for p in prompts]
     # Prompts of like shape go together: less padding, and fewer programs.
@@ -155,7 +157,7 @@ class Model:
     self,
     prompt: Prompt | Request,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     sampling: Sampling | BeamSearch = GREEDY,
     stop: Sequence[str] = (),
     chat: bool | None = None,
@@ -169,6 +171,7 @@ class Model:
     Raises:
       PromptError: as in `generate`; at once, not with the first token.
     """
+    max_new_tokens = self.answer_length if max_new_tokens is None else max_new_tokens
     _check(max_new_tokens, sampling, stop, 1)
     request = self.encode(prompt, chat=chat, max_new_tokens=max_new_tokens)
     answers = self._answer([request], _keys(seed, 1), max_new_tokens, sampling, stop)
@@ -187,6 +190,11 @@ class Model:
       return prompt
     chat = self.chat if chat is None else chat
     return read_prompt(prompt, self.run, self.encoder, chat=chat, max_new_tokens=max_new_tokens)
+
+  @property
+  def answer_length(self) -> int:
+    """Tokens of an answer where none are asked for: a short row has room for a prompt, too."""
+    return min(LONGEST_ANSWER, self.run.data.seq_len // 2)
 
   def room(self, request: Request) -> int:
     """Returns how many new tokens fit after a prompt; not above 0 if none do."""

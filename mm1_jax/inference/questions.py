@@ -55,7 +55,7 @@ def answer_file(
   output: epath.PathLike,
   *,
   images: epath.PathLike | None = None,
-  max_new_tokens: int = 128,
+  max_new_tokens: int | None = None,
   sampling: Sampling | BeamSearch,
   stop: Sequence[str] = (),
   chat: bool | None = None,
@@ -90,6 +90,7 @@ def answer_file(
   before = len(questions) - len(todo)
   tell(f"{len(questions)} questions in '{input}', {before} of them answered before")
   answered, failed, start, told = 0, 0, time.monotonic(), time.monotonic()
+  max_new_tokens = model.answer_length if max_new_tokens is None else max_new_tokens
   generate = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
 
   def encode(question: Question) -> Request | PromptError:

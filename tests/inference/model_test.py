@@ -91,6 +91,15 @@ def test_programs_for_200_requests(model, pictures, capsys):
   assert decodes <= 6
 
 
+def test_a_model_of_short_rows_answers_without_being_told_how_long(model):
+  data = dataclasses.replace(model.run.data, seq_len=64)
+  short = Model(model.params, dataclasses.replace(model.run, data=data), model.mesh)
+  assert (model.answer_length, short.answer_length) == (96, 32)  # half of 192 and of 64
+  prompt = [["what is it?"]]
+  assert short.generate(prompt) == short.generate(prompt, max_new_tokens=32)
+  assert [*short.stream(prompt[0])][-1] == short.generate(prompt)[0]
+
+
 def test_rooms_are_few_and_not_wasteful():
   lengths = range(1, 4097)
   rooms = [bucket(length) for length in lengths]
