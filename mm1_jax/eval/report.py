@@ -20,7 +20,7 @@ MOST_GROUPS = 12
 WIDTHS = (18, 11, 12, 8, 9, 16, 20, 40)  # characters of a cell in a terminal, at most
 NOTE = "± one standard error; shares are in %"
 # Metrics, by how their names begin or end, in a unit of their own; others up to 1 are shares.
-_NO_SHARES = ("cider", "perception", "cognition", "bits_per_byte", "perplexity")
+_NO_SHARES = ("cider", "nats", "perception", "cognition", "bits_per_byte", "perplexity")
 
 
 # --- One evaluation ---

@@ -245,3 +245,18 @@ class TestCompare:
     (a / "items" / "colors-val-mm1-0shot.jsonl").unlink()
     with pytest.raises(EvalError, match="cannot be read"):
       report.compare(a, a)
+
+
+@pytest.mark.parametrize(
+  ("metric", "share"),
+  [
+    ("accuracy", True),
+    ("exact_match/nlvr", True),
+    ("nats_per_token", False),
+    ("nats_per_token/nlvr", False),
+    ("cider_ptb", False),
+    ("bits_per_byte", False),
+  ],
+)
+def test_what_is_shown_in_per_cent(metric, share):
+  assert report.is_share(metric, 0.39) == share
