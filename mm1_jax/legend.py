@@ -24,7 +24,8 @@ SCALARS = (
   Metric(
     "eval_tasks/{task}/{metric}",
     "",
-    "A benchmark's metric on a fixed part of it, see `eval_tasks`; /standard_error is its error.",
+    "A benchmark's metric on a fixed part of it, see `eval_tasks`; /standard_error is its error. "
+    "/dropped counts items that could not be asked.",
   ),
   Metric("lr", "", "Learning rate of the decoder, of the newest step."),
   Metric("lr/{part}", "", "Of vit, connector, decoder: those that are trained."),

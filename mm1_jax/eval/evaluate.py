@@ -151,14 +151,18 @@ def plan(settings: Settings, *, chat: bool) -> list[Job]:
     chat: whether the model was trained on conversations.
 
   Raises:
-    EvalError: a name, a split or a control is unknown, or a task lacks what is asked for.
+    EvalError: a name, a split or a control is unknown, two tasks have the same name, or a task
+      lacks what is asked for.
   """
   jobs = []
   for control in settings.controls:
     if control not in CONTROLS:
       raise EvalError(f"there is no control '{control}'; there are {', '.join(CONTROLS)}.")
-  for name in settings.tasks:
-    task = tasks.get_task(name)
+  all_tasks = [tasks.get_task(name) for name in settings.tasks]
+  names = collections.Counter(task.name for task in all_tasks)
+  if twice := [name for name, count in names.items() if count > 1]:
+    raise EvalError(f"two tasks are called '{twice[0]}'; rename a file, or evaluate one at a time.")
+  for task in all_tasks:
     form = settings.form or _default_form(task, chat)
     if form not in task.forms:
       raise EvalError(f"{task.name} has no form '{form}'; it has {', '.join(task.forms)}.")

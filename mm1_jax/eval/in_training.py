@@ -7,9 +7,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mm1_jax.config import EvalTaskConfig, RunConfig
-from mm1_jax.eval.evaluate import Data, Settings, plan, run_job
+from mm1_jax.eval.evaluate import Data, Settings, make_asking, plan, run_job
 from mm1_jax.eval.task import EvalError
 from mm1_jax.inference.model import Model
+from mm1_jax.inference.prompts import PromptError
 from mm1_jax.legend import STANDARD_ERROR
 from mm1_jax.models.mm1 import MM1
 
@@ -40,26 +41,38 @@ class TaskEvaluator:
       raise EvalError(f"eval_tasks.{cfg.name}: {self._job.task.name} has no score here.")
     self._data = Data(epath.Path(cfg.data), cfg.limit, cfg.seed)
     self._data.prepare(self._job)
-    self._model: Model | None = None
+    # It encodes prompts; params and mesh come with each call.
+    self._model = Model(None, run, None)  # pyright: ignore[reportArgumentType]
+    self._check()
+
+  def _check(self) -> None:
+    """Encodes all items, so that what cannot be asked does not end the run at a later step."""
+    items = self._data.items(self._job)
+    asking = make_asking(self._job, items, self._data, self._settings)
+    problems = []
+    for item in items:
+      try:
+        asking.encode(self._model, item)
+      except PromptError as e:
+        problems.append(str(e))
+    if len(problems) == len(items):
+      raise EvalError(f"eval_tasks.{self._name}: no item can be asked; the first: {problems[0]}")
 
   def __call__(self, params: MM1, mesh: Mesh) -> dict[str, float]:
-    """Returns `eval_tasks/NAME/METRIC`, and its standard error under the same name."""
-    if self._model is None:
-      # Its tokenizer and template are read once.
-      self._model = Model(params, self._run, mesh)
-    self._model.params = params
+    """Returns `eval_tasks/NAME/METRIC` with its standard error, and how many items were dropped."""
+    self._model.params, self._model.mesh = params, mesh
     try:
-      scores = run_job(self._model, self._job, self._data, self._settings).scores
+      result = run_job(self._model, self._job, self._data, self._settings)
     finally:
       self._model.params = None  # pyright: ignore[reportAttributeAccessIssue] - memory of the step
-    assert scores is not None
+    assert result.scores is not None
     found = {}
-    for metric, value in scores.values.items():
+    for metric, value in result.scores.values.items():
       name = f"eval_tasks/{self._name}/{metric}"
       found[name] = value.mean
       if math.isfinite(value.standard_error):
         found[f"{name}{STANDARD_ERROR}"] = value.standard_error
-    return found
+    return found | {f"eval_tasks/{self._name}/dropped": float(len(result.dropped))}
 
 
 def make_evaluators(run: RunConfig) -> list[TaskEvaluator]:

@@ -68,7 +68,7 @@ class _Rows(NamedTuple):
   """A batch of trees, and what is asked of it."""
 
   batch: Batch
-  branch_ids: np.ndarray  # int32[B, S]
+  branch_ids: np.ndarray | None  # int32[B, S]; None where no context is shared
   at: np.ndarray  # int32[B, M], positions that predict
   targets: np.ndarray  # int32[B, M]
   places: list[_Place]
@@ -129,7 +129,7 @@ def of_document(
   stripped = tail.rstrip()
   spaces, tail = tail[len(stripped) :], stripped
   if items:
-    before = model.encode(items, chat=False)
+    before = beginning(model.encode(items, chat=False), model, bos=bos)
   else:
     before = Request([model.tokenizer.bos_id] if bos else [], [], chat=False)
   # Pictures end a text, so the ids in front of the last text do not depend on it.
@@ -141,6 +141,12 @@ def of_document(
     ids = [*before.ids, *whole[:num]] or [model.tokenizer.eos_id]
     found.append(Continuation(Request(ids, before.images, chat=False), tuple(whole[num:])))
   return found
+
+
+def beginning(request: Request, model: Model, *, bos: bool) -> Request:
+  """Returns a document's request, without the `<s>` in front unless `bos`."""
+  starts = not request.chat and request.ids[0] == model.tokenizer.bos_id
+  return request if bos or not starts else request._replace(ids=request.ids[1:])
 
 
 def log_likelihoods(
@@ -275,14 +281,16 @@ def _lay_out(model: Model, rows: list[list[_Tree]], shape: packing.RowShape) -> 
     images,
     image_mask,
   )
-  return _Rows(batch, branch_ids, padded[..., 0], padded[..., 1], places)
+  shared = any(len(tree.branches) > 1 for trees in rows for tree in trees)
+  # Without branches rows are read as in training, by the kernels of the chip.
+  return _Rows(batch, branch_ids if shared else None, padded[..., 0], padded[..., 1], places)
 
 
 @jax.jit
 def _predict(
   model: MM1,
   batch: Batch,
-  branch_ids: Int[Array, "B S"],
+  branch_ids: Int[Array, "B S"] | None,
   at: Int[Array, "B M"],
   targets: Int[Array, "B M"],
 ) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:

@@ -21,7 +21,7 @@ from etils import epath
 
 from mm1_jax.eval import few_shot
 from mm1_jax.eval.few_shot import Demonstrations
-from mm1_jax.eval.likelihood import Continuation, continuations, log_likelihoods
+from mm1_jax.eval.likelihood import Continuation, beginning, continuations, log_likelihoods
 from mm1_jax.eval.task import Content, EvalError, Form, Item, Likelihood, Picture, Reply, source
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
@@ -107,8 +107,7 @@ class Asking:
     if not content:  # a control that shows nothing
       return Request([tokenizer.bos_id if self.bos else tokenizer.eos_id], [], chat=False)
     request = model.encode(content, chat=form.chat, max_new_tokens=form.max_new_tokens)
-    starts = not request.chat and request.ids[0] == tokenizer.bos_id
-    return request if self.bos or not starts else request._replace(ids=request.ids[1:])
+    return beginning(request, model, bos=self.bos)
 
   def _context(self, shown: list[Item], content: Content) -> Any:
     form = self.form

@@ -127,6 +127,14 @@ def test_ids_are_those_of_context_and_text_as_one(model):
   assert [*found.context.ids, *found.target] == encode("So it is")
 
 
+def test_a_document_without_bos_has_none_in_front_of_pictures_either(model, pictures):
+  context = [pictures[0], "It is"]
+  (with_bos,) = continuations(model, context, [" bread"], chat=False)
+  (without,) = continuations(model, context, [" bread"], chat=False, bos=False)
+  assert with_bos.context.ids == [model.tokenizer.bos_id, *without.context.ids]
+  assert with_bos.target == without.target
+
+
 def test_a_conversation_scores_the_assistants_words(model):
   (found,) = continuations(model, ["Is it?"], [" yes"], chat=True)
   record = {

@@ -14,8 +14,10 @@ import time
 
 import pytest
 
+from mm1_jax.config import EvalTaskConfig
 from mm1_jax.eval.__main__ import main
 from mm1_jax.eval.evaluate import Settings, evaluate
+from mm1_jax.eval.in_training import TaskEvaluator
 from mm1_jax.eval.task import EvalError
 from mm1_jax.inference.model import Model
 
@@ -123,6 +125,29 @@ def test_a_mistake_is_told(dense_workdir, flags, message):
 
   with pytest.raises(UserError, match=f"(?s){message}"):
     main([f"--checkpoint={dense_workdir}", *flags])
+
+
+def test_two_tasks_of_one_name_are_refused(dense_workdir, tmp_path):
+  paths = [tmp_path / name / "mine.jsonl" for name in "ab"]
+  for path in paths:
+    path.parent.mkdir()
+    path.write_text('{"id": "1", "question": "a?", "answer": "b"}\n')
+  with pytest.raises(EvalError, match=r"two tasks are called 'mine.jsonl'"):
+    main([f"--checkpoint={dense_workdir}", f"--tasks={paths[0]},{paths[1]}"])
+
+
+def test_in_a_run_what_cannot_be_asked_is_told_at_its_start_or_counted(dense_model, questions):
+  cfg = EvalTaskConfig("mine", task=str(questions), data=str(questions.parent), limit=12)
+  evaluator = TaskEvaluator(dense_model.run, cfg)
+  found = evaluator(dense_model.params, dense_model.mesh)
+  assert found["eval_tasks/mine/dropped"] == 1  # gone.png
+  assert found["eval_tasks/mine/accuracy"] == 0
+  with pytest.raises(EvalError, match=r"10 demonstrations are asked for, and item .* may see 6"):
+    TaskEvaluator(dense_model.run, dataclasses.replace(cfg, shots=10))
+  for picture in questions.parent.glob("*.png"):
+    picture.unlink()
+  with pytest.raises(EvalError, match=r"eval_tasks.mine: no item can be asked; the first: .*png"):
+    TaskEvaluator(dense_model.run, cfg)
 
 
 def test_pictures_are_what_their_control_is_about(dense_workdir, tmp_path):
