@@ -415,7 +415,7 @@ def batch_table() -> str:
   return table(("field", "type", "what it is"), rows)
 
 
-FOLDERS = ("configs", "launch", "bench", "mm1_jax")
+FOLDERS = ("configs", "launch", "bench", "lab", "mm1_jax")
 
 
 def tree() -> str:

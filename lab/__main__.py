@@ -18,6 +18,7 @@ import pathlib
 import pkgutil
 import time
 
+import jax
 import numpy as np
 
 from lab import findings, results
@@ -44,6 +45,8 @@ def main() -> None:
   loaded = {pathlib.Path(name).stem: load(name) for name in chosen}
   short = QUICK_SHORT if args.quick else 1
   folder = args.workdir / ("quick" if args.quick else "results")
+  if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", str((args.workdir / "programs").absolute()))
   lab = Lab(args.workdir, short=short)
   begin = time.monotonic()
   for name, finding in loaded.items():
@@ -70,7 +73,7 @@ def parse():
 def names() -> list[str]:
   """Returns the findings that there are, in MM1's order."""
   found = [module.name for module in pkgutil.iter_modules(findings.__path__)]
-  return sorted(found, key=lambda name: (findings.ORDER + (name,)).index(name))
+  return sorted(found, key=lambda name: (*findings.ORDER, name).index(name))
 
 
 def load(name: str) -> Finding:
@@ -84,7 +87,8 @@ def load(name: str) -> Finding:
     if not path.is_file():
       raise ConfigError(f"there is no file {name}.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not isinstance(getattr(module, "FINDING", None), Finding):
@@ -95,9 +99,7 @@ def load(name: str) -> Finding:
   return importlib.import_module(f"lab.findings.{name}").FINDING
 
 
-def run(
-  name: str, finding: Finding, lab: Lab, folder: pathlib.Path, seeds: int
-) -> results.Results:
+def run(name: str, finding: Finding, lab: Lab, folder: pathlib.Path, seeds: int) -> results.Results:
   """Trains and measures a finding's cells, seed by seed, and writes what came out so far."""
   values = {cell: {measure: [] for measure in finding.measures} for cell in finding.cells}
   costs = {cell: [] for cell in finding.cells}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that every contrast of the lab starts from, about a million params: 32 pixels, four tokens a
-picture, a dense decoder of two layers."""
+"""The model that every contrast of the lab starts from: about a million params, 32 pixels.
+
+The decoder is dense and has two layers.
+"""
 
 from collections.abc import Iterable
 

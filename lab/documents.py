@@ -40,7 +40,6 @@ from mm1_jax.data.sources import Source
 from mm1_jax.data.tokenizer import Tokenizer
 
 
-
 class Given(str):
   """Text that is read and not learned: what nothing in its document could tell."""
 
@@ -253,9 +252,7 @@ class Repeats(Stream):
     known = [*vocabulary(), *LETTERS]
     period = int(rng.integers(4, self.longest + 1))
     chosen = [known[i] for i in rng.choice(len(known), period, replace=False)]
-    return [
-      Given(chosen[i]) if i < period else chosen[i % period] for i in range(self.words)
-    ]
+    return [Given(chosen[i]) if i < period else chosen[i % period] for i in range(self.words)]
 
 
 @dataclasses.dataclass(frozen=True)

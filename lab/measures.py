@@ -59,7 +59,9 @@ def strings(model: Model, *, other: bool = False) -> np.ndarray:
   shown = [d[0] for d in drawn]
   if other:
     shown = shown[1:] + shown[:1]
-  return _digits(model, [([image], digits) for image, (_, *digits) in zip(shown, drawn, strict=True)])
+  return _digits(
+    model, [([image], digits) for image, (_, *digits) in zip(shown, drawn, strict=True)]
+  )
 
 
 def answered_strings(model: Model) -> np.ndarray:

@@ -11,8 +11,8 @@ from lab.runs import Run
 from lab.stream import Mixture
 
 STEPS = 500
-# Rows that three documents fill, and slots for as many captions as fill one: then shares of positions
-# are what they say.
+# Rows that three documents fill, and slots for as many captions as fill one: then shares of
+# positions are what they say.
 ROWS = {"data.seq_len": "256", "data.batch_size": "3", "data.images_per_row": "36"}
 SHOTS = (0, 4, 8)
 FEW_SHOT = {f"{n}-shot": measures.measure(measures.few_shot, shots=n) for n in SHOTS}

@@ -59,7 +59,7 @@ class Sprites:
 def sprites(side: str) -> Sprites:
   """Returns the sprites of "train" or "heldout", in a fixed order.
 
-  The look of a concept that the sample holds out has no name beside it there: training's looks have.
+  The look of a concept that the sample holds out has no name beside it; training's looks have.
   """
   digits: dict[str, Digit] = {}
   things: dict[str, Thing] = {}
@@ -85,7 +85,9 @@ def sprites(side: str) -> Sprites:
 
 
 def _records(side: str) -> Iterator[Record]:
-  parts = ("captions_world", "interleaved_world", "questions") if side == "train" else ("questions",)
+  parts = (
+    ("captions_world", "interleaved_world", "questions") if side == "train" else ("questions",)
+  )
   for part in parts:
     path = f"{common.SAMPLE}/{part}-{side}-*.arrayrecord"
     source = Source(SourceConfig(name=part, path=path))

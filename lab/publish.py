@@ -3,12 +3,14 @@
 
   python -m lab.publish --workdir=runs/lab
 
-Copies the results to lab/results/, draws docs/notes/findings/NAME.png, writes docs/notes/findings.md.
+Copies the results to lab/results/, draws docs/notes/findings/NAME.png, and writes
+docs/notes/findings.md.
 """
 
 import io
 import json
 import pathlib
+import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -21,12 +23,14 @@ from mm1_jax import cli
 ROOT = pathlib.Path(__file__).parents[1]
 KEPT = ROOT / "lab" / "results"
 NOTES = ROOT / "docs" / "notes"
+WIDTH = 118  # columns of prose
 COLORS = 64  # of a picture in the repository
 INTRO = """# Findings
 
-What MM1 found, tried by [the lab](../guides/lab.md): models of about a million params in a small world, on CPU cores.
-Each verdict follows a rule that was written before the runs. Errors are of held-out items and of seeds together; charts
-show two standard errors, and each seed as a dot. Made by `python -m lab.publish` from the files in `lab/results/`.
+What MM1 found, tried by [the lab](../guides/lab.md): models of about a million params in a small
+world, on CPU cores. Each verdict follows a rule that was written before the runs. Errors are of
+held-out items and of seeds together; charts show two standard errors, and each seed as a dot. Made
+by `python -m lab.publish` from the files in `lab/results/`.
 """
 
 
@@ -57,7 +61,7 @@ def page(collected: Mapping[str, results.Results]) -> str:
     link = f"[{of['title']}](#{name})"
     lines.append(f"| {link} | {of['verdict']} | {of['seeds']} | {minutes(of):.0f} |")
   if missing := [name for name in names() if name not in collected]:
-    lines += ["", f"Not run yet: {', '.join(f'`python -m lab {name}`' for name in missing)}."]
+    lines += ["", *wrapped(f"Not run yet: {', '.join(f'`{name}`' for name in missing)}.")]
   for name in there:
     lines += ["", *section(name, collected[name])]
   return "\n".join(lines) + "\n"
@@ -67,16 +71,22 @@ def section(name: str, of: results.Results) -> list[str]:
   return [
     f"## {of['title']} {{ #{name} }}",
     "",
-    f"**{of['verdict'].capitalize()}.** {of['question']}",
+    *wrapped(f"**{of['verdict'].capitalize()}.** {of['question']}"),
     "",
-    f"- Here: {of['why']}.",
-    f"- MM1: {of['paper']}",
-    f"- Rule: {of['rule']}",
+    *wrapped(f"- Here: {of['why']}."),
+    *wrapped(f"- MM1: {of['paper']}"),
+    *wrapped(f"- Rule: {of['rule']}"),
     "",
     f"![{of['title']}: {of['verdict']}](findings/{name}.png)",
     "",
     *results.table_lines(of),
   ]
+
+
+def wrapped(text: str) -> list[str]:
+  """Returns a paragraph, or an item of a list, as lines."""
+  indent = "  " if text.startswith("- ") else ""
+  return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def minutes(of: results.Results) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finding's results: its table, verdict and cost as plain values, and the picture and page of them."""
+"""A finding's results: table, verdict and cost as plain values, and their picture and page."""
 
 import json
 import pathlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a finding's cells, and the rules that decide: differences, their errors, equivalence.
+"""Figures of a finding's cells, and the rules that decide: differences, errors, equivalence.
 
 Runs of one seed are asked the same items, so differences are paired by item and by seed. A
 difference's standard error has two parts, of the items and of what else a seed changes (fresh

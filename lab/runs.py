@@ -27,7 +27,9 @@ from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state, device_batch, make_mesh
 from mm1_jax.train.step import TrainState, init_state, train_step_on
 
-WORLD = 1  # goes up with every change of what documents or measures are: kept runs are then of no use
+WORLD = (
+  1  # goes up with every change of what documents or measures are: kept runs are then of no use
+)
 SAVE_SECONDS = 60
 CURVE_POINTS = 50
 Measure = Callable[[Model], np.ndarray]  # a value for each held-out item, float[n]

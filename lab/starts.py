@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What contrasts start from, as MM1's do: a decoder that has read text, an encoder that has seen captions.
+"""What contrasts start from, as MM1's: decoders that have read, encoders that have seen captions.
 
-Shared by findings, so trained once a seed.
+Findings share them: each is trained once a seed.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,8 @@ def captions(config: Mapping[str, str] | None = None, *, part: float = 1.0) -> R
     config: overrides, for instance of the encoder's shape.
     part: share of the sprites that it sees.
   """
-  return Run(((1.0, Named(part=part)),), 900, config or {}, text())
+  fresh = ("vit",) if config else ()  # the text's run has one of the base shape, untrained
+  return Run(((1.0, Named(part=part)),), 900, config or {}, text(), fresh)
 
 
 def pixels(side: int) -> dict[str, str]:

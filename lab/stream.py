@@ -17,7 +17,9 @@ Mixture = tuple[tuple[float, Stream], ...]  # shares of positions
 
 
 class Batches:
-  """Rows filled with documents, whole unless they are text alone, of each stream its share of the positions.
+  """Rows filled with documents, of each stream its share of the positions.
+
+  Documents are whole, unless they are text alone.
 
   Args:
     run: row shape, tokenizer and size of pictures.

@@ -111,7 +111,7 @@ MAY_NOT_IMPORT: dict[str, set[str]] = {
   "mm1_jax.eval.tasks": TRAINING | {"grain"},
   "mm1_jax.metrics": {"tensorflow"},
 }
-NOBODY = ("configs", "mm1_jax.configs", "launch", "tests", "bench", "mm1_jax.main")
+NOBODY = ("configs", "mm1_jax.configs", "launch", "tests", "bench", "lab", "mm1_jax.main")
 
 
 def within(module: str, prefix: str) -> bool:
@@ -169,7 +169,7 @@ def test_imports_point_inward(path: pathlib.Path):
   assert violations(module_name(path), path.read_text(), package) == []
 
 
-@pytest.mark.parametrize("folder", ["configs", "bench", "launch", "tests"])
+@pytest.mark.parametrize("folder", ["configs", "bench", "lab", "launch", "tests"])
 def test_configs_have_one_name_and_tests_import_no_bench(folder):
   """Also that nothing edits the path that modules are found on."""
   banned = ("configs", "bench") if folder == "tests" else ("configs",)

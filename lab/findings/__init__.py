@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file a finding: the question, the runs, and the rule that decides, written before the runs."""
+"""One file a finding: the question, the runs, and the rule that decides, written beforehand."""
 
 ORDER = (
   "control",
@@ -7,6 +7,7 @@ ORDER = (
   "connectors",
   "interleaved",
   "captions",
+  "binding",
   "synthetic",
   "text",
   "experts",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A falsified world: with pictures shuffled against their names, the lab must say: nothing learned."""
+"""A falsified world: of pictures shuffled against their names nothing can be learned."""
 
 import dataclasses
 
@@ -14,8 +14,7 @@ CELLS = {"true names": TRUE, "shuffled names": dataclasses.replace(TRUE, shuffle
 def decide(table: Table) -> Verdict:
   """Both must hold: own pictures help where names are true, and do not where they are shuffled."""
   gains = {
-    cell: table.paired({(cell, "kind"): 1.0, (cell, "kind, next picture"): -1.0})
-    for cell in CELLS
+    cell: table.paired({(cell, "kind"): 1.0, (cell, "kind, next picture"): -1.0}) for cell in CELLS
   }
   why = "; ".join(f"{cell}: own minus next picture {gain}" for cell, gain in gains.items())
   right = gains["true names"].sign > 0 and gains["shuffled names"].sign == 0

@@ -77,8 +77,8 @@ FINDING = Finding(
   cells=CELLS,
   measures={"text nats": measures.text},
   rule=(
-    "The best rate of each size is the lowest point of a parabola in ln(rate). Reproduced if the 95% "
-    "bootstrap interval of the slope holds -0.4214 and is below 0; undecided if it holds both; "
+    "The best rate of each size is the lowest point of a parabola in ln(rate). Reproduced if the "
+    "95% bootstrap interval of the slope holds -0.4214 and is below 0; undecided if it holds both; "
     "not reproduced if it does not hold -0.4214."
   ),
   decide=decide,

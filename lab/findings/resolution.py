@@ -88,10 +88,10 @@ FINDING = Finding(
   cells=CELLS,
   measures={"digits": measures.strings},
   rule=(
-    "Effects are differences in digits read right. Reproduced if doubling the pixels (24 to 48) has "
-    "a larger effect than each change of the encoder, and the largest of those a larger one than "
-    "the connector (c_abstractor to average), each by 2 standard errors; not reproduced if one "
-    "of these is the other way round."
+    "Effects are differences in digits read right. Reproduced if doubling the pixels (24 to 48) "
+    "has a larger effect than each change of the encoder, and the largest of those a larger one "
+    "than the connector (c_abstractor to average), each by 2 standard errors; not reproduced if "
+    "one of these is the other way round."
   ),
   decide=decide,
   charts=(

@@ -34,8 +34,8 @@ FINDING = Finding(
   cells=CELLS,
   measures=mixtures.MEASURES,
   rule=(
-    "Reproduced if 7% of clean long captions raise accuracy at 4 or at 8 shots by 2 standard errors "
-    "and lower it at neither; not reproduced if they lower it at one; else undecided."
+    "Reproduced if 7% of clean long captions raise accuracy at 4 or at 8 shots by 2 standard "
+    "errors and lower it at neither; not reproduced if they lower it at one; else undecided."
   ),
   decide=decide,
   charts=(

@@ -23,8 +23,8 @@ def decide(table: Table) -> Verdict:
 FINDING = Finding(
   title="One part of text in eleven keeps text ability",
   paper=(
-    "Figure 5c, text share 0, 9, 14, 33%: TextCore 52.2, 54.0, 54.2, 54.6; 8-shot 62.2, 62.7, 60.8, "
-    "61.0."
+    "Figure 5c, text share 0, 9, 14, 33%: TextCore 52.2, 54.0, 54.2, 54.6; 8-shot 62.2, 62.7, "
+    "60.8, 61.0."
   ),
   question="How much of its text does a decoder forget, by the share of text in the mixture?",
   cells={"before": starts.text(), **CELLS},

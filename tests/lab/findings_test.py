@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from lab import results
+from lab import publish, results
 from lab.__main__ import load, names
 from lab.rules import Table, Word
 from mm1_jax.config import ConfigError
@@ -61,6 +61,16 @@ def test_a_result_has_its_figures_its_picture_and_its_page(tmp_path):
   assert "data:image/png" in page
 
 
+def test_the_notes_are_made_from_the_results():
+  collected = results.read(publish.KEPT)
+  assert (publish.NOTES / "findings.md").read_text() == publish.page(collected)
+  for name, of in collected.items():
+    assert (publish.NOTES / "findings" / f"{name}.png").exists()
+    finding = load(name)
+    assert (finding.title, finding.rule, finding.paper) == (of["title"], of["rule"], of["paper"])
+    assert [*finding.cells] == [*of["cells"]]
+
+
 @pytest.mark.parametrize(
   ("name", "says"),
   [("resolutions", "there is no finding 'resolutions'"), ("no.py", "there is no file no.py")],
@@ -70,7 +80,7 @@ def test_a_wrong_name_is_one_clear_error(name, says):
     load(name)
 
 
-OWN = '''
+OWN = """
 from lab import measures
 from lab.documents import Named
 from lab.finding import Chart, Finding
@@ -91,7 +101,7 @@ FINDING = Finding(
   decide=lambda table: all_above({"4 - 2": table.difference("more steps", "few steps", "kind")}),
   charts=(Chart("kind", tuple(CELLS), "right kind", chance=1 / 8),),
 )
-'''
+"""
 
 
 @pytest.mark.slow
@@ -100,7 +110,11 @@ def test_a_contrast_of_ones_own_runs_from_a_file(tmp_path):
   (tmp_path / "own.py").write_text(OWN)
   command = [sys.executable, "-m", "lab", str(tmp_path / "own.py"), "--seeds=2"]
   done = subprocess.run(
-    [*command, f"--workdir={tmp_path / 'lab'}"], cwd=ROOT, capture_output=True, text=True, check=True
+    [*command, f"--workdir={tmp_path / 'lab'}"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
   )
   assert "More steps are better:" in done.stdout
   collected = json.loads((tmp_path / "lab" / "results" / "own.json").read_text())

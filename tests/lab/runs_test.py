@@ -107,7 +107,7 @@ def test_measures_give_a_value_for_each_item(tmp_path):
   for function in (measures.strings, measures.kind, measures.number, measures.zero_shot):
     values = function(model)
     assert values.shape == (measures.ITEMS,)
-    assert (0 <= values).all()
+    assert (values >= 0).all()
     assert (values <= 1).all()
   few = [measures.few_shot(model, shots) for shots in (0, 4)]
   assert {values.shape for values in few} == {(measures.ITEMS,)}

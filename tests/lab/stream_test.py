@@ -86,7 +86,9 @@ def test_shuffling_moves_pictures_and_nothing_else():
 
 def test_nothing_held_out_is_in_training():
   train, held_out = sprites("train"), sprites("heldout")
-  assert {d.ink.tobytes() for d in train.digits}.isdisjoint(d.ink.tobytes() for d in held_out.digits)
+  assert {d.ink.tobytes() for d in train.digits}.isdisjoint(
+    d.ink.tobytes() for d in held_out.digits
+  )
   looks = {t.pixels.tobytes() for t in (*train.things, *train.novel)}
   assert looks.isdisjoint(t.pixels.tobytes() for t in (*held_out.things, *held_out.novel))
   named = {t.concept for t in train.things}
