@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -78,6 +79,21 @@ def test_the_notes_are_made_from_the_results():
 def test_a_wrong_name_is_one_clear_error(name, says):
   with pytest.raises(ConfigError, match=says):
     load(name)
+
+
+def test_the_guides_contrast_is_one_and_has_thirty_lines(tmp_path):
+  guide = (ROOT / "docs" / "guides" / "lab.md").read_text()
+  (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+  assert len(code.splitlines()) <= 30
+  (tmp_path / "mine.py").write_text(code)
+  finding = load(str(tmp_path / "mine.py"))
+  for run in finding.cells.values():
+    run.run_config()
+  values = {
+    "patches of 8": {"digits": np.zeros((2, 9))},
+    "patches of 4": {"digits": np.ones((2, 9))},
+  }
+  assert finding.decide(Table(values)).word is Word.REPRODUCED
 
 
 OWN = """
