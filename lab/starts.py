@@ -25,7 +25,8 @@ def captions(config: Mapping[str, str] | None = None, *, part: float = 1.0) -> R
     config: overrides, for instance of the encoder's shape.
     part: share of the sprites that it sees.
   """
-  fresh = ("vit",) if config else ()  # the text's run has one of the base shape, untrained
+  # The text's run has those of the base shape, untrained.
+  fresh = ("vit", "connector") if config else ()
   return Run(((1.0, Named(part=part)),), 900, config or {}, text(), fresh)
 
 

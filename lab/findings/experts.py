@@ -7,14 +7,19 @@ from lab.finding import Chart, Finding
 from lab.rules import Table, Verdict, all_above
 from lab.runs import Run
 
-STEPS = 1500
-DENSE = 192  # hidden width of the dense decoder's feed-forward networks
+STEPS = 800
+WIDTH = 64  # of the decoder: a wider one keeps all facts without experts
+DENSE = 96  # hidden width of the dense decoder's feed-forward networks
 ACTIVE = 2  # experts of a token
 
 
 def cell(experts: int | None) -> Run:
   """Returns a run on facts and text; experts are half as wide, so as many params are active."""
-  config = dict(starts.NO_PICTURES)
+  config = starts.NO_PICTURES | {
+    "model.decoder.width": str(WIDTH),
+    "model.decoder.head_dim": str(WIDTH // 4),
+    "model.decoder.mlp_dim": str(DENSE),
+  }
   if experts:
     config |= {
       "model.decoder.mlp_dim": str(DENSE // ACTIVE),

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Findings: each is whole and short, its runs can be made, and a contrast of one's own runs."""
 
+import functools
 import json
 import pathlib
 import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from lab import publish, results
+from lab import base, publish, results
 from lab.__main__ import load, names
 from lab.rules import Table, Word
+from mm1_jax import checkpoint
 from mm1_jax.config import ConfigError
+from mm1_jax.models.mm1 import MM1
+from mm1_jax.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -28,6 +33,31 @@ def test_a_finding_is_whole(name):
     assert {*chart.cells} <= {*finding.cells}
   assert len((ROOT / "lab" / "findings" / f"{name}.py").read_text().splitlines()) < 150
   assert all((finding.title, finding.paper, finding.question, finding.rule))
+
+
+@functools.cache
+def shapes(config: tuple[tuple[str, str], ...]) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of a run's params by name."""
+  cfg = base.config(1, config)
+  with jax.set_mesh(make_mesh(cfg, jax.devices()[:1])):
+    model = jax.eval_shape(lambda: MM1(jax.random.key(0), cfg.model))
+  return {name: x.shape for name, x in checkpoint.to_names(model).items()}
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_run_fits_the_run_that_it_starts_from(name):
+  for run in load(name).cells.values():
+    while run.start is not None:
+      before, after = (
+        {
+          param: shape
+          for param, shape in shapes(tuple(of.config.items())).items()
+          if param.split(".")[0] not in run.fresh and param not in checkpoint.GRIDS
+        }
+        for of in (run.start, run)
+      )
+      assert before == after
+      run = run.start
 
 
 @pytest.mark.parametrize("name", names())
@@ -101,7 +131,6 @@ from lab import measures
 from lab.documents import Named
 from lab.finding import Chart, Finding
 from lab.rules import all_above
-from lab.runs import Run
 
 CELLS = {
   "few steps": Run(((1.0, Named()),), 2, {"data.batch_size": "1"}),
