@@ -6,7 +6,6 @@ teacher-forced greedy answers, or of the likeliest of some answers where a run m
 form; `text` is nats per token.
 """
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -151,7 +150,3 @@ def text(model: Model, *, num: int = 150) -> np.ndarray:
     ids = tuple(model.tokenizer.encode(passage)[: model.run.data.seq_len])
     continuations.append(Continuation(Request([model.tokenizer.bos_id], [], chat=False), ids))
   return np.array([-x.log_prob / x.num_tokens for x in log_likelihoods(model, continuations)])
-
-
-def measure(function, **settings):
-  return functools.partial(function, **settings)

@@ -5,6 +5,8 @@ Few-shot accuracy, as MM1's, is of answers whose form only the shots tell: a `Th
 the same kind of thing of each of its pictures.
 """
 
+import functools
+
 from lab import measures, starts
 from lab.documents import Loose, Prose, Stream, Themed
 from lab.runs import Run
@@ -15,7 +17,7 @@ STEPS = 500
 # positions are what they say.
 ROWS = {"data.seq_len": "256", "data.batch_size": "3", "data.images_per_row": "36"}
 SHOTS = (0, 4, 8)
-FEW_SHOT = {f"{n}-shot": measures.measure(measures.few_shot, shots=n) for n in SHOTS}
+FEW_SHOT = {f"{n}-shot": functools.partial(measures.few_shot, shots=n) for n in SHOTS}
 MEASURES = {"naming": measures.zero_shot, **FEW_SHOT, "text nats": measures.text}
 
 

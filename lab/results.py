@@ -86,7 +86,8 @@ def _panel(ax, chart: Chart, results: Results) -> None:
     ax.plot([x + 0.12] * len(summary["seeds"]), summary["seeds"], ".", color=MUTED, ms=4)
   if chart.chance is not None:
     ax.axhline(chart.chance, color=MUTED, lw=1, ls=":")
-    ax.annotate("chance", (at[-1], chart.chance), color=MUTED, fontsize=8, va="bottom", ha="right")
+    ax.annotate("chance", (-0.45, chart.chance), color=MUTED, fontsize=8, va="bottom")
+    ax.set_ylim(bottom=0.0)
   ax.set_xticks(at, [cell.replace(" ", "\n", 1) for cell in chart.cells], fontsize=8)
   ax.set_ylabel(chart.label, color=INK, fontsize=9)
   ax.set_xlim(-0.5, len(at) - 0.5)

@@ -2,6 +2,7 @@
 """A falsified world: of pictures shuffled against their names nothing can be learned."""
 
 import dataclasses
+import functools
 
 from lab import measures, starts
 from lab.finding import Chart, Finding
@@ -28,7 +29,7 @@ FINDING = Finding(
   cells=CELLS,
   measures={
     "kind": measures.kind,
-    "kind, next picture": measures.measure(measures.kind, other=True),
+    "kind, next picture": functools.partial(measures.kind, other=True),
   },
   rule=(
     "Reproduced if kinds are named better with the own picture than with the next one (by 2 "
