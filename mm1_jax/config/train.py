@@ -83,3 +83,4 @@ class CheckpointConfig(Group, where="checkpoint."):
   every: Count = 1000  # steps
   keep: Count = 3  # newest checkpoints kept; 2 at least, for the newest is not known to be good
   keep_period: Count | None = None  # steps that are kept for good
+  verify: bool = True  # save a checksum of each array, and compare it when a run resumes
