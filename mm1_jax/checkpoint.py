@@ -215,8 +215,7 @@ class Checkpointer:
     """
     where, error, recorded = self.folder(step), None, None
     try:
-      self.check(step, params=params, train=train)
-      recorded = _recorded(where) if self._verify else None
+      recorded = self.check(step, params=params, train=train)
     except DamagedError as e:
       error = str(e)
     _agree(error)
@@ -225,11 +224,25 @@ class Checkpointer:
       from_names(train, _restore(where / TRAIN, to_names(train), recorded)),
     )
 
-  def check(self, step: int, *, params: Any, train: Any) -> None:
-    """Raises CheckpointError unless a step has exactly these arrays; reads none of them."""
+  def check(self, step: int, *, params: Any, train: Any) -> dict[str, Any] | None:
+    """Checks that a step has exactly these arrays; reads none. Returns its checksums, if any.
+
+    Raises:
+      CheckpointError: it has others.
+      DamagedError: it cannot be read, or by its checksums it had exactly these.
+    """
     where = self.folder(step)
+    recorded = _recorded(where) if self._verify else None
     for item, tree in ((PARAMS, params), (TRAIN, train)):
-      check_match(saved_shapes(where / item), to_names(tree), where / item)
+      wanted = to_names(tree)
+      try:
+        check_match(saved_shapes(where / item), wanted, where / item)
+      except CheckpointError as e:
+        saved = recorded[ARRAYS].get(item, {}) if recorded else {}
+        if not saved or _differences({n: x.shape for n, x in saved.items()}, _shapes(wanted)):
+          raise
+        raise damaged(where / item, e) from e
+    return recorded
 
   def wait(self) -> None:
     """Returns when what is being saved is on disk."""
@@ -501,6 +514,10 @@ def saved_shapes(item: epath.Path) -> dict[str, tuple[int, ...]]:
     raise damaged(item, e) from e
 
 
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  return {name: tuple(x.shape) for name, x in arrays.items()}
+
+
 def _differences(
   saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
@@ -512,7 +529,7 @@ def _differences(
 
 def check_match(saved: dict[str, tuple[int, ...]], wanted: dict[str, Any], where: Any) -> None:
   """Raises CheckpointError unless a checkpoint has exactly the arrays wanted, in their shapes."""
-  wrong = _differences(saved, {name: tuple(x.shape) for name, x in wanted.items()})
+  wrong = _differences(saved, _shapes(wanted))
   if wrong:
     more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     raise CheckpointError(
@@ -547,6 +564,8 @@ def _restore(
   Raises:
     DamagedError: an array cannot be read or is not what was saved; on all processes alike.
   """
+  if recorded is None and where.name == PARAMS:
+    logging.warning("'%s' is read without checksums: what has changed is not seen", where.parent)
   arrays = {}
   saved = recorded[ARRAYS].get(where.name, {}) if recorded else {}
   for names in _groups(wanted, saved):
@@ -652,11 +671,9 @@ def _recorded(step: epath.Path) -> dict[str, Any] | None:
     DamagedError: they cannot be read, or are not what was saved.
   """
   if not (step / CHECKSUMS).exists():
-    logging.warning("'%s' was saved without checksums: what is read is not compared", step)
     return None
   values = _read_json(step / CHECKSUMS)
   if values.get("version", CHECKSUMS_VERSION) != CHECKSUMS_VERSION:
-    logging.warning("'%s' has checksums of another version: nothing is compared", step)
     return None
   try:
     if values.pop("sha256") != _digest(values):
