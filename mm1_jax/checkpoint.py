@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from etils import epath
 
@@ -47,7 +48,7 @@ MERGE = (
   "from that."
 )
 PARAMS, TRAIN, DATA, CHECKSUMS = "params", "train", "data", "checksums"
-ARRAYS = "arrays"  # in the checksums, by item and name
+ARRAYS, FILES = "arrays", "files"  # in the checksums: by item and name, and of the run, by name
 JSON_FILE = "metadata"  # of an item that is JSON, as Orbax calls it
 CHECKSUMS_VERSION = 1  # raise it when the same values have other checksums
 SAVED_AT_ONCE_GB = 1  # of params without the rest of a run, on their way to the disk
@@ -134,7 +135,7 @@ class Checkpointer:
     items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
     items[DATA] = ocp.args.JsonSave(data)
     if self._verify:
-      items[CHECKSUMS] = ocp.args.JsonSave(_record(arrays, data))
+      items[CHECKSUMS] = ocp.args.JsonSave(_record(arrays, data, hash_files(self._path.parent)))
     self._manager.save(step, args=ocp.args.Composite(**items))
 
   def newest_data(self) -> tuple[int, dict[str, Any]] | None:
@@ -163,9 +164,9 @@ class Checkpointer:
     data, error = {}, None
     try:
       data = _read_json(where)
-      recorded = _recorded(self.folder(step)) if self._verify else None
-      if recorded is not None and recorded[DATA] != _digest(data):
-        raise DamagedError(f"'{where}' is not what was saved: its checksum differs. {_WAY_ON}")
+      recorded = read_checksums(self.folder(step)) if self._verify else None
+      for line in changed_data(self.folder(step), recorded):
+        raise DamagedError(f"{line}. {_WAY_ON}")
     except DamagedError as e:
       error = str(e)
     _agree(error)
@@ -232,7 +233,7 @@ class Checkpointer:
       DamagedError: it cannot be read, or by its checksums it had exactly these.
     """
     where = self.folder(step)
-    recorded = _recorded(where) if self._verify else None
+    recorded = read_checksums(where) if self._verify else None
     for item, tree in ((PARAMS, params), (TRAIN, train)):
       wanted = to_names(tree)
       try:
@@ -277,6 +278,13 @@ def write_run_files(workdir: epath.PathLike, run: RunConfig) -> None:
   template = epath.Path(run.data.chat_template)
   if template.suffix:  # a file; shipped ones go by their name
     (workdir / TEMPLATE).write_bytes(template.read_bytes())
+
+
+def hash_files(workdir: epath.Path) -> dict[str, str]:
+  """Returns the sha256 of the files that `write_run_files` put into a workdir, by name."""
+  names = (CONFIG, TEMPLATE, *(name for group in TOKENIZERS.values() for name in group))
+  there = [workdir / name for name in names if (workdir / name).exists()]
+  return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in there}
 
 
 def read_run(workdir: epath.PathLike) -> RunConfig:
@@ -330,7 +338,10 @@ def restore_params(path: epath.PathLike, like: Any) -> Any:
   """
   step = find_step(path)
   check_match(saved_shapes(step / PARAMS), to_names(like), step / PARAMS)
-  params = from_names(like, _restore(step / PARAMS, to_names(like), _recorded(step)))
+  recorded = read_checksums(step)
+  for line in changed_files(step, recorded):
+    logging.warning("%s", line)
+  params = from_names(like, _restore(step / PARAMS, to_names(like), recorded))
   logging.info("read the params of step %s of '%s'", step.name, step.parent.parent)
   return params
 
@@ -371,7 +382,7 @@ def refuse_run(workdir: epath.PathLike) -> None:
 def save_params(workdir: epath.PathLike, step: int, params: Mapping[str, jax.Array]) -> None:
   """Writes params by name as a step of a run that has nothing else; little is in memory twice."""
   path = absolute(workdir) / STEPS / str(step) / PARAMS
-  record = json.dumps(_record({PARAMS: params}, None))
+  record = json.dumps(_record({PARAMS: params}, None, {}))
   if jax.process_index() == 0:
     (path.parent / CHECKSUMS).mkdir(parents=True, exist_ok=True)
     (path.parent / CHECKSUMS / JSON_FILE).write_text(record)
@@ -450,7 +461,7 @@ def init_from(path: epath.PathLike, params: Any, *, fresh_parts: Collection[str]
   for name, shape in taken.grids.items():
     x = wanted[name]
     wanted[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
-  loaded = _restore(taken.where, wanted, _recorded(taken.where.parent))
+  loaded = _restore(taken.where, wanted, read_checksums(taken.where.parent))
   for name in taken.grids:
     resize = jax.jit(resize_grid, static_argnums=1, out_shardings=fresh[name].sharding)
     loaded[name] = resize(loaded[name], fresh[name].shape[:2])
@@ -559,7 +570,7 @@ def _restore(
   Args:
     where: the item they are of.
     wanted: abstract arrays, of any dtype.
-    recorded: what `_recorded` returned for the step.
+    recorded: what `read_checksums` returned for the step.
 
   Raises:
     DamagedError: an array cannot be read or is not what was saved; on all processes alike.
@@ -621,11 +632,16 @@ def _compare(where: epath.Path, arrays: Mapping[str, Any], saved: Mapping[str, "
   now = checksums({name: x for name, x in arrays.items() if name in saved})
   wrong = [name for name, value in now.items() if value != saved[name].checksum]
   if wrong:
-    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-    raise DamagedError(
-      f"'{where}' is not what was saved: checksums differ of {', '.join(wrong[:SHOWN])}{more}. "
-      f"{_WAY_ON}"
-    )
+    raise not_as_saved(where, wrong)
+
+
+def not_as_saved(where: Any, names: list[str]) -> DamagedError:
+  """Returns the error of arrays whose checksums differ from those that were saved with them."""
+  more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+  shown = ", ".join(names[:SHOWN])
+  return DamagedError(
+    f"'{where}' is not what was saved: checksums differ of {shown}{more}. {_WAY_ON}"
+  )
 
 
 _reads = itertools.count()  # each agreement has a name of its own; processes read in one order
@@ -647,12 +663,15 @@ class _Array(NamedTuple):
   checksum: str
 
 
-def _record(arrays: Mapping[str, Mapping[str, Any]], data: Any) -> dict[str, Any]:
+def _record(
+  arrays: Mapping[str, Mapping[str, Any]], data: Any, files: Mapping[str, str]
+) -> dict[str, Any]:
   """Returns the checksums of a step, as JSON.
 
   Args:
     arrays: by item and name.
     data: state of the pipeline; None without any.
+    files: hashes of the run's files.
   """
   of_arrays = {}
   for item, tree in arrays.items():
@@ -660,11 +679,16 @@ def _record(arrays: Mapping[str, Mapping[str, Any]], data: Any) -> dict[str, Any
     of_arrays[item] = {
       name: _Array(tuple(x.shape), str(x.dtype), sums[name]) for name, x in tree.items()
     }
-  values = {"version": CHECKSUMS_VERSION, ARRAYS: of_arrays, DATA: _digest(data)}
+  values = {
+    "version": CHECKSUMS_VERSION,
+    ARRAYS: of_arrays,
+    DATA: _digest(data),
+    FILES: dict(files),
+  }
   return {**values, "sha256": _digest(values)}
 
 
-def _recorded(step: epath.Path) -> dict[str, Any] | None:
+def read_checksums(step: epath.Path) -> dict[str, Any] | None:
   """Returns the checksums of a step; None if it was saved without, or by another version.
 
   Raises:
@@ -673,11 +697,11 @@ def _recorded(step: epath.Path) -> dict[str, Any] | None:
   if not (step / CHECKSUMS).exists():
     return None
   values = _read_json(step / CHECKSUMS)
-  if values.get("version", CHECKSUMS_VERSION) != CHECKSUMS_VERSION:
-    return None
   try:
     if values.pop("sha256") != _digest(values):
       raise ValueError("its own checksum differs")
+    if values["version"] != CHECKSUMS_VERSION:
+      return None
     values[ARRAYS] = {
       item: {name: _Array(tuple(shape), *rest) for name, (shape, *rest) in tree.items()}
       for item, tree in values[ARRAYS].items()
@@ -685,6 +709,36 @@ def _recorded(step: epath.Path) -> dict[str, Any] | None:
   except (KeyError, TypeError, ValueError) as e:
     raise damaged(step / CHECKSUMS, e) from e
   return values
+
+
+def changed_files(step: epath.Path, recorded: Mapping[str, Any] | None) -> Iterator[str]:
+  """Yields a line for each file of the run that is not what it was when a step was saved."""
+  workdir = step.parent.parent
+  now = hash_files(workdir)
+  for name, saved in recorded[FILES].items() if recorded else ():
+    if now.get(name) != saved:
+      yield (
+        f"'{workdir / name}' is not what it was when step {step.name} was saved: it is damaged, or "
+        "the run was started again with other settings"
+      )
+
+
+def changed_data(step: epath.Path, recorded: Mapping[str, Any] | None) -> Iterator[str]:
+  """Yields a line if the data's state is not the one that was saved; it may have none."""
+  if recorded is None or recorded[DATA] == _digest(None):
+    return
+  try:
+    if recorded[DATA] != _digest(_read_json(step / DATA)):
+      yield f"'{step / DATA}' is not what was saved: its checksum differs"
+  except DamagedError as e:
+    yield str(e)
+
+
+def open_array(item: epath.Path, name: str) -> Any:
+  """Opens an array of a step's item; returns TensorStore's, of which parts can be read."""
+  base = item if "://" in str(item) else f"file://{item}"
+  spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": str(base), "path": f"{name}/"}}
+  return tensorstore.open(spec, open=True, read=True).result()
 
 
 def _read_json(item: epath.Path) -> dict[str, Any]:

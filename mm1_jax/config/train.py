@@ -74,6 +74,8 @@ class TrainConfig(Group, where="train."):
   # times the usual (see `train/guard.py`).
   spike_factor: Annotated[float, Range(above=1)] = 20.0
   max_skipped: Count = 10  # refused steps in a row that end a run
+  # Steps between comparisons of the params that several devices have a copy of; 0 compares none.
+  replica_check_every: CountOrZero = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from mm1_jax.data.pipeline import Pipeline
 from mm1_jax.metrics import MetricWriter
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_batch, abstract_state, device_batch, make_mesh
-from mm1_jax.train import start
+from mm1_jax.train import replicas, start
 from mm1_jax.train.feed import training_batches
 from mm1_jax.train.guard import TrainingDiverged, Verdicts
 from mm1_jax.train.heldout import Evaluator, held_out_loss
@@ -154,6 +154,8 @@ def _run_steps(
       tally = Tally.read(sums)
       results.put(step, metrics, tally)
       stop.votes = tally.stopping
+      if run.train.replica_check_every and step % run.train.replica_check_every == 0:
+        replicas.check(step, state.model)
       evaluate()
       save_due |= step % run.checkpoint.every == 0
       if save_due and accepted():
