@@ -33,8 +33,8 @@ def check(step: int, params: Any) -> None:
   where = _list([f"{d} of process {d.process_index}" for _, d in sorted(devices.items())])
   raise ReplicaError(
     f"after step {step}, copies of {names} differ between devices that should have equal ones; the "
-    f"odd ones are {where}. A chip or its memory has computed wrongly: take the host out, and start "
-    "again from the newest checkpoint. It is sound if train.replica_check_every divides "
+    f"odd ones are {where}. A chip or its memory has computed wrongly: take the host out, and "
+    "start again from the newest checkpoint. It is sound if train.replica_check_every divides "
     "checkpoint.every."
   )
 
