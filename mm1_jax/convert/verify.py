@@ -108,7 +108,8 @@ def _check_array(item: epath.Path, name: str, saved: Any) -> tuple[str, int]:
     size = max(1, int(np.prod(array.shape)) // max(1, rows) * dtype.itemsize)
     at_once = max(1, BLOCK_BYTES // size)
     for first in range(0, rows, at_once):
-      block = (array[first : first + at_once] if array.rank else array).read().result()
+      end = min(rows, first + at_once)
+      block = (array[first:end] if array.rank else array).read().result()
       sums += host_sum(block, start)
       start += block.size
   except Exception as e:
