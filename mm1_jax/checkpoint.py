@@ -135,7 +135,9 @@ class Checkpointer:
     items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
     items[DATA] = ocp.args.JsonSave(data)
     if self._verify:
-      items[CHECKSUMS] = ocp.args.JsonSave(_record(arrays, data, hash_files(self._path.parent)))
+      # Process 0 writes them.
+      files = hash_files(self._path.parent) if jax.process_index() == 0 else {}
+      items[CHECKSUMS] = ocp.args.JsonSave(_record(arrays, data, files))
     self._manager.save(step, args=ocp.args.Composite(**items))
 
   def newest_data(self) -> tuple[int, dict[str, Any]] | None:

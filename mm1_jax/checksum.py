@@ -65,7 +65,7 @@ def disagreements(arrays: Mapping[str, jax.Array]) -> list[Disagreement]:
     _, firsts, members = np.unique(shards, return_index=True, return_inverse=True)
     if (of_devices == of_devices[firsts][members]).all():
       continue
-    devices = arrays[name].sharding.mesh.devices.reshape(-1)  # pyright: ignore[reportAttributeAccessIssue]
+    devices = _devices(arrays[name].sharding)
     found.append(Disagreement(name, [devices[i] for i in _odd_ones(of_devices, shards)]))
   return found
 
@@ -134,11 +134,18 @@ def _device_sums(arrays: Mapping[str, jax.Array]) -> dict[str, tuple[np.ndarray,
   return {name: (value, shards[name]) for name, value in fetch(sums).items()}
 
 
+def _devices(sharding: jax.sharding.Sharding) -> list[Any]:
+  """Returns the devices of a mesh in the order in which `_sum_shards` has their sums."""
+  assert isinstance(sharding, NamedSharding)
+  assert isinstance(sharding.mesh, Mesh)
+  return list(sharding.mesh.devices.flat)
+
+
 @functools.lru_cache(maxsize=4096)
 def _shard_numbers(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
   indices = sharding.devices_indices_map(shape)
   numbers: dict[tuple, int] = {}
-  keys = [tuple((s.start, s.stop) for s in indices[d]) for d in sharding.mesh.devices.reshape(-1)]
+  keys = [tuple((s.start, s.stop) for s in indices[d]) for d in _devices(sharding)]
   return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 

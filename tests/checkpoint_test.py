@@ -73,6 +73,7 @@ def restore(workdir, run: RunConfig, step: int | None = None, sizes=ONE) -> Trai
   like = abstract(run, sizes)
   with Checkpointer(workdir, CheckpointConfig(keep=9)) as checkpointer:
     step = checkpointer.latest_step if step is None else step
+    assert step is not None
     params, train = checkpointer.restore(step, params=like.model, train=like._replace(model=None))
   return train._replace(model=params)
 

@@ -76,8 +76,8 @@ def test_a_replica_that_differs_is_found_with_its_device():
 
 
 def test_of_two_replicas_neither_is_known_to_be_the_right_one():
-  value, sharding = draw("float32"), NamedSharding(tiny.mesh(2), P())
-  devices = list(sharding.mesh.devices.flat)
+  value, mesh = draw("float32"), tiny.mesh(2)
+  sharding, devices = NamedSharding(mesh, P()), list(mesh.devices.flat)
   placed = [jax.device_put(value + i, d) for i, d in enumerate(devices)]
   wrong = jax.make_array_from_single_device_arrays(value.shape, sharding, placed)
   assert checksum.disagreements({"x": wrong}) == [("x", devices)]
