@@ -10,12 +10,14 @@ saved from. Their checksums are computed where the arrays are, before they are w
 they are read: what is between (copies, network, disk, time) cannot change a bit unseen.
 """
 
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -621,13 +623,27 @@ def _read_arrays(where: epath.Path, like: Mapping[str, Any]) -> dict[str, Any]:
     restore_args=ocp.checkpoint_utils.construct_restore_args(like),
     partial_restore=True,
   )
+  print_failure = sys.unraisablehook
+  sys.unraisablehook = functools.partial(_print_unless_abandoned, print_failure)
   try:
     # The handler alone: a checkpointer would wait here for processes that could not read.
     arrays = ocp.PyTreeCheckpointHandler().restore(where, args=args)
   except Exception as e:
-    error = str(damaged(where, e))
+    error = str(damaged(where, e.__cause__ or e))  # the hook stays: other reads fail later
+  else:
+    sys.unraisablehook = print_failure
   _agree(error)
   return arrays
+
+
+def _print_unless_abandoned(print_failure: Callable[[Any], Any], failure: Any) -> None:
+  """Prints a failure that no code can catch, unless it is of a read after one that failed.
+
+  Orbax reads all arrays at once, and leaves the other reads to the garbage collector.
+  """
+  is_read = "_read_array" in getattr(failure.object, "__qualname__", "")
+  if not is_read and "Event loop is closed" not in str(failure.exc_value):
+    print_failure(failure)
 
 
 def _compare(where: epath.Path, arrays: Mapping[str, Any], saved: Mapping[str, "_Array"]) -> None:
