@@ -342,10 +342,7 @@ def restore_params(path: epath.PathLike, like: Any) -> Any:
   """
   step = find_step(path)
   check_match(saved_shapes(step / PARAMS), to_names(like), step / PARAMS)
-  recorded = read_checksums(step)
-  for line in changed_files(step, recorded):
-    logging.warning("%s", line)
-  params = from_names(like, _restore(step / PARAMS, to_names(like), recorded))
+  params = from_names(like, _restore(step / PARAMS, to_names(like), read_checksums(step)))
   logging.info("read the params of step %s of '%s'", step.name, step.parent.parent)
   return params
 
@@ -579,8 +576,8 @@ def _restore(
   Raises:
     DamagedError: an array cannot be read or is not what was saved; on all processes alike.
   """
-  if recorded is None and where.name == PARAMS:
-    logging.warning("'%s' is read without checksums: what has changed is not seen", where.parent)
+  if where.name == PARAMS:
+    warn_of_changes(where.parent, recorded)
   arrays = {}
   saved = recorded[ARRAYS].get(where.name, {}) if recorded else {}
   for names in _groups(wanted, saved):
@@ -727,6 +724,14 @@ def read_checksums(step: epath.Path) -> dict[str, Any] | None:
   except (KeyError, TypeError, ValueError) as e:
     raise damaged(step / CHECKSUMS, e) from e
   return values
+
+
+def warn_of_changes(step: epath.Path, recorded: Mapping[str, Any] | None) -> None:
+  """Logs what of a run has changed since a step was saved, or that this cannot be told."""
+  if recorded is None:
+    logging.warning("'%s' is read without checksums: what has changed is not seen", step)
+  for line in changed_files(step, recorded):
+    logging.warning("%s", line)
 
 
 def changed_files(step: epath.Path, recorded: Mapping[str, Any] | None) -> Iterator[str]:

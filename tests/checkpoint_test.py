@@ -366,6 +366,17 @@ def test_a_step_without_checksums_is_read_with_a_warning(copy, caplog):
   assert "is read without checksums" in caplog.text
 
 
+def test_a_changed_config_or_tokenizer_is_a_warning(copy, caplog):
+  path = copy / "tokenizer.model"
+  path.write_bytes(path.read_bytes() + b"?")
+  values = json.loads((copy / "config.json").read_text())
+  values["model"]["decoder"]["rope_theta"] *= 2
+  (copy / "config.json").write_text(json.dumps(values))
+  checkpoint.restore_params(copy, abstract(run_config(tiny.SPARSE), ONE).model)
+  for name in ("tokenizer.model", "config.json"):
+    assert f"'{copy / name}' is not what it was when step 5 was saved" in caplog.text
+
+
 def test_checksums_can_be_left_out(tmp_path):
   run = run_config()
   save(tmp_path, run, 5, verify=False)

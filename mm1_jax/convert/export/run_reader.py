@@ -135,6 +135,7 @@ class RunReader:
       ConvertError: a param is not finite.
     """
     recorded = checkpoint.read_checksums(self.params.parent)
+    checkpoint.warn_of_changes(self.params.parent, recorded)
     saved = recorded[checkpoint.ARRAYS][checkpoint.PARAMS] if recorded else {}
     for name in dict.fromkeys(part.name for part in self.parts):
       blocks = [part for part in self.parts if part.name == name]
