@@ -550,7 +550,7 @@ def check_match(saved: dict[str, tuple[int, ...]], wanted: dict[str, Any], where
     )
 
 
-def damaged(where: Any, error: Exception) -> DamagedError:
+def damaged(where: Any, error: BaseException) -> DamagedError:
   reason = str(error).splitlines()[0] if str(error) else ""
   return DamagedError(
     f"'{where}' cannot be read: {type(error).__name__}: {reason[:300]}. {_WAY_ON}"
