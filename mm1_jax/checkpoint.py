@@ -2,29 +2,40 @@
 """Checkpoints on Orbax: save and resume a run, and start another from its params alone.
 
 A workdir holds `config.json`, the tokenizer, `chat_template.json` if it is your own file,
-`good.json`, and `checkpoints/STEP/`; a step has three items: `params` (the model, under the names
-of its attributes), `train` (optimizer state and counters), and `data` (the pipeline's state, JSON).
-Saving is asynchronous and atomic: a step's folder has its name only when all of it is there. Arrays
-are restored straight onto the current mesh, whatever mesh they were saved from.
+`good.json`, and `checkpoints/STEP/`; a step has four items: `params` (the model, under the names
+of its attributes), `train` (optimizer state and counters), `data` (the pipeline's state, JSON), and
+`checksums` of the three. Saving is asynchronous and atomic: a step's folder has its name only when
+all of it is there. Arrays are restored straight onto the current mesh, whatever mesh they were
+saved from. Their checksums are computed where the arrays are, before they are written and after
+they are read: what is between (copies, network, disk, time) cannot change a bit unseen.
 """
 
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from etils import epath
 
+from mm1_jax import distributed
+from mm1_jax.checksum import checksums
 from mm1_jax.config import CheckpointConfig, RunConfig, UserError
 from mm1_jax.models.layers import resize_grid
 
 CONFIG, STEPS = "config.json", "checkpoints"
 GOOD = "good.json"  # the newest step whose params a step of training was accepted from
-REFUSED = ".refused"  # suffix of a step that was set aside: no longer taken for a checkpoint
+# Suffixes of steps that were set aside: no longer taken for checkpoints.
+REFUSED, DAMAGED = ".refused", ".damaged"
 TEMPLATE = "chat_template.json"
 # A tokenizer's files by the suffix of its own, which comes first.
 TOKENIZERS = {
@@ -38,13 +49,30 @@ MERGE = (
   "Merge them: python -m mm1_jax.convert merge_lora --checkpoint=RUN --out=NEW_RUN; then start "
   "from that."
 )
-PARAMS, TRAIN, DATA = "params", "train", "data"
+PARAMS, TRAIN, DATA, CHECKSUMS = "params", "train", "data", "checksums"
+ARRAYS, FILES = "arrays", "files"  # in the checksums: by item and name, and of the run, by name
+JSON_FILE = "metadata"  # of an item that is JSON, as Orbax calls it
+CHECKSUMS_VERSION = 1  # raise it when the same values have other checksums
 SAVED_AT_ONCE_GB = 1  # of params without the rest of a run, on their way to the disk
+CAST_AT_ONCE = 1 << 30  # bytes that are in memory in the dtype they were saved in and in another
 SHOWN = 5  # names listed in a message before "and N more"
 
 
 class CheckpointError(UserError):
   """A checkpoint that is missing, damaged, or of another model; the message says which and why."""
+
+
+class DamagedError(CheckpointError):
+  """A checkpoint that cannot be read, or is not what was written."""
+
+
+class Restored(NamedTuple):
+  """What a run resumes from."""
+
+  step: int
+  params: Any
+  train: Any
+  data: dict[str, Any]
 
 
 class Checkpointer:
@@ -59,9 +87,10 @@ class Checkpointer:
     self._path = absolute(workdir) / STEPS
     self._good_file = absolute(workdir) / GOOD
     self._good = _read_good(self._good_file)
+    self._verify = cfg.verify
     self._manager = ocp.CheckpointManager(
       self._path,
-      item_names=(PARAMS, TRAIN, DATA),
+      item_names=(PARAMS, TRAIN, DATA, CHECKSUMS),
       options=ocp.CheckpointManagerOptions(
         max_to_keep=max(2, cfg.keep), keep_period=cfg.keep_period
       ),
@@ -104,52 +133,121 @@ class Checkpointer:
     """Starts saving; arrays may be donated as soon as it returns."""
     if self._good >= step:  # recorded of one that was never finished, or was deleted
       self.prove(NONE_GOOD)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        **{
-          PARAMS: ocp.args.StandardSave(to_names(params)),
-          TRAIN: ocp.args.StandardSave(to_names(train)),
-          DATA: ocp.args.JsonSave(data),
-        }
-      ),
-    )
+    arrays = {PARAMS: to_names(params), TRAIN: to_names(train)}
+    items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
+    items[DATA] = ocp.args.JsonSave(data)
+    if self._verify:
+      # Process 0 writes them.
+      files = hash_files(self._path.parent) if jax.process_index() == 0 else {}
+      items[CHECKSUMS] = ocp.args.JsonSave(_record(arrays, data, files))
+    self._manager.save(step, args=ocp.args.Composite(**items))
+
+  def newest_data(self) -> tuple[int, dict[str, Any]] | None:
+    """Returns the newest step whose data's state is whole, and that; None without any checkpoint.
+
+    Raises:
+      DamagedError: no step has one.
+    """
+    error = None
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        return step, self.restore_data(step)
+      except DamagedError as e:
+        error = error or e
+    if error is not None:
+      raise error
+    return None
 
   def restore_data(self, step: int) -> dict[str, Any]:
-    """Returns the pipeline's state at a step; raises CheckpointError if it cannot be read."""
+    """Returns the pipeline's state at a step.
+
+    Raises:
+      DamagedError: it cannot be read, or is not what was written; on all processes alike.
+    """
+    where = self.folder(step) / DATA
+    data, error = {}, None
     try:
-      args = ocp.args.Composite(**{DATA: ocp.args.JsonRestore()})
-      return self._manager.restore(step, args=args)[DATA]
-    except Exception as e:
-      raise damaged(self.folder(step) / DATA, e) from e
+      data = _read_json(where)
+      recorded = read_checksums(self.folder(step)) if self._verify else None
+      for line in changed_data(self.folder(step), recorded):
+        raise DamagedError(f"{line}. {_WAY_ON}")
+    except DamagedError as e:
+      error = str(e)
+    _agree(error)
+    return data
+
+  def restore_newest(self, *, params: Any, train: Any) -> Restored:
+    """Returns the newest step that is whole, shaped and placed like the abstract trees given.
+
+    Newer ones are renamed to STEP.damaged, so that they are not taken again, and are kept.
+
+    Raises:
+      DamagedError: none is whole; nothing is renamed.
+      CheckpointError: its arrays are not the ones asked for.
+    """
+    wrong: dict[int, str] = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        arrays = self.restore(step, params=params, train=train)
+        restored = Restored(step, *arrays, self.restore_data(step))
+      except DamagedError as e:  # kept as text: the traceback would keep the arrays
+        wrong[step] = str(e)
+      else:
+        self._set_damaged_aside(wrong, step)
+        return restored
+    first = next(iter(wrong.values()), f"no checkpoint under '{self._path}'.")
+    more = f" Nor can any of the {len(wrong) - 1} before it." if len(wrong) > 1 else ""
+    raise DamagedError(first + more)
+
+  def _set_damaged_aside(self, wrong: Mapping[int, str], resumed: int) -> None:
+    if not wrong:
+      return
+    if jax.process_index() == 0:
+      for step, reason in wrong.items():
+        aside = _free(self.folder(step), DAMAGED)
+        self.folder(step).rename(aside)
+        logging.warning("step %d is left out and now %s: %s", step, aside, reason)
+      logging.warning("resuming from step %d instead: the steps after it are repeated", resumed)
+    distributed.everyone(f"set aside before {resumed}", None)
+    self._manager.reload()
 
   def restore(self, step: int, *, params: Any, train: Any) -> tuple[Any, Any]:
     """Returns (params, train) of a step, shaped and placed like the abstract trees given.
 
     Raises:
-      CheckpointError: the step is damaged, or its arrays are not the ones asked for.
+      DamagedError: the step cannot be read, or is not what was written; on all processes alike.
+      CheckpointError: its arrays are not the ones asked for.
+    """
+    where, error, recorded = self.folder(step), None, None
+    try:
+      recorded = self.check(step, params=params, train=train)
+    except DamagedError as e:
+      error = str(e)
+    _agree(error)
+    return (
+      from_names(params, _restore(where / PARAMS, to_names(params), recorded)),
+      from_names(train, _restore(where / TRAIN, to_names(train), recorded)),
+    )
+
+  def check(self, step: int, *, params: Any, train: Any) -> dict[str, Any] | None:
+    """Checks that a step has exactly these arrays; reads none. Returns its checksums, if any.
+
+    Raises:
+      CheckpointError: it has others.
+      DamagedError: it cannot be read, or by its checksums it had exactly these.
     """
     where = self.folder(step)
-    self.check(step, params=params, train=train)
-    try:
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          **{
-            PARAMS: ocp.args.StandardRestore(to_names(params)),
-            TRAIN: ocp.args.StandardRestore(to_names(train)),
-          }
-        ),
-      )
-    except Exception as e:
-      raise damaged(where, e) from e
-    return from_names(params, restored[PARAMS]), from_names(train, restored[TRAIN])
-
-  def check(self, step: int, *, params: Any, train: Any) -> None:
-    """Raises CheckpointError unless a step has exactly these arrays; reads none of them."""
-    where = self.folder(step)
+    recorded = read_checksums(where) if self._verify else None
     for item, tree in ((PARAMS, params), (TRAIN, train)):
-      check_match(saved_shapes(where / item), to_names(tree), where / item)
+      wanted = to_names(tree)
+      try:
+        check_match(saved_shapes(where / item), wanted, where / item)
+      except CheckpointError as e:
+        saved = recorded[ARRAYS].get(item, {}) if recorded else {}
+        if not saved or _differences({n: x.shape for n, x in saved.items()}, _shapes(wanted)):
+          raise
+        raise damaged(where / item, e) from e
+    return recorded
 
   def wait(self) -> None:
     """Returns when what is being saved is on disk."""
@@ -184,6 +282,13 @@ def write_run_files(workdir: epath.PathLike, run: RunConfig) -> None:
   template = epath.Path(run.data.chat_template)
   if template.suffix:  # a file; shipped ones go by their name
     (workdir / TEMPLATE).write_bytes(template.read_bytes())
+
+
+def hash_files(workdir: epath.Path) -> dict[str, str]:
+  """Returns the sha256 of the files that `write_run_files` put into a workdir, by name."""
+  names = (CONFIG, TEMPLATE, *(name for group in TOKENIZERS.values() for name in group))
+  there = [workdir / name for name in names if (workdir / name).exists()]
+  return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in there}
 
 
 def read_run(workdir: epath.PathLike) -> RunConfig:
@@ -235,9 +340,11 @@ def restore_params(path: epath.PathLike, like: Any) -> Any:
   Raises:
     CheckpointError: missing, damaged, or of another model.
   """
-  where = find_step(path) / PARAMS
-  check_match(saved_shapes(where), to_names(like), where)
-  return from_names(like, _restore(where, to_names(like)))
+  step = find_step(path)
+  check_match(saved_shapes(step / PARAMS), to_names(like), step / PARAMS)
+  params = from_names(like, _restore(step / PARAMS, to_names(like), read_checksums(step)))
+  logging.info("read the params of step %s of '%s'", step.name, step.parent.parent)
+  return params
 
 
 def digest(path: epath.PathLike) -> str:
@@ -276,6 +383,10 @@ def refuse_run(workdir: epath.PathLike) -> None:
 def save_params(workdir: epath.PathLike, step: int, params: Mapping[str, jax.Array]) -> None:
   """Writes params by name as a step of a run that has nothing else; little is in memory twice."""
   path = absolute(workdir) / STEPS / str(step) / PARAMS
+  record = json.dumps(_record({PARAMS: params}, None, {}))
+  if jax.process_index() == 0:
+    (path.parent / CHECKSUMS).mkdir(parents=True, exist_ok=True)
+    (path.parent / CHECKSUMS / JSON_FILE).write_text(record)
   handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=SAVED_AT_ONCE_GB)
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(path, args=ocp.args.PyTreeSave(params))
@@ -351,7 +462,7 @@ def init_from(path: epath.PathLike, params: Any, *, fresh_parts: Collection[str]
   for name, shape in taken.grids.items():
     x = wanted[name]
     wanted[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
-  loaded = _restore(taken.where, wanted)
+  loaded = _restore(taken.where, wanted, read_checksums(taken.where.parent))
   for name in taken.grids:
     resize = jax.jit(resize_grid, static_argnums=1, out_shardings=fresh[name].sharding)
     loaded[name] = resize(loaded[name], fresh[name].shape[:2])
@@ -415,6 +526,10 @@ def saved_shapes(item: epath.Path) -> dict[str, tuple[int, ...]]:
     raise damaged(item, e) from e
 
 
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  return {name: tuple(x.shape) for name, x in arrays.items()}
+
+
 def _differences(
   saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
@@ -426,7 +541,7 @@ def _differences(
 
 def check_match(saved: dict[str, tuple[int, ...]], wanted: dict[str, Any], where: Any) -> None:
   """Raises CheckpointError unless a checkpoint has exactly the arrays wanted, in their shapes."""
-  wrong = _differences(saved, {name: tuple(x.shape) for name, x in wanted.items()})
+  wrong = _differences(saved, _shapes(wanted))
   if wrong:
     more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     raise CheckpointError(
@@ -435,26 +550,236 @@ def check_match(saved: dict[str, tuple[int, ...]], wanted: dict[str, Any], where
     )
 
 
-def damaged(where: Any, error: Exception) -> CheckpointError:
+def damaged(where: Any, error: BaseException) -> DamagedError:
   reason = str(error).splitlines()[0] if str(error) else ""
-  return CheckpointError(
-    f"'{where}' cannot be read: {type(error).__name__}: {reason[:300]}. If its files are "
-    "incomplete, delete this step's folder to continue from the one before."
+  return DamagedError(
+    f"'{where}' cannot be read: {type(error).__name__}: {reason[:300]}. {_WAY_ON}"
   )
 
 
-def _restore(where: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
-  """Reads the arrays named in `wanted`, and no other, onto their shardings."""
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
-  try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      return checkpointer.restore(
-        where,
-        ocp.args.PyTreeRestore(
-          abstract,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-          partial_restore=True,
-        ),
+_WAY_ON = (
+  "A run that is trained on goes back to the newest step that is whole; for all else give an older "
+  "step's folder, or a copy of this one."
+)
+
+
+def _restore(
+  where: epath.Path, wanted: dict[str, Any], recorded: Mapping[str, Any] | None
+) -> dict[str, Any]:
+  """Reads the arrays named in `wanted`, and no other, onto their shardings, and compares them.
+
+  Args:
+    where: the item they are of.
+    wanted: abstract arrays, of any dtype.
+    recorded: what `read_checksums` returned for the step.
+
+  Raises:
+    DamagedError: an array cannot be read or is not what was saved; on all processes alike.
+  """
+  if where.name == PARAMS:
+    warn_of_changes(where.parent, recorded)
+  arrays = {}
+  saved = recorded[ARRAYS].get(where.name, {}) if recorded else {}
+  for names in _groups(wanted, saved):
+    # Checksums are of values in the dtype that they were saved in.
+    like = {
+      name: jax.ShapeDtypeStruct(
+        wanted[name].shape,
+        saved[name].dtype if name in saved else wanted[name].dtype,
+        sharding=getattr(wanted[name], "sharding", None),
       )
+      for name in names
+    }
+    group = _read_arrays(where, like)
+    _compare(where, group, saved)
+    arrays |= {name: x.astype(wanted[name].dtype) for name, x in group.items()}
+  return arrays
+
+
+def _groups(wanted: Mapping[str, Any], saved: Mapping[str, "_Array"]) -> Iterator[list[str]]:
+  """Yields names to be read at once: all that keep their dtype, then others, some bytes of them."""
+  others = [name for name in wanted if name in saved and saved[name].dtype != wanted[name].dtype]
+  yield [name for name in wanted if name not in {*others}]
+  group, size = [], 0
+  for name in others:
+    num_bytes = math.prod(wanted[name].shape) * np.dtype(saved[name].dtype).itemsize
+    if group and size + num_bytes > CAST_AT_ONCE:
+      yield group
+      group, size = [], 0
+    group, size = [*group, name], size + num_bytes
+  if group:
+    yield group
+
+
+def _read_arrays(where: epath.Path, like: Mapping[str, Any]) -> dict[str, Any]:
+  if not like:
+    return {}
+  arrays, error, like = {}, None, dict(like)
+  args = ocp.args.PyTreeRestore(
+    like,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+    partial_restore=True,
+  )
+  print_failure = sys.unraisablehook
+  sys.unraisablehook = functools.partial(_print_unless_abandoned, print_failure)
+  try:
+    # The handler alone: a checkpointer would wait here for processes that could not read.
+    arrays = ocp.PyTreeCheckpointHandler().restore(where, args=args)
   except Exception as e:
-    raise damaged(where, e) from e
+    error = str(damaged(where, e.__cause__ or e))  # the hook stays: other reads fail later
+  else:
+    sys.unraisablehook = print_failure
+  _agree(error)
+  return arrays
+
+
+def _print_unless_abandoned(print_failure: Callable[[Any], Any], failure: Any) -> None:
+  """Prints a failure that no code can catch, unless it is of a read after one that failed.
+
+  Orbax reads all arrays at once, and leaves the other reads to the garbage collector.
+  """
+  is_read = "_read_array" in getattr(failure.object, "__qualname__", "")
+  if not is_read and "Event loop is closed" not in str(failure.exc_value):
+    print_failure(failure)
+
+
+def _compare(where: epath.Path, arrays: Mapping[str, Any], saved: Mapping[str, "_Array"]) -> None:
+  now = checksums({name: x for name, x in arrays.items() if name in saved})
+  wrong = [name for name, value in now.items() if value != saved[name].checksum]
+  if wrong:
+    raise not_as_saved(where, wrong)
+
+
+def not_as_saved(where: Any, names: list[str]) -> DamagedError:
+  """Returns the error of arrays whose checksums differ from those that were saved with them."""
+  more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+  shown = ", ".join(names[:SHOWN])
+  return DamagedError(
+    f"'{where}' is not what was saved: checksums differ of {shown}{more}. {_WAY_ON}"
+  )
+
+
+_reads = itertools.count()  # each agreement has a name of its own; processes read in one order
+
+
+def _agree(error: str | None) -> None:
+  """Raises DamagedError on all processes if one has an error to tell."""
+  for i, said in enumerate(distributed.everyone(f"checkpoint read {next(_reads)}", error)):
+    if said is not None:
+      raise DamagedError(said if jax.process_count() == 1 else f"process {i}: {said}")
+
+
+# --- checksums of a step
+
+
+class _Array(NamedTuple):
+  shape: tuple[int, ...]
+  dtype: str
+  checksum: str
+
+
+def _record(
+  arrays: Mapping[str, Mapping[str, Any]], data: Any, files: Mapping[str, str]
+) -> dict[str, Any]:
+  """Returns the checksums of a step, as JSON.
+
+  Args:
+    arrays: by item and name.
+    data: state of the pipeline; None without any.
+    files: hashes of the run's files.
+  """
+  of_arrays = {}
+  for item, tree in arrays.items():
+    sums = checksums(tree)
+    of_arrays[item] = {
+      name: _Array(tuple(x.shape), str(x.dtype), sums[name]) for name, x in tree.items()
+    }
+  values = {
+    "version": CHECKSUMS_VERSION,
+    ARRAYS: of_arrays,
+    DATA: _digest(data),
+    FILES: dict(files),
+  }
+  return {**values, "sha256": _digest(values)}
+
+
+def read_checksums(step: epath.Path) -> dict[str, Any] | None:
+  """Returns the checksums of a step; None if it was saved without, or by another version.
+
+  Raises:
+    DamagedError: they cannot be read, or are not what was saved.
+  """
+  if not (step / CHECKSUMS).exists():
+    return None
+  values = _read_json(step / CHECKSUMS)
+  try:
+    if values.pop("sha256") != _digest(values):
+      raise ValueError("its own checksum differs")
+    if values["version"] != CHECKSUMS_VERSION:
+      return None
+    values[ARRAYS] = {
+      item: {name: _Array(tuple(shape), *rest) for name, (shape, *rest) in tree.items()}
+      for item, tree in values[ARRAYS].items()
+    }
+  except (KeyError, TypeError, ValueError) as e:
+    raise damaged(step / CHECKSUMS, e) from e
+  return values
+
+
+def warn_of_changes(step: epath.Path, recorded: Mapping[str, Any] | None) -> None:
+  """Logs what of a run has changed since a step was saved, or that this cannot be told."""
+  if recorded is None:
+    logging.warning("'%s' is read without checksums: what has changed is not seen", step)
+  for line in changed_files(step, recorded):
+    logging.warning("%s", line)
+
+
+def changed_files(step: epath.Path, recorded: Mapping[str, Any] | None) -> Iterator[str]:
+  """Yields a line for each file of the run that is not what it was when a step was saved."""
+  workdir = step.parent.parent
+  now = hash_files(workdir)
+  for name, saved in recorded[FILES].items() if recorded else ():
+    if now.get(name) != saved:
+      yield (
+        f"'{workdir / name}' is not what it was when step {step.name} was saved: it is damaged, or "
+        "the run was started again with other settings"
+      )
+
+
+def changed_data(step: epath.Path, recorded: Mapping[str, Any] | None) -> Iterator[str]:
+  """Yields a line if the data's state is not the one that was saved; it may have none."""
+  if recorded is None or recorded[DATA] == _digest(None):
+    return
+  try:
+    if recorded[DATA] != _digest(_read_json(step / DATA)):
+      yield f"'{step / DATA}' is not what was saved: its checksum differs"
+  except DamagedError as e:
+    yield str(e)
+
+
+def open_array(item: epath.Path, name: str) -> Any:
+  """Opens an array of a step's item; returns TensorStore's, of which parts can be read."""
+  base = item if "://" in str(item) else f"file://{item}"
+  spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": str(base), "path": f"{name}/"}}
+  return tensorstore.open(spec, open=True, read=True).result()
+
+
+def _read_json(item: epath.Path) -> dict[str, Any]:
+  """Returns an item that is JSON; raises DamagedError if it cannot be read."""
+  try:
+    values = json.loads((item / JSON_FILE).read_text())
+    if not isinstance(values, dict):
+      raise ValueError(f"a {type(values).__name__}, not a dict")
+    return values
+  except Exception as e:
+    raise damaged(item, e) from e
+
+
+def _digest(values: Any) -> str:
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _free(folder: epath.Path, suffix: str) -> epath.Path:
+  """Returns where a folder can be renamed to, so that none is overwritten."""
+  names = (f"{folder.name}{suffix}{f'-{i}' if i else ''}" for i in itertools.count())
+  return next(path for path in map(folder.with_name, names) if not path.exists())

@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 from mm1_jax.config import ConfigError, UserError
 from mm1_jax.sharding import LAYOUT
 
-FAILED, SAME = "mm1_jax/failed", "mm1_jax/same"  # keys in the store
+FAILED, SAME, SAID = "mm1_jax/failed", "mm1_jax/same", "mm1_jax/said"  # keys in the store
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # for the others to report why they failed
 LAST_SECONDS = 10.0  # for what is to be written before the end
@@ -312,6 +312,20 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
         "same command, code and files."
       )
   barrier(key)
+
+
+def everyone(what: str, value: Any) -> list[Any]:
+  """Returns what each process gives, in their order, once all have; plain JSON values.
+
+  Each `what` can be used once.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  key = f"{SAID}/{what}"
+  _store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+  barrier(key)
+  said = {int(k.rsplit("/", 1)[1]): json.loads(v) for k, v in _store().key_value_dir_get(key)}
+  return [said[i] for i in range(jax.process_count())]
 
 
 def code_version() -> dict[str, str]:

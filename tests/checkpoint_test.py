@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mm1_jax import checkpoint
-from mm1_jax.checkpoint import Checkpointer, CheckpointError, to_names
+from mm1_jax.checkpoint import Checkpointer, CheckpointError, DamagedError, to_names
 from mm1_jax.config import (
   CheckpointConfig,
   ConnectorConfig,
@@ -73,6 +73,7 @@ def restore(workdir, run: RunConfig, step: int | None = None, sizes=ONE) -> Trai
   like = abstract(run, sizes)
   with Checkpointer(workdir, CheckpointConfig(keep=9)) as checkpointer:
     step = checkpointer.latest_step if step is None else step
+    assert step is not None
     params, train = checkpointer.restore(step, params=like.model, train=like._replace(model=None))
   return train._replace(model=params)
 
@@ -213,13 +214,220 @@ def test_a_damaged_step_is_named(copy, damage):
   step = copy / "checkpoints" / "5"
   damage(step)
   run = run_config(tiny.SPARSE)
-  with pytest.raises(CheckpointError, match="delete this step's folder") as error:
+  with pytest.raises(DamagedError, match="give an older step's folder") as error:
     restore(copy, run)
   assert str(step) in str(error.value)
   assert "\n" not in str(error.value)
   # Doing what it says helps.
-  shutil.rmtree(step)
-  restore(copy, run)
+  restore(copy, run, 3)
+
+
+def rewrite(step: pathlib.Path, item: str, change) -> None:
+  """Saves arrays of a step anew, changed: as whole files, which decompress without an error."""
+  import orbax.checkpoint as ocp
+
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    arrays = checkpointer.restore(step / item)
+    arrays = {name: np.array(x) for name, x in arrays.items()}
+    change(arrays)
+    checkpointer.save(step / item, arrays, force=True)
+
+
+def flip(item: str, name: str, at: int, bit: int):
+  """Returns what flips one bit of an array's element."""
+
+  def change(arrays):
+    array = arrays[name]
+    bits = array.reshape(-1).view(np.uint8)
+    bits[(at * array.itemsize + bit // 8) % bits.size] ^= np.uint8(1 << bit % 8)
+
+  return lambda step: rewrite(step, item, change)
+
+
+FLIPS = [
+  ("params", "decoder.embedding", 7, 3),
+  ("params", "decoder.embedding", 1535, 30),
+  ("params", "decoder.norm.scale", 5, 22),
+  ("train", "opt_state.1.mu.decoder.embedding", 0, 0),
+  ("train", "step", 0, 4),
+  ("train", "guard.norm", 0, 31),
+]
+
+
+@pytest.mark.parametrize(("item", "name", "at", "bit"), FLIPS, ids=str)
+def test_one_bit_of_an_array_is_found(copy, item, name, at, bit):
+  """The files are sound: only the values are not those that were saved."""
+  step = copy / "checkpoints" / "5"
+  names = json.loads((step / "checksums" / "metadata").read_text())["arrays"][item]
+  assert name in names, sorted(names)
+  flip(item, name, at, bit)(step)
+  run = run_config(tiny.SPARSE)
+  with pytest.raises(DamagedError, match="is not what was saved: checksums differ of") as error:
+    restore(copy, run)
+  assert f"{step / item}'" in str(error.value)
+  assert f" {name}." in str(error.value)
+  if item == "params":
+    with pytest.raises(DamagedError, match=name):
+      checkpoint.restore_params(copy, abstract(run, EIGHT).model)
+    with pytest.raises(DamagedError, match=name):
+      checkpoint.init_from(step, params(run))
+  state = restore_unverified(copy, run)
+  assert_same(state, state)
+
+
+def restore_unverified(workdir, run: RunConfig) -> TrainState:
+  like = abstract(run, ONE)
+  with Checkpointer(workdir, CheckpointConfig(verify=False)) as checkpointer:
+    params, train = checkpointer.restore(5, params=like.model, train=like._replace(model=None))
+  return train._replace(model=params)
+
+
+def change_data_state(step):
+  path = step / "data" / "metadata"
+  path.write_text(path.read_text().replace('"batch": 5', '"batch": 4'))
+  assert '"batch": 4' in path.read_text()
+
+
+def change_checksum(step):
+  path = step / "checksums" / "metadata"
+  values = json.loads(path.read_text())
+  array = values["arrays"]["params"]["decoder.embedding"]
+  array[2] = f"{int(array[2], 16) ^ 1:016x}"
+  path.write_text(json.dumps(values))
+
+
+def empty_step(step):
+  for path in step.iterdir():
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+DAMAGES = [
+  truncate,
+  delete_arrays,
+  delete_metadata,
+  garble_metadata,
+  delete_item,
+  flip(*FLIPS[0]),
+  flip(*FLIPS[4]),
+  change_data_state,
+  change_checksum,
+  empty_step,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_step_that_is_whole_is_resumed_from(copy, saved, caplog, damage):
+  damage(copy / "checkpoints" / "5")
+  like = abstract(run_config(tiny.SPARSE), ONE)
+  with Checkpointer(copy, CheckpointConfig(keep=9)) as checkpointer:
+    assert checkpointer.newest_data() in ((5, {**DATA, "batch": 5}), (3, {**DATA, "batch": 3}))
+    restored = checkpointer.restore_newest(params=like.model, train=like._replace(model=None))
+    assert restored.step == checkpointer.latest_step == 3
+    assert restored.data == {**DATA, "batch": 3}
+    assert_same(restored.train._replace(model=restored.params), saved[1][3])
+    # Its place is free again.
+    state = saved[1][5]
+    checkpointer.save(5, params=state.model, train=state._replace(model=None), data=DATA)
+    checkpointer.wait()
+  assert_same(restore(copy, run_config(tiny.SPARSE)), state)
+  assert {p.name for p in (copy / "checkpoints").iterdir()} == {"3", "5", "5.damaged"}
+  said = [r.getMessage() for r in caplog.records if "step 5 is left out" in r.getMessage()]
+  assert len(said) == 1
+  assert "\n" not in said[0]
+  assert "resuming from step 3 instead" in caplog.text
+
+
+def test_where_no_step_is_whole_none_is_renamed(copy):
+  for step in ("3", "5"):
+    truncate(copy / "checkpoints" / step)
+  like = abstract(run_config(tiny.SPARSE), ONE)
+  with (
+    Checkpointer(copy, CheckpointConfig(keep=9)) as checkpointer,
+    pytest.raises(DamagedError, match=r"checkpoints/5/params.* Nor can any of the 1 before it"),
+  ):
+    checkpointer.restore_newest(params=like.model, train=like._replace(model=None))
+  assert {p.name for p in (copy / "checkpoints").iterdir()} == {"3", "5"}
+
+
+def test_a_step_that_is_damaged_twice_overwrites_nothing(copy):
+  steps = copy / "checkpoints"
+  for name in ("5.damaged", "5.damaged-1"):
+    (steps / name).mkdir()
+  truncate(steps / "5")
+  like = abstract(run_config(tiny.SPARSE), ONE)
+  with Checkpointer(copy, CheckpointConfig(keep=9)) as checkpointer:
+    checkpointer.restore_newest(params=like.model, train=like._replace(model=None))
+  assert list((steps / "5.damaged-2").iterdir())
+
+
+def test_a_step_without_checksums_is_read_with_a_warning(copy, caplog):
+  shutil.rmtree(copy / "checkpoints" / "5" / "checksums")
+  restore(copy, run_config(tiny.SPARSE))
+  assert "is read without checksums" in caplog.text
+
+
+def test_a_changed_config_or_tokenizer_is_a_warning(copy, caplog):
+  path = copy / "tokenizer.model"
+  path.write_bytes(path.read_bytes() + b"?")
+  values = json.loads((copy / "config.json").read_text())
+  values["model"]["decoder"]["rope_theta"] *= 2
+  (copy / "config.json").write_text(json.dumps(values))
+  checkpoint.restore_params(copy, abstract(run_config(tiny.SPARSE), ONE).model)
+  for name in ("tokenizer.model", "config.json"):
+    assert f"'{copy / name}' is not what it was when step 5 was saved" in caplog.text
+
+
+def test_checksums_can_be_left_out(tmp_path):
+  run = run_config()
+  save(tmp_path, run, 5, verify=False)
+  assert not (tmp_path / "checkpoints" / "5" / "checksums").exists()
+  assert restore_unverified(tmp_path, run).step.shape == ()
+
+
+def test_params_are_compared_in_the_dtype_they_were_saved_in(saved, tmp_path, monkeypatch):
+  """Also where they are cast to bfloat16 or back, a few arrays at a time."""
+  monkeypatch.setattr(checkpoint, "CAST_AT_ONCE", 5000)
+  run = run_config(tiny.SPARSE)
+  like = abstract(run, EIGHT).model
+  half = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=x.sharding), like
+  )
+  read = checkpoint.restore_params(saved[0], half)
+  expected = jax.tree.map(lambda x: np.asarray(x).astype("bfloat16"), saved[1][5].model)
+  assert_same(read, expected)
+  checkpoint.save_params(tmp_path, 1, to_names(read))
+  assert_same(checkpoint.restore_params(tmp_path, half), expected)
+  whole = jax.tree.map(lambda x: x.astype("float32"), expected)
+  assert_same(checkpoint.restore_params(tmp_path, like), whole)
+  flip("params", "decoder.norm.scale", 3, 15)(tmp_path / "checkpoints" / "1")
+  with pytest.raises(DamagedError, match=r"checksums differ of decoder\.norm\.scale"):
+    checkpoint.restore_params(tmp_path, like)
+
+
+def test_no_flipped_bit_of_a_file_goes_unseen(copy):
+  """Any bit of any file: the state is restored as it was saved, or the step is refused."""
+  run, rng = run_config(tiny.SPARSE), np.random.default_rng(0)
+  step = copy / "checkpoints" / "5"
+  expected, outcomes = restore(copy, run), []
+  files = sorted(p for p in step.rglob("*") if p.is_file() and p.stat().st_size)
+  sizes = np.array([p.stat().st_size for p in files])
+  # Half of them anywhere, half in the files that have the arrays.
+  picks = [*rng.choice(len(files), 20), *rng.choice(len(files), 20, p=sizes / sizes.sum())]
+  for path in (files[i] for i in picks):
+    whole = path.read_bytes()
+    data, at = bytearray(whole), int(rng.integers(len(whole)))
+    data[at] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data)
+    try:
+      with Checkpointer(copy, CheckpointConfig(keep=9)) as checkpointer:
+        data_state = checkpointer.restore_data(5)
+      assert_same(restore(copy, run, 5), expected)
+      assert data_state == {**DATA, "batch": 5}
+      outcomes.append("same")
+    except DamagedError:
+      outcomes.append("refused")
+    path.write_bytes(whole)
+  assert outcomes.count("refused") >= 10
 
 
 @pytest.mark.parametrize("what", ["delete", "garble"])

@@ -20,6 +20,7 @@ import pytest
 from mm1_jax import legend
 from mm1_jax.inference.model import Model
 from mm1_jax.metrics import read_metrics, read_tables
+from tests.checkpoint_test import flip
 
 pytestmark = pytest.mark.slow
 
@@ -182,6 +183,19 @@ def test_stopped_and_resumed_is_the_same_run(straight, tmp_path, name, workers):
   result = run(tmp_path, data__num_workers=workers)
   check_ok(result)
   assert_same_run(tmp_path, straight[0])
+
+
+def test_a_damaged_checkpoint_is_gone_back_from_to_the_same_run(straight, tmp_path):
+  """One bit of one array of the newest step; in the files all is sound."""
+  workdir = pathlib.Path(shutil.copytree(straight[0], tmp_path / "run"))
+  flip("params", "decoder.embedding", 77, 30)(workdir / "checkpoints" / str(NUM_STEPS))
+  result = run(workdir)
+  check_ok(result)
+  aside = workdir / "checkpoints" / f"{NUM_STEPS}.damaged"
+  assert f"step {NUM_STEPS} is left out and now {aside}" in result.stderr
+  assert "checksums differ of decoder.embedding" in result.stderr
+  assert "resuming at step 5" in result.stderr
+  assert_same_run(workdir, straight[0])
 
 
 def test_a_finished_run_has_nothing_to_do(straight, tmp_path):

@@ -294,6 +294,26 @@ def test_sigterm_to_one_stops_all_at_one_step(straight, tmp_path):
 
 
 @pytest.mark.long
+def test_all_go_back_from_a_damaged_checkpoint(straight, tmp_path):
+  """A file is cut off that process 1 alone reads: its params are split over all devices."""
+  workdir, mesh = tmp_path / "run", {"mesh__data": 1, "mesh__fsdp": NUM_DEVICES}
+  check_ok(run(workdir, 2, hooks={0: ["SIGTERM", 4]}, **mesh))
+  assert saved_steps(workdir) == [2, 4]
+  folder = workdir / "checkpoints" / "4" / "params" / "ocdbt.process_1" / "d"
+  path = max(folder.iterdir(), key=lambda p: p.stat().st_size)
+  os.truncate(path, path.stat().st_size // 2)
+  results = run(workdir, 2, **mesh)
+  check_ok(results)
+  assert "step 4 is left out and now" in results[0].err
+  assert "process 1: '" in results[0].err
+  assert "resuming at step 2" in results[0].err
+  assert "left out" not in results[1].err
+  assert saved_steps(workdir) == [2, 4, 6]
+  assert (workdir / "checkpoints" / "4.damaged").exists()
+  assert data_state(workdir, NUM_STEPS) == data_state(straight, NUM_STEPS)
+
+
+@pytest.mark.long
 def test_all_set_a_ruined_checkpoint_aside(tmp_path):
   """The first step has a rate of 0, the second ruins the params, which are saved."""
   settings = {"train__num_steps": 20, "checkpoint__every": 1, "checkpoint__keep": 1}

@@ -74,6 +74,8 @@ class TrainConfig(Group, where="train."):
   # times the usual (see `train/guard.py`).
   spike_factor: Annotated[float, Range(above=1)] = 20.0
   max_skipped: Count = 10  # refused steps in a row that end a run
+  # Steps between comparisons of the params that several devices have a copy of; 0 compares none.
+  replica_check_every: CountOrZero = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,3 +85,4 @@ class CheckpointConfig(Group, where="checkpoint."):
   every: Count = 1000  # steps
   keep: Count = 3  # newest checkpoints kept; 2 at least, for the newest is not known to be good
   keep_period: Count | None = None  # steps that are kept for good
+  verify: bool = True  # save a checksum of each array, and compare it when a run resumes

@@ -6,6 +6,7 @@ python -m mm1_jax.convert upcycle --checkpoint=runs/dense --config=configs/mm1_d
     --out=runs/upcycled
 python -m mm1_jax.convert merge_lora --checkpoint=runs/lora --out=runs/merged
 python -m mm1_jax.convert export --checkpoint=runs/sft --format=huggingface --out=exports/sft
+python -m mm1_jax.convert verify runs/sft exports/sft data/captions
 """
 
 import argparse
@@ -17,7 +18,8 @@ from mm1_jax.convert import FORMATS, ConvertError
 
 def main(argv: list[str] | None = None) -> None:
   args = _parse(argv)
-  extras.require("convert")
+  if args.extra:
+    extras.require(args.extra)
   args.run(args)  # which imports what it needs: --help needs nothing
 
 
@@ -28,6 +30,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   _add_upcycle(verbs)
   _add_merge_lora(verbs)
   _add_export(verbs)
+  _add_verify(verbs)
+  parser.set_defaults(extra="convert")
   return parser.parse_args(argv)
 
 
@@ -131,6 +135,28 @@ def _export(args) -> None:
   options = ExportOptions(dtype=args.dtype, max_shard_gb=args.max_shard_gb)
   compared = exporter.export(args.checkpoint, args.out, args.format, options)
   print(f"exported '{args.out}': {compared}.")
+
+
+def _add_verify(verbs) -> None:
+  verb = verbs.add_parser("verify", help="whether runs, data and exports are what was written")
+  verb.add_argument(
+    "path", nargs="+", metavar="PATH", help="a run or a step of it, data's folder, an export"
+  )
+  verb.set_defaults(run=_verify, extra=None)
+
+
+def _verify(args) -> None:
+  from mm1_jax.convert.verify import verify
+
+  num_faults = 0
+  for path in args.path:
+    for checked in verify(path):
+      print(f"{checked.what}: {'FAULTS' if checked.faults else 'as written'}", flush=True)
+      num_faults += len(checked.faults)
+      for fault in checked.faults:
+        print(f"  {fault}", flush=True)
+  if num_faults:
+    raise ConvertError(f"{num_faults} {'fault' if num_faults == 1 else 'faults'}, see above.")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -25,7 +25,7 @@ import numpy as np
 from mm1_jax.config import ConfigError, DataConfig, SourceConfig
 from mm1_jax.data.index import Index
 from mm1_jax.data.packing import Item, ItemSpan, RowShape, pack
-from mm1_jax.data.sources import DataError
+from mm1_jax.data.sources import HASH_DIGITS, DataError
 
 STATE_VERSION = 3  # raise it when the same settings plan other rows
 # A window draws this much more than its rows hold: with more to choose from, rows fill better. What
@@ -339,8 +339,17 @@ def plan_once(index: Index, data: DataConfig, image_positions: int) -> list[Row]
     rows += [row for row in more if row]
 
 
-def fingerprint(data: DataConfig, image_positions: int, indexes: Sequence[Index]) -> dict[str, Any]:
-  """Returns what must be the same for a saved state to mean the same batches."""
+def fingerprint(
+  data: DataConfig, image_positions: int, indexes: Sequence[Index], hashes: Sequence[str]
+) -> dict[str, Any]:
+  """Returns what must be the same for a saved state to mean the same batches.
+
+  Args:
+    data: sources and row shape.
+    image_positions: positions of a picture, delimiters included.
+    indexes: one for each of `data.leaves`.
+    hashes: the same; what `sample_hashes` returned for its shards.
+  """
   return {
     "version": STATE_VERSION,
     "seed": data.seed,
@@ -356,14 +365,22 @@ def fingerprint(data: DataConfig, image_positions: int, indexes: Sequence[Index]
       for s, index in zip(data.leaves, indexes, strict=True)
     ],
     "reweight": [[change.step, *map(list, change.weights)] for change in data.reweight],
+    "shards": dict(zip((source.name for source in data.leaves), hashes, strict=True)),
   }
 
 
-def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], batch: int) -> None:
+def check_fingerprint(
+  saved: dict[str, Any], now: dict[str, Any], batch: int, paths: Mapping[str, Sequence[str]]
+) -> None:
   """Raises a ConfigError that names what has changed since a state was saved.
 
-  Weights may change from steps on that no window has reached yet; `batch` is the first of the
-  state's window.
+  Weights may change from steps on that no window has reached yet.
+
+  Args:
+    saved: the fingerprint in the state.
+    now: the one of the config and data at hand.
+    batch: the first of the state's window.
+    paths: shards by the name of their source.
   """
   end = batch + math.ceil(now["window_rows"] / now["batch_size"])
 
@@ -371,18 +388,37 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any], batch: int) ->
     changes = values.get("reweight", [])
     return {**values, "reweight": [change for change in changes if change[0] < end]}
 
-  saved = {"weight_by": "positions", **saved}  # of a state that does not say
+  # Of a state that does not say.
+  saved = {"weight_by": "positions", "shards": {}, **saved}
   saved, now = planned(saved), planned(now)
   changed = [
+    line
+    for name, then in saved["shards"].items()
+    for line in _other_shards(name, then, now["shards"].get(name, ""), paths.get(name, ()))
+  ]
+  changed += [
     f"{key}: {saved.get(key)} then, {value} now"
     for key, value in now.items()
-    if saved.get(key) != value
+    if saved.get(key) != value and key != "shards"
   ]
   if changed:
     raise ConfigError(
       f"the saved data state belongs to other data ({'; '.join(changed)}). Set it back to continue "
       f"with the same batches, or start a new run from this one's params (train.init_from)."
     )
+
+
+def _other_shards(name: str, then: str, now: str, paths: Sequence[str]) -> Iterator[str]:
+  """Yields what has changed in a source's shards: their number, or the content of some."""
+  if len(then) != len(now):
+    num_then, num_now = len(then) // HASH_DIGITS, len(now) // HASH_DIGITS
+    yield f"source '{name}' had {num_then} shards then, and has {num_now} now"
+    return
+  parts = [slice(i, i + HASH_DIGITS) for i in range(0, len(now), HASH_DIGITS)]
+  other = [path for path, part in zip(paths, parts, strict=True) if then[part] != now[part]]
+  if other:
+    more = f" and {len(other) - 1} more shards" if len(other) > 1 else ""
+    yield f"source '{name}': {other[0]}{more} had other content then"
 
 
 def _normalised(shares: Iterable[float]) -> tuple[float, ...]:

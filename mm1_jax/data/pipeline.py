@@ -28,7 +28,7 @@ from mm1_jax.data.loader import LoadedRow, RowLoader
 from mm1_jax.data.mixing import Mixer, WindowState, check_fingerprint, fingerprint, plan_once
 from mm1_jax.data.packing import stack
 from mm1_jax.data.planned import PlannedBatches, PlannedRow, PlannedRows
-from mm1_jax.data.sources import DataError, Source
+from mm1_jax.data.sources import DataError, Source, sample_hashes
 from mm1_jax.data.tokenizer import Tokenizer
 
 # Where slots are this many times the images of a full row, all rows find room for theirs.
@@ -207,10 +207,12 @@ def make_pipeline(
   mixer = Mixer(data, indexes, len(encoder.image_ids))
   if process_index == 0:
     _log_slots(data, mixer)
-  now = fingerprint(data, len(encoder.image_ids), indexes)
+  hashes = [sample_hashes(source.paths) for source in sources]
+  now = fingerprint(data, len(encoder.image_ids), indexes, hashes)
   if state is None:
     state = {"batch": 0, "plan": mixer.first_state.to_dict(), "fingerprint": now}
-  check_fingerprint(state["fingerprint"], now, state["plan"].get("batch", 0))
+  paths = {source.name: source.paths for source in sources}
+  check_fingerprint(state["fingerprint"], now, state["plan"].get("batch", 0), paths)
   planned = PlannedBatches(mixer, WindowState.from_dict(state["plan"]), state["batch"], rows)
   load = RowLoader(data, sources, indexes, encoder, spec.image_size, len(rows))
   ahead = math.ceil(data.prefetch_batches * len(rows) / max(1, data.num_workers))

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import PIL.Image
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from mm1_jax import checkpoint, distributed, extras
 from mm1_jax.batch import Batch
-from mm1_jax.checkpoint import Checkpointer
+from mm1_jax.checkpoint import Checkpointer, DamagedError
 from mm1_jax.config import RunConfig
 from mm1_jax.data.drops import Drops
 from mm1_jax.data.examples import make_encoder
@@ -24,7 +25,7 @@ from mm1_jax.data.pipeline import Pipeline
 from mm1_jax.metrics import MetricWriter
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_batch, abstract_state, device_batch, make_mesh
-from mm1_jax.train import start
+from mm1_jax.train import replicas, start
 from mm1_jax.train.feed import training_batches
 from mm1_jax.train.guard import TrainingDiverged, Verdicts
 from mm1_jax.train.heldout import Evaluator, held_out_loss
@@ -62,16 +63,21 @@ def train(
   distributed.check_shared(workdir)
   with jax.set_mesh(mesh), Checkpointer(workdir, run.checkpoint) as checkpointer:
     # Data first: a wrong path is found before any param is made.
-    latest = checkpointer.latest_step
-    before = None if latest is None else start.check_resume(run, workdir)
-    data_state = None if latest is None else checkpointer.restore_data(latest)
-    with contextlib.closing(training_batches(run, data_state, mesh)) as pipeline:
+    before = None if checkpointer.latest_step is None else start.check_resume(run, workdir)
+    newest, data_state = checkpointer.newest_data() or (0, None)
+    with contextlib.ExitStack() as opened:
+      pipeline = training_batches(run, data_state, mesh)
+      opened.callback(pipeline.close)
       distributed.check_same("the data", pipeline.state())
       abstract = abstract_state(functools.partial(_fresh, run), mesh)
       check_start(run, abstract, checkpointer)
-      unfinished = (latest or 0) < run.train.num_steps
+      unfinished = newest < run.train.num_steps
       compiling = start_compiling(run, mesh, abstract) if unfinished else None
-      state = restore_or_init(run, abstract, checkpointer)
+      state, resumed_data = restore_or_init(run, abstract, checkpointer)
+      if resumed_data != data_state:  # of an older step: the newest one's arrays are damaged
+        pipeline.close()
+        pipeline = training_batches(run, resumed_data, mesh)
+        opened.callback(pipeline.close)
       if before is not None:
         accepted = int(state.guard.accepted)
         start.log_resume(before, run, step=int(state.step), accepted=accepted)
@@ -148,6 +154,8 @@ def _run_steps(
       tally = Tally.read(sums)
       results.put(step, metrics, tally)
       stop.votes = tally.stopping
+      if run.train.replica_check_every and step % run.train.replica_check_every == 0:
+        replicas.check(step, state.model)
       evaluate()
       save_due |= step % run.checkpoint.every == 0
       if save_due and accepted():
@@ -212,29 +220,30 @@ def check_start(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer
   """Finds a user's mistake in what a run starts from, before anything is compiled.
 
   Raises:
-    CheckpointError: the checkpoint is damaged or of another model, or `init_from` does not fit.
+    CheckpointError: the checkpoint is of another model, or `init_from` does not fit.
   """
   latest = checkpointer.latest_step
   if latest is not None:
-    checkpointer.check(latest, params=abstract.model, train=abstract._replace(model=None))
+    with contextlib.suppress(DamagedError):  # an older one may be whole
+      checkpointer.check(latest, params=abstract.model, train=abstract._replace(model=None))
   elif run.train.init_from:
     start.check_init_from(run, abstract.model)
 
 
-def restore_or_init(run: RunConfig, abstract: TrainState, checkpointer: Checkpointer) -> TrainState:
-  """Returns the state to start from. The first that applies:
+def restore_or_init(
+  run: RunConfig, abstract: TrainState, checkpointer: Checkpointer
+) -> tuple[TrainState, dict[str, Any] | None]:
+  """Returns the state to start from, and that of the data with it. The first that applies:
 
-  1. this run's newest checkpoint;
+  1. this run's newest checkpoint that is whole;
   2. a fresh state with the params of `train.init_from`;
   3. a fresh state.
   """
-  latest = checkpointer.latest_step
-  if latest is not None:
-    params, train = checkpointer.restore(
-      latest, params=abstract.model, train=abstract._replace(model=None)
-    )
-    logging.info("resuming at step %d", latest)
-    return train._replace(model=params)
+  if checkpointer.latest_step is not None:
+    train = abstract._replace(model=None)
+    restored = checkpointer.restore_newest(params=abstract.model, train=train)
+    logging.info("resuming at step %d", restored.step)
+    return restored.train._replace(model=restored.params), restored.data
   # Initialisation runs once: on a CPU its compile time is what counts.
   options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
   state = jax.jit(functools.partial(_fresh, run), compiler_options=options)()
@@ -242,7 +251,7 @@ def restore_or_init(run: RunConfig, abstract: TrainState, checkpointer: Checkpoi
     parts = start.fresh_parts(run)
     model = checkpoint.init_from(run.train.init_from, state.model, fresh_parts=parts)
     state = state._replace(model=model)
-  return state
+  return state, None
 
 
 class Results:

@@ -19,6 +19,10 @@ IMAGE = 18  # positions of a picture
 WEIGHTS = {"captions": 45.0, "interleaved": 45.0, "text": 10.0}
 
 
+PATHS = {"captions": ["c-0", "c-1", "c-2"], "interleaved": ["i-0"], "text": ["t-0"]}
+HASHES = [3 * "a1b2c3d4e5f6", "0123456789ab", "ba9876543210"]
+
+
 def make_index(lengths, images, splittable=True) -> Index:
   """Pictures are one after another, after the first position."""
   starts = [[1 + IMAGE * i for i in range(n)] for n in images]
@@ -148,21 +152,37 @@ def test_plan_once_covers_all_about_in_order(indexes):
 
 
 def test_changed_data_is_told(indexes):
-  then = fingerprint(make_data(), IMAGE, indexes)
-  check_fingerprint(json.loads(json.dumps(then)), then, 0)
-  now = fingerprint(make_data(seq_len=256), IMAGE, indexes)
+  then = fingerprint(make_data(), IMAGE, indexes, HASHES)
+  check_fingerprint(json.loads(json.dumps(then)), then, 0, PATHS)
+  now = fingerprint(make_data(seq_len=256), IMAGE, indexes, HASHES)
   with pytest.raises(ConfigError, match=r"other data .seq_len: 512 then, 256 now"):
-    check_fingerprint(then, now, 0)
+    check_fingerprint(then, now, 0, PATHS)
+
+
+def test_replaced_shards_are_named(indexes):
+  """All counts are equal: only the content of the second of three shards is another."""
+  then = json.loads(json.dumps(fingerprint(make_data(), IMAGE, indexes, HASHES)))
+  first, *others = HASHES
+  now = fingerprint(make_data(), IMAGE, indexes, [first[:12] + 12 * "f" + first[24:], *others])
+  with pytest.raises(ConfigError, match=r"source 'captions': c-1 had other content then\)"):
+    check_fingerprint(then, now, 0, PATHS)
+  now = fingerprint(make_data(), IMAGE, indexes, [12 * "e" + 24 * "f", *others])
+  with pytest.raises(ConfigError, match="captions': c-0 and 2 more shards had other content then"):
+    check_fingerprint(then, now, 0, PATHS)
+  now = fingerprint(make_data(), IMAGE, indexes, [first[:24], *others])
+  with pytest.raises(ConfigError, match="source 'captions' had 3 shards then, and has 2 now"):
+    check_fingerprint(then, now, 0, PATHS)
 
 
 def test_weights_of_later_steps_may_still_change(indexes):
   """Windows of 64 rows are 4 batches: the one that begins at 8 depends on no step after 11."""
   then, now = (
-    fingerprint(make_data(reweight=(change(step, text=0.5),)), IMAGE, indexes) for step in (12, 20)
+    fingerprint(make_data(reweight=(change(step, text=0.5),)), IMAGE, indexes, HASHES)
+    for step in (12, 20)
   )
-  check_fingerprint(json.loads(json.dumps(then)), now, 8)
+  check_fingerprint(json.loads(json.dumps(then)), now, 8, PATHS)
   with pytest.raises(ConfigError, match=r"reweight: \[\[12, \['text', 0.5\]\]\] then, \[\] now"):
-    check_fingerprint(then, now, 9)
+    check_fingerprint(then, now, 9, PATHS)
 
 
 # --- weights that change, groups, epochs and limits
@@ -399,15 +419,17 @@ def test_going_on_with_weights_of_examples_is_exact(indexes):
 
 def test_what_weights_are_shares_of_is_told_when_it_changes(indexes):
   positions, examples = (
-    fingerprint(make_data(weight_by=kind), IMAGE, indexes) for kind in ("positions", "examples")
+    fingerprint(make_data(weight_by=kind), IMAGE, indexes, HASHES)
+    for kind in ("positions", "examples")
   )
   for then, now in ((positions, examples), (examples, positions)):
     with pytest.raises(ConfigError, match=r"weight_by: \w+ then, \w+ now"):
-      check_fingerprint(json.loads(json.dumps(then)), now, 0)
-  silent = {key: value for key, value in positions.items() if key != "weight_by"}
-  check_fingerprint(silent, positions, 0)  # a state from before there was a choice
+      check_fingerprint(json.loads(json.dumps(then)), now, 0, PATHS)
+  unsaid = ("weight_by", "shards")
+  silent = {key: value for key, value in positions.items() if key not in unsaid}
+  check_fingerprint(silent, positions, 0, PATHS)  # a state from before there was a choice
   with pytest.raises(ConfigError, match="weight_by: positions then, examples now"):
-    check_fingerprint(silent, examples, 0)
+    check_fingerprint(silent, examples, 0, PATHS)
 
 
 # --- one source a row

@@ -318,6 +318,20 @@ def test_settings_that_do_not_fit(small):
     make_pipeline(dataclasses.replace(data, tokenizer="none"), INPUTS)
 
 
+def test_other_pictures_under_the_same_captions_are_refused(write, jpeg, sample_data):
+  """All counts, sizes of rows and file names are equal; the message names the shard."""
+  pictures = [jpeg(10 * level) for level in range(8)]
+  records = [[picture, f"caption {i}"] for i, picture in enumerate(pictures)]
+  source = write("captions", records, num_shards=2)
+  data = sample_data(sources=(source,), images_per_row=2, batch_size=2, window_rows=2)
+  state = make_pipeline(data, INPUTS).state()
+  make_pipeline(data, INPUTS, state=state)
+  swapped = [[picture, r[1]] for picture, r in zip(reversed(pictures), records, strict=True)]
+  write("captions", swapped, num_shards=2)
+  with pytest.raises(ConfigError, match=r"captions-00000-of-00002\.arrayrecord and 1 more shards"):
+    make_pipeline(data, INPUTS, state=state)
+
+
 def test_state_of_other_data(small):
   data = small([["a"]])
   state = make_pipeline(data, INPUTS).state()

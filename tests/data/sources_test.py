@@ -5,10 +5,12 @@ import pathlib
 import pickle
 
 import msgpack
+import numpy as np
 import pytest
 from array_record.python import array_record_module
 
 from mm1_jax.config import SourceConfig
+from mm1_jax.data import sources
 from mm1_jax.data.sources import DataError, RecordError, Source, write_shards
 from tests.helpers.records import conversation, document
 
@@ -86,3 +88,27 @@ def test_record_that_is_not_msgpack(tmp_path):
   for i in (1, 2):
     with pytest.raises(RecordError, match=f"source 'raw', record {i}: not msgpack"):
       source[i]
+
+
+def test_hashes_of_shards_tell_replaced_records(tmp_path):
+  """Of a shard of many blocks of 64 kB: any record of another length, wherever it is."""
+  rng = np.random.default_rng(0)
+  texts = [rng.bytes(500).hex() for _ in range(3000)]
+
+  def hashed(texts: list[str]) -> str:
+    records = [document(str(i), text) for i, text in enumerate(texts)]
+    paths = sources.write_shards(records, str(tmp_path / "x"), 2)
+    assert min(pathlib.Path(path).stat().st_size for path in paths) > 10 * sources.SAMPLE
+    return sources.sample_hashes(paths)
+
+  first = hashed(texts)
+  assert len(first) == 24
+  assert hashed(texts) == first
+  for i in (0, 801, 1500, 2999):
+    other = hashed([*texts[:i], texts[i] + rng.bytes(3).hex(), *texts[i + 1 :]])
+    assert [other[:12] != first[:12], other[12:] != first[12:]] == [i % 2 == 0, i % 2 == 1]
+
+
+def test_a_shard_that_is_gone_is_named(tmp_path):
+  with pytest.raises(DataError, match=r"the shard .*gone\.arrayrecord cannot be read"):
+    sources.sample_hashes([str(tmp_path / "gone.arrayrecord")])

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import tensorstore
 from etils import epath
 from jax.sharding import Mesh
 
 from mm1_jax import checkpoint
+from mm1_jax.checksum import host_sum, to_hex
 from mm1_jax.config import MeshConfig, RunConfig
 from mm1_jax.convert import ConvertError
 from mm1_jax.data.examples import Encoder, make_encoder
@@ -134,24 +134,28 @@ class RunReader:
       CheckpointError: the checkpoint is damaged.
       ConvertError: a param is not finite.
     """
-    names = dict.fromkeys(part.name for part in self.parts)
-    for name in names:
+    recorded = checkpoint.read_checksums(self.params.parent)
+    checkpoint.warn_of_changes(self.params.parent, recorded)
+    saved = recorded[checkpoint.ARRAYS][checkpoint.PARAMS] if recorded else {}
+    for name in dict.fromkeys(part.name for part in self.parts):
       blocks = [part for part in self.parts if part.name == name]
       array = self._open(name)
       size = max(1, int(np.prod(blocks[0].shape)) * array.dtype.numpy_dtype.itemsize)
       at_once = max(1, READ_BYTES // size)
+      sums, num_read = np.zeros(2, np.uint32), 0
       for start in range(0, len(blocks), at_once):
         group = blocks[start : start + at_once]
         for part, value in zip(group, self._read(array, name, group), strict=True):
+          sums, num_read = sums + host_sum(value, num_read), num_read + value.size
           if not np.isfinite(value.astype(np.float32)).all():
             raise ConvertError(f"'{self.params}': {part.path} has values that are not finite.")
           yield part, value
+      if name in saved and to_hex(sums) != saved[name].checksum:
+        raise checkpoint.not_as_saved(self.params, [name])
 
   def _open(self, name: str) -> Any:
-    base = self.params if "://" in str(self.params) else f"file://{self.params}"
-    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": str(base), "path": f"{name}/"}}
     try:
-      return tensorstore.open(spec, open=True, read=True).result()
+      return checkpoint.open_array(self.params, name)
     except Exception as e:
       raise checkpoint.damaged(f"{self.params}: {name}", e) from e
 

@@ -32,6 +32,7 @@ from mm1_jax.data.build.shards import (
   TEMPORARY,
   Job,
   build_shard,
+  shard_fault,
   shard_path,
   sidecar_path,
   work_folder,
@@ -140,19 +141,33 @@ def _finished_jobs(options: BuildOptions, jobs: list[Job]) -> set[str]:
     ]
   )
   there = [job for job in jobs if job.name in shards and job.name in sidecars]
-  done = set()
+  built = {}
   for job, sidecar in zip(there, _read_sidecars(options, there), strict=True):
     if sidecar["key"] == job.key:
-      if sidecar["shard"]["bytes"] == sizes[shards[job.name]]:  # not cut off since
-        done.add(job.name)
+      built[job.name] = shards[job.name], sidecar["shard"]
     elif not options.overwrite:
       raise DataError(
         f"{shards[job.name]} was built {_difference(options, job, sidecar)}. Give --overwrite to "
         f"build it again, or another --output."
       )
+  done = _whole_shards(built)
   # A sidecar must not outlive its shard: shards are padded, so another may be of the same size.
   FileSystems.delete([sidecars[job.name] for job in there if job.name not in done])
   return done
+
+
+def _whole_shards(built: dict[str, tuple[str, dict[str, Any]]]) -> set[str]:
+  """Returns the names of the shards that are what was built; reads all of them.
+
+  Args:
+    built: path, size and hash of each, by name.
+  """
+  with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    faults = dict(zip(built, pool.map(lambda b: shard_fault(*b), built.values()), strict=True))
+  for name, fault in faults.items():
+    if fault:
+      logging.warning("%s %s: it is built again", built[name][0], fault)
+  return {name for name, fault in faults.items() if not fault}
 
 
 def _difference(options: BuildOptions, job: Job, sidecar: dict[str, Any]) -> str:

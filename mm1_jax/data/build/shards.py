@@ -174,6 +174,24 @@ def finished(path: str, options: BuildOptions) -> Iterator[str]:
       os.unlink(local)
 
 
+def shard_fault(path: str, about: dict[str, Any]) -> str:
+  """Returns how a file differs from the size and hash of a sidecar or manifest; '' if it does not.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  size, hasher = 0, hashlib.sha256()
+  with files.open_raw(path) as file:
+    while block := file.read(files.CHUNK_BYTES):
+      size += len(block)
+      hasher.update(block)
+  if size != about["bytes"]:
+    return f"has {size} bytes, not {about['bytes']}"
+  if hasher.hexdigest() != about["sha256"]:
+    return "is not what was built: its sha256 differs"
+  return ""
+
+
 def _sha256(path: str) -> str:
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

@@ -68,6 +68,21 @@ def test_finished_shards_are_left_alone(flags, tmp_path):
   assert not list((tmp_path / "out.build").glob(".tmp*"))
 
 
+def test_a_flipped_bit_of_a_finished_shard_is_seen(flags, tmp_path, caplog):
+  """The size is the same, and it would be read without an error at most places."""
+  main(flags)
+  before = shards(tmp_path / "out")
+  shard = tmp_path / "out-00003-of-00006.arrayrecord"
+  data = bytearray(shard.read_bytes())
+  data[len(data) // 2] ^= 1
+  shard.write_bytes(data)
+  main(flags)
+  assert hashes(tmp_path / "out") == {name: found[0] for name, found in before.items()}
+  assert f"{shard} is not what was built: its sha256 differs: it is built again" in caplog.text
+  after = shards(tmp_path / "out")
+  assert [name for name in before if after[name] != before[name]] == [shard.name]
+
+
 def test_other_flags_or_inputs_are_refused(flags, tmp_path):
   main(flags)
   before = shards(tmp_path / "out")
