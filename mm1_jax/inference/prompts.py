@@ -19,6 +19,7 @@ import PIL.Image
 import PIL.ImageOps
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.config import RunConfig, UserError
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.image import TOO_LARGE, ImageError, on_white, read_header
@@ -81,6 +82,8 @@ def read_prompt(
   for turn in turns:
     for i, item in enumerate(turn["content"]):
       if isinstance(item, str):
+        if not untrusted.is_text(item):
+          raise PromptError(f"the text {untrusted.shown(item)} has half of a character in it.")
         turn["content"][i] = {"text": item}
       else:
         files.append(_read(item))
@@ -146,8 +149,8 @@ def _turn(turn: Any) -> dict[str, Any]:
   role, content = (turn.get(k) if isinstance(turn, Mapping) else None for k in ("role", "content"))
   if role not in ROLES or not isinstance(content, str | Iterable):
     raise PromptError(
-      f"a turn is {turn!r}; it must be {{'role': one of {ROLES}, 'content': a text, or a list of "
-      f"texts and images}}."
+      f"a turn is {untrusted.shown(turn)}; it must be {{'role': one of {ROLES}, 'content': a "
+      f"text, or a list of texts and images}}."
     )
   return {"role": role, "content": [content] if isinstance(content, str) else list(content)}
 

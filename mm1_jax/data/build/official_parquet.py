@@ -4,13 +4,13 @@
 Pictures in the files are written into a folder, as they are, for `data.build llava --images=`.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow.parquet
 
+from mm1_jax import untrusted
 from mm1_jax.data.build.official_documents import READ
 from mm1_jax.data.build.official_rows import ROLES, Row, row
 from mm1_jax.data.image import read_header
@@ -48,7 +48,7 @@ def synthdog_parquet(*paths: pathlib.Path, pictures: str) -> Iterator[Row]:
   """SynthDoG's published files: `image`, and `ground_truth` as in `metadata.jsonl`."""
   folder = _empty_folder(pictures)
   for name, value in rows_of(paths):
-    text = json.loads(value["ground_truth"])["gt_parse"]["text_sequence"]
+    text = untrusted.loads(value["ground_truth"])["gt_parse"]["text_sequence"]
     yield row(name, _write(folder, name, value["image"]), (READ, text.strip()))
 
 
