@@ -14,6 +14,7 @@ import json
 import pickle
 import pickletools
 import re
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ TOO_DEEP = "JSON nested too deeply"
 # What a value that is not of the form that code expects makes that code raise.
 STRAY = (
   *(LookupError, TypeError, AttributeError, ValueError, SyntaxError),
-  *(ArithmeticError, RecursionError, MemoryError),
+  *(ArithmeticError, RecursionError, MemoryError, struct.error),
 )
 _SHOWN_CHARS = 200
 # A terminal obeys the control characters, and the marks of direction reorder what is beside them.
@@ -45,7 +46,7 @@ class Malformed(ValueError):
     self.reason = reason
 
 
-def loads(data: bytes | str, *, unique: bool = False) -> Any:
+def loads(data: bytes | bytearray | str, *, unique: bool = False) -> Any:
   """Returns the value of a JSON text.
 
   Args:
@@ -56,7 +57,7 @@ def loads(data: bytes | str, *, unique: bool = False) -> Any:
     Malformed: it is none, or nested in more than `MAX_DEPTH` levels.
   """
   try:
-    text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+    text = data if isinstance(data, str) else data.decode("utf-8-sig")
   except UnicodeDecodeError as e:
     raise Malformed(NOT_UTF8, f"byte {e.start}") from e
   try:
@@ -156,7 +157,7 @@ def parse_literal(text: Any) -> Any:
     raise ValueError(f"{shown(text)} is no list in Python's notation")
   try:
     return ast.literal_eval(text)
-  except (SyntaxError, TypeError, RecursionError, MemoryError) as e:
+  except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as e:
     raise ValueError(f"{shown(text)} is no list in Python's notation") from e
 
 

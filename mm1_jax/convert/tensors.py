@@ -103,7 +103,8 @@ def _read_index(path: pathlib.Path) -> Mapping[str, str]:
     # A path out of the folder is a mistake or an attack.
     if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
       raise ConvertError(f"'{path}' names '{name}', which is no .safetensors file beside it.")
-  missing = [name for name in names if not (path.parent / name).exists()]
+  here = {file.name for file in path.parent.iterdir()}
+  missing = [name for name in names if name not in here]
   if missing:
     raise ConvertError(
       f"{len(missing)} of {len(names)} shards that '{path}' names are missing: {shorten(missing)}."

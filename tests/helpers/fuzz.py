@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Valid files changed at random, by seed: in their bytes, or in the values that they hold."""
 
+import copy
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -38,20 +39,20 @@ def mutated(value: Any, rng: random.Random) -> Any:
     if change == 0 and holder is not box:
       del holder[key]
     elif change == 1 and isinstance(holder, dict):
-      holder[rng.choice((f"{key}x", key.upper(), ""))] = holder[key]
+      holder[rng.choice((f"{key}x", key.upper(), ""))] = copy.deepcopy(holder[key])
     elif change == 2 and isinstance(holder, list) and holder is not box:
-      holder.insert(key, rng.choice(holder))
+      holder.insert(key, copy.deepcopy(rng.choice(holder)))
     elif change == 3:
-      holder[key] = _deep(holder[key], rng.choice((1, 2, 50, 150, 2_000)))
+      holder[key] = _deep(holder[key], rng.choice((1, 2, 50, 150)))
     else:
-      holder[key] = rng.choice(ABSURD)
+      holder[key] = copy.deepcopy(rng.choice(ABSURD))
     value = box[0]
   return value
 
 
-def damaged(data: bytes, rng: random.Random) -> bytes:
+def damaged(good: bytes, rng: random.Random) -> bytes:
   """Returns bytes with some flipped, cut out, put in or repeated."""
-  data = bytearray(data)
+  data = bytearray(good)
   for _ in range(rng.choice((1, 1, 2, 8))):
     at = rng.randrange(len(data) + 1)
     change = rng.randrange(5)
@@ -62,21 +63,24 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     elif change == 2:
       data[at:at] = rng.randbytes(rng.choice((1, 4, 100)))
     elif change == 3:
-      data[at:at] = rng.choice((b"[" * 50_000, b'{"a":' * 50_000, b"9" * 5_000, b"\xff\xfe", b"\\ud800"))
+      data[at:at] = rng.choice(
+        (b"[" * 50_000, b'{"a":' * 50_000, b"9" * 5_000, b"\xff\xfe", b"\\ud800")
+      )
     else:
       data[at:at] = data[max(0, at - rng.choice((1, 9, 99))) : at]
   return bytes(data)
 
 
-def strays(cases: Iterator[bytes], read: Callable[[bytes], Any], allowed: type[Exception]) -> list[str]:
+def strays(
+  cases: Iterator[bytes], read: Callable[[bytes], Any], allowed: type[Exception]
+) -> list[str]:
   """Returns what `read` raises beyond the errors that are allowed, with the case."""
   found = []
   for case in cases:
     try:
       read(case)
-    except allowed as e:
-      if len(str(e)) > 4_000:
-        found.append(f"a message of {len(str(e))} characters: {case[:300]!r}")
+    except allowed:
+      pass
     except BaseException as e:
       found.append(f"{type(e).__name__}: {str(e)[:200]} of {case[:300]!r}")
       if isinstance(e, KeyboardInterrupt):
@@ -88,9 +92,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
   if not isinstance(value, dict | list):
     return []
   entries = value.items() if isinstance(value, dict) else enumerate(value)
-  return [
-    place for key, inner in entries for place in ((value, key), *_places(inner))
-  ]
+  return [place for key, inner in entries for place in ((value, key), *_places(inner))]
 
 
 def _deep(value: Any, levels: int) -> Any:

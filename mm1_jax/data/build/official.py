@@ -253,9 +253,9 @@ def convert(name: str, paths: list[pathlib.Path], **options: str) -> Iterator[Ro
   count, values = 0, [value for path in paths for value in read_file(path, name)]
   try:
     for one in SETS[name](*values, **options):
-      said = [turn["value"] for turn in one["conversations"]]
-      if wrong := [text for text in said if not untrusted.is_text(text)]:
-        raise TypeError(f"what is said is {untrusted.shown(wrong[0])}")
+      texts = [one["id"], *one["image"], *(turn["value"] for turn in one["conversations"])]
+      if wrong := [text for text in texts if not untrusted.is_text(text)]:
+        raise TypeError(f"{untrusted.shown(wrong[0])} is no text")
       yield one
       count += 1
   except DataError:

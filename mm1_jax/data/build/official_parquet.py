@@ -10,12 +10,13 @@ from typing import Any
 
 import pyarrow.parquet
 
-from mm1_jax import untrusted
+from mm1_jax import parquet, untrusted
 from mm1_jax.data.build.official_documents import READ
 from mm1_jax.data.build.official_rows import ROLES, Row, row
 from mm1_jax.data.image import read_header
 from mm1_jax.data.sources import DataError
 
+MAX_PAGE_BYTES = 1 << 30  # decompressed
 ROWS_AT_ONCE = 64  # in memory, with their pictures
 
 
@@ -61,6 +62,7 @@ def rows_of(paths: tuple[pathlib.Path, ...]) -> Iterator[tuple[str, dict[str, An
   for i, path in enumerate(paths):
     count = 0
     try:
+      parquet.check(path, MAX_PAGE_BYTES)
       for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE):
         for value in batch.to_pylist():
           yield f"{i:04d}-{count:07d}", value

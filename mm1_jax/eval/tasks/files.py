@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from mm1_jax import extras, untrusted
+from mm1_jax import extras, parquet, untrusted
 from mm1_jax.eval.task import EvalError, Item, Picture
 
 T = TypeVar("T")
@@ -21,6 +21,7 @@ Row = Mapping[str, Any]
 
 MAX_FILE_BYTES = 8 << 30  # files are read whole; SEED's TSV, the largest, is about 2 GiB
 MAX_PICTURE_BYTES = 64 << 20
+MAX_PAGE_BYTES = 1 << 30  # of Parquet, decompressed
 MAX_TEXT = 1_000_000  # characters of a question, an answer or a choice
 MAX_FIELD = 4 * MAX_PICTURE_BYTES // 3 * 8  # of a TSV: several pictures as base64
 
@@ -155,6 +156,7 @@ def _parquet(path: epath.Path) -> Iterator[dict[str, Any]]:
   import pyarrow.parquet as pq
 
   try:
+    parquet.check(path, MAX_PAGE_BYTES)
     with path.open("rb") as file, pq.ParquetFile(file) as table:
       for batch in table.iter_batches(batch_size=64):  # with their pictures
         yield from batch.to_pylist()
