@@ -22,7 +22,7 @@ from etils import epath
 from mm1_jax import untrusted
 from mm1_jax.config import RunConfig, UserError
 from mm1_jax.data.examples import Encoder
-from mm1_jax.data.image import TOO_LARGE, ImageError, on_white, read_header
+from mm1_jax.data.image import TOO_LARGE, UNREADABLE, ImageError, on_white, read_header
 from mm1_jax.data.sources import ROLES
 from mm1_jax.data.tiling import Tile, decode_pictures
 from mm1_jax.data.tokenizer import IMAGE
@@ -115,6 +115,19 @@ def check_image(image: Image, run: RunConfig) -> tuple[int, int]:
   file = _read(image)
   _decode([file.data], [file], run)
   return read_header(file.data)[0]
+
+
+def count_pixels(image: Image) -> int:
+  """Returns the pixels of a picture by its header; none of them is decoded.
+
+  Raises:
+    PromptError: it cannot be read, or has no header.
+  """
+  file = _read(image)
+  (height, width), kind = read_header(file.data)
+  if not kind:
+    raise PromptError(f"{file.name} cannot be used: {UNREADABLE}.")
+  return height * width
 
 
 def fill_slots(text: str, images: Sequence[Item]) -> list[Item]:

@@ -61,7 +61,7 @@ def _describe(member: tarfile.TarInfo, name: str, pax: dict[str, str]) -> None:
   """Sets what the headers before a member say of it."""
   member.name = pax.get("path", name or member.name)
   if "size" in pax:
-    member.size = int(pax["size"])
+    member.size = _whole(pax["size"])
   if member.type == tarfile.GNUTYPE_SPARSE:  # more headers follow, of its holes
     raise BrokenFile(SPARSE)
   if any(key.startswith("GNU.sparse.") for key in pax):
@@ -87,13 +87,20 @@ def _records(data: bytes) -> dict[str, str]:
   records, at = {}, 0
   while at < len(data) and data[at]:
     space = data.find(b" ", at, at + _MAX_LENGTH_DIGITS)
-    length = int(data[at:space]) if space > 0 else 0
-    if not space - at < length <= len(data) - at:
+    length = _whole(data[at:space]) if space > at else 0
+    if not max(0, space - at) < length <= len(data) - at:
       raise tarfile.ReadError("a pax header is damaged")
     key, _, value = data[space + 1 : at + length - 1].decode(*_CODING).partition("=")
     records[key] = value
     at += length
   return records
+
+
+def _whole(text: str | bytes) -> int:
+  try:
+    return int(text)
+  except ValueError as e:
+    raise tarfile.ReadError("a pax header has letters for a number") from e
 
 
 def _padded(size: int) -> int:
