@@ -2,8 +2,8 @@
 """What the command lines share: flags, loading of configs, one line for a user's mistake, logging.
 
 Exit codes, of every command: 0 when it is done, or for --help; 1 for a user's mistake, and for a
-disk that is full or cannot be written; 130 for Ctrl-C; 141 where what reads its output has ended; `--stopped-code` of a training run that a signal
-stopped.
+disk that is full or cannot be written; 130 for Ctrl-C; 141 where what reads its output has ended;
+`--stopped-code` of a training run that a signal stopped.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from mm1_jax import untrusted
+from mm1_jax import interrupts, untrusted
 from mm1_jax.config import ConfigError, RunConfig, UserError
 from mm1_jax.config_files import ConfigFile
 from mm1_jax.overrides import Override, is_switch
 
-COMMAND = "mm1"  # the console command
+COMMAND = interrupts.COMMAND
 # What `mm1 NAME` runs, the same as `python -m MODULE`, and what it does.
 PROGRAMS = {
   "train": ("mm1_jax.main", "trains a model: pre-training, fine-tuning"),
@@ -190,6 +190,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
   """Runs a program; what its user can mend ends it with one line, and the code above."""
+  interrupts.watch()
   show_story()
   if not faulthandler.is_enabled():
     faulthandler.enable()  # where a crash in native code was
@@ -199,13 +200,13 @@ def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
   except UserError as e:
     sys.exit(f"error: {_line(e)}")
   except KeyboardInterrupt:
-    _end("stopped by Ctrl-C", 130)
+    _end(interrupts.LINE, interrupts.CODE)
   except BrokenPipeError:  # what read the output has ended, as in `mm1 --help | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     sys.exit(141)
   except Exception as e:
     if "KeyboardInterrupt" in _kinds(e):
-      _end("stopped by Ctrl-C", 130)
+      _end(interrupts.LINE, interrupts.CODE)
     if message := _of_the_disk(e):
       _end(f"error: {message}", 1)
     raise
