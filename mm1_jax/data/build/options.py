@@ -245,7 +245,7 @@ def _add_bounds(add: Any, flags: FormatFlags) -> None:
   add("--max-header-kb", type=float, default=BOUNDS.header / 1e3, metavar="KB", help=header)
   page = "drop row groups of Parquet with a larger page, decompressed (256)"
   add("--max-page-mb", type=float, default=BOUNDS.page / 1e6, metavar="MB", help=page)
-  file = f"read no more of a file, decompressed ({flags.max_file_gb:g})"
+  file = f"drop what is after so much of a file, decompressed ({flags.max_file_gb:g})"
   add("--max-file-gb", type=float, default=flags.max_file_gb, metavar="GB", help=file)
 
 
