@@ -13,7 +13,7 @@ from mm1_jax.config.errors import ConfigError
 
 
 def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
-  """Builds dataclass `cls`, refusing keys it does not have, and asking for those without a default."""
+  """Builds dataclass `cls`, refusing keys it does not have, and the lack of one without default."""
   if not isinstance(values, Mapping):
     raise ConfigError(f"{path or 'config'} is {values!r}; it must be a group of settings.")
   hints = field_types(cls)
