@@ -21,8 +21,9 @@ from etils import epath
 
 from mm1_jax import untrusted
 from mm1_jax.config import RunConfig, UserError
+from mm1_jax.data import image as pixels
 from mm1_jax.data.examples import Encoder
-from mm1_jax.data.image import TOO_LARGE, UNREADABLE, ImageError, on_white, read_header
+from mm1_jax.data.image import TOO_LARGE, ImageError, on_white, read_header
 from mm1_jax.data.sources import ROLES
 from mm1_jax.data.tiling import Tile, decode_pictures
 from mm1_jax.data.tokenizer import IMAGE
@@ -124,10 +125,10 @@ def count_pixels(image: Image) -> int:
     PromptError: it cannot be read, or has no header.
   """
   file = _read(image)
-  (height, width), kind = read_header(file.data)
-  if not kind:
-    raise PromptError(f"{file.name} cannot be used: {UNREADABLE}.")
-  return height * width
+  try:
+    return pixels.count_pixels(file.data)
+  except ImageError as e:
+    raise PromptError(f"{file.name} cannot be used: {e.reason}.") from e
 
 
 def fill_slots(text: str, images: Sequence[Item]) -> list[Item]:

@@ -19,6 +19,7 @@ import urllib.request
 import httpx
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 
 from mm1_jax.config import UserError
@@ -76,7 +77,7 @@ class Visitor:
     assert answered["success"], answered
     ended = await self.call(END, [None])
     assert ended["success"], ended
-    return ended["output"]["data"][0][-1]["content"]
+    return json.dumps(ended["output"]["data"][0][-1]["content"])
 
   async def upload(self, data: bytes, name: str = "x.png") -> httpx.Response:
     return await self._client.post("/gradio_api/upload", files={"files": (name, data)})
@@ -141,47 +142,54 @@ def memory(process: subprocess.Popen) -> int:
   return int(status.partition("VmRSS:")[2].split()[0]) // 1000
 
 
+def cpu_seconds(process: subprocess.Popen) -> float:
+  """Returns the seconds that a process has computed."""
+  times = psutil.Process(process.pid).cpu_times()
+  return times.user + times.system
+
+
 def test_one_picture_named_60_times_holds_nobody_up(page):
-  """130 kB that decode to 2.4 billion pixels; another visitor asks meanwhile."""
-  url, _ = page
+  """130 kB that decode to 2.4 billion pixels."""
+  url, process = page
 
   async def attack(client):
     await Visitor(client).ask(PROMPT)  # compiles
     picture = (await Visitor(client).upload(png(6200, 6400))).json()[0]
-    start = time.monotonic()
+    start = cpu_seconds(process)
     first, second = Visitor(client), Visitor(client)
     often, twice = await asyncio.gather(
       first.begin("?", (picture,) * 60), second.begin("?", (picture,) * 3)
     )
-    refused = time.monotonic() - start
+    spent = cpu_seconds(process) - start
     await Visitor(client).ask(PROMPT)
-    return often, twice, refused, time.monotonic() - start
+    return often, twice, spent
 
-  often, twice, refused, answered = visit(url, attack)
+  often, twice, spent = visit(url, attack)
   assert "60 images; at most 8 are looked at" in often["output"]["error"]
   assert "119.0 million pixels together; at most 80" in twice["output"]["error"]
-  # Bounds, and not speed: decoding would take minutes.
-  assert refused < 20
-  assert answered < 40
+  print(f"{spent:.2f} s of the processor for both")
+  assert spent < 1  # decoding one of the 63 takes about as long
 
 
 def test_texts_are_counted_before_they_are_read(page):
   url, process = page
 
   async def attack(client):
-    before, start = memory(process), time.monotonic()
-    large = await Visitor(client).begin("word " * 16_000_000)
-    seconds = time.monotonic() - start
+    before, start = memory(process), cpu_seconds(process)
+    with contextlib.suppress(httpx.TransportError):  # the connection is closed while it is sent
+      large = await Visitor(client).begin("word " * 16_000_000)
+      assert (large["status"], "a request may have" in large["output"]) == (413, True)
+    spent = cpu_seconds(process) - start
     question = await Visitor(client).begin("a" * 1001)
     system = await Visitor(client).begin("a", system="b" * 1001)
     await Visitor(client).ask("a" * 100)
-    return large, question, system, seconds, memory(process) - before
+    return question, system, spent, memory(process) - before
 
-  large, question, system, seconds, grown = visit(url, attack)
-  assert (large["status"], "a request may have" in large["output"]) == (413, True)
+  question, system, spent, grown = visit(url, attack)
+  print(f"{spent:.2f} s of the processor, {grown} MB")
   assert "question has 1,001 characters; at most 1,000" in question["output"]["error"]
   assert "instructions have 1,001 characters" in system["output"]["error"]
-  assert seconds < 20
+  assert spent < 1
   assert grown < 100
 
 
