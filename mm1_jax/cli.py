@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the command lines share: flags, loading of configs, one line for a user's mistake, logging.
 
-Exit codes, of every command: 0 when it is done, or for --help; 1 for a user's mistake; 130 for
-Ctrl-C; 141 where what reads its output has ended; `--stopped-code` of a training run that a signal
-stopped.
+Exit codes, of every command: 0 when it is done, or for --help; 1 for a user's mistake, and for a
+disk that is full or cannot be written; 130 for Ctrl-C; 141 where what reads its output has ended;
+`--stopped-code` of a training run that a signal stopped.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import difflib
+import errno
 import faulthandler
 import logging as std_logging
 import os
@@ -17,16 +19,17 @@ import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from absl import flags, logging
 
+from mm1_jax import interrupts, untrusted
 from mm1_jax.config import ConfigError, RunConfig, UserError
 from mm1_jax.config_files import ConfigFile
 from mm1_jax.overrides import Override, is_switch
 
-COMMAND = "mm1"  # the console command
+COMMAND = interrupts.COMMAND
 # What `mm1 NAME` runs, the same as `python -m MODULE`, and what it does.
 PROGRAMS = {
   "train": ("mm1_jax.main", "trains a model: pre-training, fine-tuning"),
@@ -186,7 +189,8 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-  """Runs a program; a UserError ends it with code 1 and its message, Ctrl-C with code 130."""
+  """Runs a program; what its user can mend ends it with one line, and the code above."""
+  interrupts.watch()
   show_story()
   if not faulthandler.is_enabled():
     faulthandler.enable()  # where a crash in native code was
@@ -194,12 +198,82 @@ def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     program(*args, **kwargs)
     sys.stdout.flush()
   except UserError as e:
-    sys.exit(f"error: {e}")
+    sys.exit(f"error: {_line(e)}")
   except KeyboardInterrupt:
-    sys.exit(130)
+    _end(interrupts.LINE, interrupts.CODE)
   except BrokenPipeError:  # what read the output has ended, as in `mm1 --help | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     sys.exit(141)
+  except Exception as e:
+    if "KeyboardInterrupt" in _kinds(e):
+      _end(interrupts.LINE, interrupts.CODE)
+    if message := _of_the_disk(e):
+      _end(f"error: {message}", 1)
+    raise
+
+
+# What a user can mend at a file or a disk, and how. Other errors of the system are bugs, or tell
+# more by their traceback.
+_MEND = {
+  errno.EACCES: "let this user write and read there, or name another place",
+  errno.EPERM: "let this user write and read there, or name another place",
+  errno.EROFS: "name a place that can be written",
+  errno.ENOSPC: "make room there, or name another place",
+  errno.EDQUOT: "make room within the quota, or name another place",
+  errno.ENOTDIR: "a file is where a folder is needed; name another place",
+  errno.EISDIR: "a folder is where a file is needed; name another place",
+  errno.EEXIST: "a file is where a folder is needed; name another place",
+  errno.ENAMETOOLONG: "give it a shorter name",
+  errno.ELOOP: "its links lead in a circle; correct them",
+}
+
+
+_SPOKEN_OF = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+
+
+def _of_the_disk(error: BaseException) -> str:
+  """Returns what to say about a place that cannot be written or read, "" for other errors."""
+  for cause in _causes(error):
+    if isinstance(cause, OSError) and cause.errno in _MEND:
+      place = f"'{cause.filename}': " if cause.filename else ""
+      return _line(f"{place}{cause.strerror}; {_MEND[cause.errno]}.")
+    # Libraries in other languages have the system's words for it, and no number.
+    for number in _SPOKEN_OF:
+      if not isinstance(cause, OSError) and os.strerror(number) in str(cause):
+        text = " ".join(str(cause).split())[:_LONGEST_CAUSE]
+        return _line(f"{text}; {_MEND[number]}.")
+  return ""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+  seen: list[BaseException] = []
+  while error is not None and error not in seen:
+    seen.append(error)
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+def _kinds(error: BaseException) -> set[str]:
+  return {type(cause).__name__ for cause in _causes(error)}
+
+
+_LONGEST_CAUSE, _LONGEST_LINE = 500, 8_000
+
+
+def _line(message: object) -> str:
+  """Returns a message as a terminal may show it: it may quote what a stranger wrote."""
+  text = untrusted.visible(str(message))
+  left_out = len(text) - _LONGEST_LINE
+  if left_out <= 0:
+    return text
+  half = _LONGEST_LINE // 2
+  return f"{text[:half]} ... {left_out:,} characters not shown ... {text[-half:]}"
+
+
+def _end(line: str, code: int) -> NoReturn:
+  with contextlib.suppress(OSError):  # stderr may be on the disk that is full
+    print(line, file=sys.stderr, flush=True)
+  sys.exit(code)
 
 
 def show_story() -> None:
@@ -209,8 +283,15 @@ def show_story() -> None:
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
-  handler.setFormatter(None)
+  handler.setFormatter(_Visible())
   handler.addFilter(_is_ours)
+
+
+class _Visible(std_logging.Formatter):
+  """The bare message; a file's name or a caption in it moves no cursor."""
+
+  def format(self, record: std_logging.LogRecord) -> str:
+    return untrusted.visible(super().format(record))
 
 
 def _is_ours(record: std_logging.LogRecord) -> bool:

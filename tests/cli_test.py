@@ -4,8 +4,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -143,6 +145,104 @@ def test_a_users_mistake_ends_with_code_1_and_a_bug_with_its_traceback(capsys):
   assert ended.value.code == 130
   with pytest.raises(ZeroDivisionError):
     cli.run(fail, ZeroDivisionError)
+
+
+def write_to_a_full_disk(_: pathlib.Path) -> None:
+  with open("/dev/full", "w") as file:
+    file.write("x")
+
+
+def make_a_folder_in_a_file(folder: pathlib.Path) -> None:
+  (folder / "a").write_text("x")
+  (folder / "a" / "run").mkdir(parents=True)
+
+
+def make_a_folder_that_is_a_file(folder: pathlib.Path) -> None:
+  (folder / "a").write_text("x")
+  (folder / "a").mkdir(exist_ok=True)
+
+
+def write_what_cannot_be_written(_: pathlib.Path) -> None:
+  pathlib.Path("/sys/run").mkdir()
+
+
+def write_through_a_library(folder: pathlib.Path) -> None:
+  try:
+    write_to_a_full_disk(folder)
+  except OSError as e:
+    raise RuntimeError("cannot save") from e
+
+
+def write_through_a_library_in_cpp(_: pathlib.Path) -> None:
+  raise ValueError('RESOURCE_EXHAUSTED: Error writing "/a/b": No space left on device')
+
+
+@pytest.mark.parametrize(
+  ("program", "says"),
+  [
+    (write_to_a_full_disk, "No space left on device; make room"),
+    (make_a_folder_in_a_file, "/a/run': Not a directory; a file is where a folder is needed"),
+    (make_a_folder_that_is_a_file, "/a': File exists; a file is where a folder is needed"),
+    (write_what_cannot_be_written, "'/sys/run': "),
+    (write_through_a_library, "No space left on device; make room"),
+    (write_through_a_library_in_cpp, "No space left on device; make room"),
+  ],
+)
+def test_a_place_that_cannot_be_written_is_one_line(program, says, tmp_path, capsys):
+  with pytest.raises(SystemExit) as ended:
+    cli.run(program, tmp_path)
+  assert ended.value.code == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ")
+  assert says in line
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+  with pytest.raises(FileNotFoundError):
+    cli.run(lambda: pathlib.Path("/gone/file").read_text())
+
+
+def test_ctrl_c_within_a_library_is_ctrl_c(capsys):
+  def program():
+    try:
+      raise KeyboardInterrupt
+    except KeyboardInterrupt as e:
+      raise RuntimeError("cancelled") from e
+
+  with pytest.raises(SystemExit) as ended:
+    cli.run(program)
+  assert (ended.value.code, capsys.readouterr().err) == (130, "stopped by Ctrl-C\n")
+
+
+def test_an_error_moves_no_cursor_and_has_an_end():
+  def program():
+    raise UserError("'\x1b[2J' is wrong" + "x" * 100_000)
+
+  with pytest.raises(SystemExit) as ended:
+    cli.run(program)
+  assert str(ended.value.code).startswith(r"error: '\x1b[2J' is wrong")
+  assert len(str(ended.value.code)) < 9_000
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.2, 0.5, 1.5])
+@pytest.mark.parametrize("module", ["mm1_jax.main", "mm1_jax.inference.chat"])
+def test_ctrl_c_while_starting_is_one_line(module, seconds, tmp_path):
+  """In any of the imports; before its own first line, Python itself has its way."""
+  flags = ["--config=mm1_debug", f"--workdir={tmp_path}"]
+  flags = flags if module == "mm1_jax.main" else [f"--checkpoint={tmp_path}"]
+  code = f"print('begun', flush=True); import runpy; runpy.run_module('{module}', None, '__main__')"
+  code = f"import sys; sys.argv[:1] = ['-m']; import mm1_jax; {code}"
+  with subprocess.Popen(
+    [sys.executable, "-c", code, *flags],
+    **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+  ) as process:
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=600)
+  assert "Traceback" not in said
+  assert process.returncode in (130, 1)  # 1: of the chat, which has found that there is no run
 
 
 # The door.

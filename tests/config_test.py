@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 
+from mm1_jax import untrusted
 from mm1_jax.config import (
   ConfigError,
   ConnectorConfig,
@@ -33,6 +34,7 @@ from mm1_jax.config import (
   RunConfig,
   SourceConfig,
   TrainConfig,
+  UserError,
   VisionConfig,
 )
 from mm1_jax.configs import (
@@ -57,6 +59,7 @@ from mm1_jax.plan.topology import find_topology
 from mm1_jax.ranges import Range
 from mm1_jax.sharding import make_mesh
 from mm1_jax.train import optimizer
+from tests.helpers import fuzz
 
 FAMILY = (mm1_3b, mm1_7b, mm1_30b, mm1_3b_moe, mm1_7b_moe, mm1_30b_moe)
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "configs"
@@ -748,3 +751,20 @@ def test_run_that_does_not_divide_over_its_mesh_is_refused(run, message):
   """The same mistake found by the partitioner is a page of HLO, after minutes."""
   with pytest.raises(ConfigError, match=message):
     RunConfig.from_dict(run).check_mesh(8)
+
+
+def test_changed_configs_by_seed():
+  """What a run's config.json may have become: a config, or one error."""
+  data = json.dumps(mm1_debug.get_config("moe").to_dict()).encode()
+
+  def read(data: bytes) -> None:
+    RunConfig.from_dict(untrusted.parse_json(data, "'config.json'", UserError))
+
+  assert fuzz.strays(fuzz.mutations(data, 400, seed=0), read, UserError) == []
+
+
+def test_an_entry_without_its_name_is_refused():
+  with pytest.raises(
+    ConfigError, match=r"data\.sources\[0\]\.name is not given; it has no default"
+  ):
+    RunConfig.from_dict({"data": {"sources": [{"path": "x"}]}})

@@ -12,7 +12,13 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONTRACTS = {"mm1_jax.config", "mm1_jax.batch", "mm1_jax.extras"}
+CONTRACTS = {
+  "mm1_jax.config",
+  "mm1_jax.batch",
+  "mm1_jax.extras",
+  "mm1_jax.untrusted",
+  "mm1_jax.parquet",
+}
 TRAINING = {"jax", "flax", "optax", "orbax", "torch", "transformers", "tensorflow"}
 
 # Prefix -> ours it may import (itself aside); the longest prefix that fits a module decides.
@@ -22,11 +28,14 @@ MAY_IMPORT: dict[str, set[str]] = {
   "mm1_jax.chips": set(),
   "mm1_jax.batch": set(),
   "mm1_jax.extras": {"mm1_jax.config"},
+  "mm1_jax.untrusted": {"mm1_jax.config"},
+  "mm1_jax.parquet": set(),
   "mm1_jax.sharding": CONTRACTS,
   "mm1_jax.overrides": {"mm1_jax.config"},
   "mm1_jax.config_files": {"mm1_jax.config", "mm1_jax.overrides"},
   "mm1_jax.configs": set(),
-  "mm1_jax.cli": CONTRACTS | {"mm1_jax.config_files", "mm1_jax.overrides"},
+  "mm1_jax.interrupts": set(),
+  "mm1_jax.cli": CONTRACTS | {"mm1_jax.config_files", "mm1_jax.interrupts", "mm1_jax.overrides"},
   "mm1_jax.inputs": CONTRACTS | {"mm1_jax.checkpoint", "mm1_jax.data"},
   "mm1_jax.legend": set(),
   "mm1_jax.metrics": {"mm1_jax.chips"},
@@ -78,6 +87,8 @@ MAY_IMPORT: dict[str, set[str]] = {
   "mm1_jax.eval.tasks": {
     "mm1_jax.config",
     "mm1_jax.extras",
+    "mm1_jax.untrusted",
+    "mm1_jax.parquet",
     "mm1_jax.data.sources",
     "mm1_jax.eval.task",
     "mm1_jax.eval.metrics",

@@ -13,13 +13,17 @@ from mm1_jax.config.errors import ConfigError
 
 
 def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
-  """Builds dataclass `cls`, refusing keys it does not have."""
+  """Builds dataclass `cls`, refusing keys it does not have, and the lack of one without default."""
   if not isinstance(values, Mapping):
     raise ConfigError(f"{path or 'config'} is {values!r}; it must be a group of settings.")
   hints = field_types(cls)
   for key in values:
     if key not in hints:
       raise ConfigError(unknown_key(cls, f"{path}{key}", values[key]))
+  for field in dataclasses.fields(cls):
+    defaults = field.default, field.default_factory
+    if field.name not in values and defaults == (dataclasses.MISSING, dataclasses.MISSING):
+      raise ConfigError(f"{path}{field.name} is not given; it has no default.")
   return cls(**{k: _convert(hints[k], v, f"{path}{k}") for k, v in values.items()})
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from mm1_jax import untrusted
 from mm1_jax.config import DecoderConfig, MoEConfig, RopeScaling, VisionConfig
 from mm1_jax.convert import ConvertError
 from mm1_jax.convert.layouts import (
@@ -352,8 +353,9 @@ def _refuse(settings: Settings, **allowed: tuple) -> None:
   """Raises ConvertError for the first setting that has another than its allowed values."""
   for key, values in allowed.items():
     if settings.get(key) is not None and settings[key] not in values:
+      given = untrusted.shown(settings[key])
       raise ConvertError(
-        f"{key} is {settings[key]!r}; only {' or '.join(map(repr, values))} can be imported."
+        f"{key} is {given}; only {' or '.join(map(repr, values))} can be imported."
       )
 
 

@@ -8,13 +8,14 @@ tokenizer; and `import.json`, which says what became of every tensor.
 import dataclasses
 import json
 import pathlib
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
-from mm1_jax import checkpoint
+from mm1_jax import checkpoint, untrusted
 from mm1_jax.config import (
   ConnectorConfig,
   DataConfig,
@@ -165,11 +166,10 @@ def _open(path: pathlib.Path) -> PartWeights:
   file = next((folder / name for name in (HF, OPEN_CLIP) if (folder / name).exists()), None)
   if file is None:
     raise ConvertError(f"'{folder}' has no {HF} and no {OPEN_CLIP} that describes the weights.")
-  try:
-    settings = json.loads(file.read_text())
-    kind = "open_clip" if "model_cfg" in settings else settings["model_type"]
-  except (ValueError, KeyError, TypeError) as e:
-    raise ConvertError(f"'{file}' is no config of a model ({type(e).__name__}: {e}).") from e
+  settings = untrusted.read_object(file, ConvertError)
+  kind = "open_clip" if "model_cfg" in settings else settings.get("model_type")
+  if not isinstance(kind, str):
+    raise ConvertError(f"'{file}' is no config of a model: its 'model_type' is {kind!r}.")
   return PartWeights({**settings, "model_type": kind}, tensors)
 
 
@@ -184,11 +184,13 @@ def _run_config(
   """Returns the config that the weights need; parts that are not read are at their defaults."""
   vision, decoder = VisionConfig(), DecoderConfig()
   if "vit" in parts:
-    vision = families.vision_config(*parts["vit"], feature_layer)
+    with _of_a_model("vit"):
+      vision = families.vision_config(*parts["vit"], feature_layer)
   if "decoder" in parts:
-    tensors = parts["decoder"].tensors
-    size = max(words.size if words else 0, families.vocab_size(tensors))
-    decoder = families.decoder_config(*parts["decoder"], vocabulary.round_up(size))
+    with _of_a_model("decoder"):
+      tensors = parts["decoder"].tensors
+      size = max(words.size if words else 0, families.vocab_size(tensors))
+      decoder = families.decoder_config(*parts["decoder"], vocabulary.round_up(size))
   connector = ConnectorConfig()
   connector = dataclasses.replace(
     connector, token_grid=tuple(map(min, zip(connector.token_grid, vision.grid, strict=True)))
@@ -196,6 +198,12 @@ def _run_config(
   image_id = words.image_id if words else ModelConfig.image_token_id
   model = ModelConfig(vision, connector, decoder, image_token_id=image_id)
   return RunConfig(name="imported", model=model, data=DataConfig())
+
+
+def _of_a_model(part: str) -> AbstractContextManager[None]:
+  return untrusted.of_form(
+    f"the config of the weights of --{part} is not of its form", ConvertError
+  )
 
 
 def _random(run: RunConfig, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

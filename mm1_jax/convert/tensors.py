@@ -2,16 +2,17 @@
 """Tensors on disk by name, read one at a time: safetensors, in one file or in shards."""
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import safetensors
 
+from mm1_jax import untrusted
 from mm1_jax.convert import ConvertError
 
 INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 256 << 20
 INT8_SCALE = ".int8_scale"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SHOWN = 5  # names listed in a message before "and N more"
@@ -94,16 +95,16 @@ class Tensors:
 
 def _read_index(path: pathlib.Path) -> Mapping[str, str]:
   """Returns the file of each tensor, all of them there."""
-  try:
-    listed = json.loads(path.read_text())["weight_map"]
+  index = untrusted.read_object(path, ConvertError, most=MAX_INDEX_BYTES)
+  with untrusted.of_form(f"'{path}' is no index of shards", ConvertError):
+    listed = index["weight_map"]
     names = sorted(set(listed.values()))
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
-    raise ConvertError(f"'{path}' is no index of shards ({type(e).__name__}: {e}).") from e
   for name in names:
     # A path out of the folder is a mistake or an attack.
     if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
       raise ConvertError(f"'{path}' names '{name}', which is no .safetensors file beside it.")
-  missing = [name for name in names if not (path.parent / name).exists()]
+  here = {file.name for file in path.parent.iterdir()}
+  missing = [name for name in names if name not in here]
   if missing:
     raise ConvertError(
       f"{len(missing)} of {len(names)} shards that '{path}' names are missing: {shorten(missing)}."

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import sentencepiece
 import tokenizers
 
+from mm1_jax import untrusted
 from mm1_jax.checkpoint import TOKENIZERS
 from mm1_jax.convert import ConvertError
 from mm1_jax.data.tokenizer import IMAGE, IMAGE_END, IMAGE_START, is_json, token_text
@@ -53,12 +54,14 @@ def _extend_json(file: pathlib.Path, data: bytes) -> Vocabulary:
   own, beside = TOKENIZERS[".json"]
   try:
     tokenizer = tokenizers.Tokenizer.from_str(data.decode())
-    config = json.loads((file.parent / beside).read_text())
-  except OSError as e:
-    raise ConvertError(f"'{file}' has no {beside} beside it, which says how texts end.") from e
   except Exception as e:  # the library raises plain Exception
-    raise ConvertError(f"'{file}' or the {beside} beside it cannot be read: {e}.") from e
-  tokens = {f"{name}_token": token_text(config, f"{name}_token") for name in ("bos", "eos", "pad")}
+    raise ConvertError(f"'{file}' cannot be read: {e}.") from e
+  if not (file.parent / beside).exists():
+    raise ConvertError(f"'{file}' has no {beside} beside it, which says how texts end.")
+  config = untrusted.read_object(file.parent / beside, ConvertError)
+  with untrusted.of_form(f"'{file.parent / beside}' is not of its form", ConvertError):
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    tokens = {name: token_text(config, name) for name in names}
   if not tokens["eos_token"]:
     raise ConvertError(f"'{file.parent / beside}' names no eos_token.")
   tokens["bos_token"] = tokens["bos_token"] or tokens["eos_token"]
@@ -66,12 +69,11 @@ def _extend_json(file: pathlib.Path, data: bytes) -> Vocabulary:
   tokenizer.add_special_tokens(
     [
       tokenizers.AddedToken(token, special=True, normalized=False)
-      for token in (*tokens.values(), *SYMBOLS)
+      for token in (tokens["bos_token"], tokens["eos_token"], tokens["pad_token"], *SYMBOLS)
     ]
   )
-  if token_text(config, "unk_token"):
-    tokens["unk_token"] = token_text(config, "unk_token")
-  described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+  named = {name: token for name, token in tokens.items() if token}
+  described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
   described["clean_up_tokenization_spaces"] = False
   image_id = tokenizer.token_to_id(IMAGE)
   assert image_id is not None

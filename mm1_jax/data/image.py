@@ -113,6 +113,21 @@ def read_header(data: bytes) -> tuple[tuple[int, int], str]:
     return (1, 1), ""
 
 
+def count_pixels(data: bytes) -> int:
+  """Returns the pixels of an image by its header alone: `read_header` decodes PNGs for their EXIF.
+
+  Raises:
+    ImageError: it has none that can be read.
+  """
+  try:
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+      return image.width * image.height
+  except PIL.Image.DecompressionBombError as e:
+    raise ImageError(TOO_LARGE) from e
+  except Exception as e:  # Pillow's plugins raise many types
+    raise ImageError(UNREADABLE if data else EMPTY) from e
+
+
 def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
   """Returns `image` in RGB, its transparent parts white.
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.data.sources import ROLES, DataError
 
 SHIPPED = pathlib.Path(__file__).parent / "templates"
@@ -69,16 +70,15 @@ def load_template(name: str = "default") -> ChatTemplate:
   """
   names = sorted(path.stem for path in SHIPPED.glob("*.json"))
   path = epath.Path(SHIPPED / f"{name}.json" if name in names else name)
+  where = f"data.chat_template '{path}'"
   try:
-    values = json.loads(path.read_text())
-  except OSError as e:
+    data = untrusted.read_bytes(path, DataError, most=untrusted.MAX_CONFIG_BYTES)
+  except DataError as e:
     raise DataError(
-      f"data.chat_template '{name}' cannot be read ({type(e).__name__}). It must be one of "
-      f"{names}, or a JSON file such as {SHIPPED / 'default.json'}."
+      f"data.chat_template {e} It must be one of {names}, or a JSON file such as "
+      f"{SHIPPED / 'default.json'}."
     ) from e
-  except ValueError as e:
-    raise DataError(f"data.chat_template '{path}' is not JSON ({e}).") from e
-  return _template(values, f"data.chat_template '{path}'")
+  return _template(untrusted.parse_json(data, where, DataError), where)
 
 
 def _template(values: Any, where: str) -> ChatTemplate:
@@ -101,10 +101,14 @@ def _template(values: Any, where: str) -> ChatTemplate:
 def _object(value: Any, where: str, types: Mapping[str, type]) -> dict[str, Any]:
   """Returns a JSON object whose keys are among those of `types`, and its values of their types."""
   if not isinstance(value, Mapping):
-    raise DataError(f"{where} is {value!r}; it must be an object.")
+    raise DataError(f"{where} is {untrusted.shown(value)}; it must be an object.")
   for key, entry in value.items():
     if key not in types:
-      raise DataError(f"{where} has the key '{key}'; it may have {', '.join(types)}.")
-    if not isinstance(entry, types[key]):
-      raise DataError(f"{where}: '{key}' is {entry!r}; it must be of type {types[key].__name__}.")
+      raise DataError(
+        f"{where} has the key {untrusted.shown(key)}; it may have {', '.join(types)}."
+      )
+    kind = types[key]
+    if not isinstance(entry, kind) or (kind is str and not untrusted.is_text(entry)):
+      entry = untrusted.shown(entry)
+      raise DataError(f"{where}: '{key}' is {entry}; it must be of type {kind.__name__}.")
   return dict(value)

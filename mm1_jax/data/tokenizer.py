@@ -6,7 +6,6 @@ Control symbols have an id but no text: `encode("<image>")` gives the ids of sev
 """
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import sentencepiece
 from etils import epath
 
-from mm1_jax import extras
+from mm1_jax import extras, untrusted
 from mm1_jax.data.sources import DataError
 
 IMAGE, IMAGE_START, IMAGE_END = "<image>", "<image_start>", "<image_end>"
@@ -175,17 +174,16 @@ class _HuggingFace:
       self._tokenizer = tokenizers.Tokenizer.from_str(files.model.decode())
     except Exception as e:  # the library raises plain Exception
       raise DataError(f"data.tokenizer '{files.path}' is not a tokenizer.json ({e}).") from e
-    try:
-      config = json.loads(files.config)
-    except ValueError as e:
-      raise DataError(f"{TOKENIZER_CONFIG} beside '{files.path}' is not JSON ({e}).") from e
+    beside = f"{TOKENIZER_CONFIG} beside '{files.path}'"
+    config = untrusted.parse_json(files.config, beside, DataError)
+    with untrusted.of_form(f"{beside} is not of its form", DataError):
+      names = {name: token_text(config, f"{name}_token") for name in ("pad", "bos", "eos", "unk")}
     self._tokenizer.encode_special_tokens = True  # as text: only we put them in
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self.vocab_size = self._tokenizer.get_vocab_size()
-    named = [self.piece_to_id(token_text(config, f"{n}_token")) for n in ("pad", "bos", "eos")]
-    self.pad_bos_eos = tuple(named)
-    self.unk_id = self.piece_to_id(token_text(config, "unk_token"))
+    self.pad_bos_eos = tuple(self.piece_to_id(names[name]) for name in ("pad", "bos", "eos"))
+    self.unk_id = self.piece_to_id(names["unk"])
     added = self._tokenizer.get_added_tokens_decoder()
     self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
@@ -204,6 +202,13 @@ class _HuggingFace:
 
 
 def token_text(config: Mapping[str, Any], key: str) -> str:
-  """Returns a token that a tokenizer_config.json names, "" if it names none."""
+  """Returns a token that a tokenizer_config.json names, "" if it names none.
+
+  Raises:
+    TypeError: it is no text.
+  """
   token = config.get(key) or ""
-  return token["content"] if isinstance(token, Mapping) else token
+  token = token["content"] if isinstance(token, Mapping) else token
+  if not untrusted.is_text(token):
+    raise TypeError(f"'{key}' is {untrusted.shown(token)}")
+  return token

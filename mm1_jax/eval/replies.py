@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.eval import few_shot
 from mm1_jax.eval.few_shot import Demonstrations
 from mm1_jax.eval.likelihood import Continuation, beginning, continuations, log_likelihoods
@@ -28,6 +29,7 @@ from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import PromptError, Request, RoomError
 from mm1_jax.inference.sampler import GREEDY
 
+MAX_REPLIES_BYTES = 1 << 30  # of a chunk
 CHUNK = 256  # items that are read, sorted by shape and kept together
 NUM_THREADS = 4  # that decode pictures
 # What a prompt may lack and the model still be asked, but not the item's own pictures.
@@ -262,11 +264,11 @@ def _name(asked: Sequence[Request | list[Continuation]], asking: Asking, digest:
 def _load(path: epath.Path) -> list[Any] | None:
   if not path.exists():
     return None
-  try:
-    rows = json.loads(path.read_text())
+  rows = untrusted.read_json(path, EvalError, most=MAX_REPLIES_BYTES)
+  with untrusted.of_form(
+    f"'{path}' is damaged; remove it, and its items are asked again", EvalError
+  ):
     return [r if isinstance(r, str) else tuple(Likelihood(*x) for x in r) for r in rows]
-  except (ValueError, TypeError) as e:
-    raise EvalError(f"'{path}' is damaged ({e}); remove it, and its items are asked again.") from e
 
 
 def _save(path: epath.Path, replies: list[Any]) -> None:

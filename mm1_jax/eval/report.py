@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.drawing import counted, printable
 from mm1_jax.eval import published, results
 from mm1_jax.eval.evaluate import Result
@@ -296,12 +297,10 @@ def _scored(folder: epath.Path, job: tuple[str, Mapping[str, float | None]]) -> 
     raise EvalError(f"'{path}' cannot be read ({type(e).__name__}: {e}).") from e
   rows = {}
   for number, line in enumerate(lines, start=1):
-    try:
-      row = json.loads(line)
+    with untrusted.of_form(f"'{path}' line {number} is damaged", EvalError):
+      row = untrusted.loads(line)
       if row.get("score") is not None:
         rows[row["id"]] = row | {"score": float(row["score"])}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-      raise EvalError(f"'{path}' line {number} is damaged ({type(e).__name__}: {e}).") from e
   return _Scored(results.metric_of_items(means, [row["score"] for row in rows.values()]), rows)
 
 

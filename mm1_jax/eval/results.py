@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from mm1_jax import __version__
+from mm1_jax import __version__, untrusted
 from mm1_jax.eval import few_shot
 from mm1_jax.eval.evaluate import (
   Job,
@@ -34,6 +34,7 @@ from mm1_jax.eval.metrics.statistics import Estimate
 from mm1_jax.eval.task import EvalError, Likelihood
 
 FORMAT = 1
+MAX_RESULTS_BYTES = 1 << 30
 RESULTS, ITEMS, SUBMISSIONS = "results.json", "items", "submissions"
 PER_ITEM = "per item"  # a difference of items' values, where their mean is no metric of the task
 
@@ -209,10 +210,7 @@ def read(folder: epath.PathLike) -> dict[str, Any]:
     EvalError: there is none, or it is damaged.
   """
   path = epath.Path(folder) / RESULTS
-  try:
-    values = json.loads(path.read_text())
-  except (OSError, ValueError) as e:
-    raise EvalError(f"'{path}' cannot be read ({type(e).__name__}: {e}).") from e
-  if not isinstance(values, dict) or values.get("format") != FORMAT:
+  values = untrusted.read_object(path, EvalError, most=MAX_RESULTS_BYTES)
+  if values.get("format") != FORMAT:
     raise EvalError(f"'{path}' is not of format {FORMAT}; evaluate again.")
   return values

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from mm1_jax import cli
+from mm1_jax import cli, untrusted
 from mm1_jax.config import UserError
 from mm1_jax.inference import QUANTIZED
 
@@ -135,7 +135,7 @@ def _answer_one(args: argparse.Namespace) -> None:
   start = time.perf_counter()
   (answer,) = model.generate([content], chat=args.chat, seed=args.seed, **settings)
   tell(f"compiled and answered in {time.perf_counter() - start:.1f} s")
-  print(answer)
+  print(untrusted.visible(answer))
 
 
 def _answer_all(args: argparse.Namespace) -> None:
@@ -199,7 +199,7 @@ def content_of(items: "Sequence[Item]") -> "Sequence[Item]":
 
 
 def tell(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
+  print(untrusted.visible(line), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,18 +18,27 @@ from mm1_jax.config import UserError
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.conversation import Conversation
 from mm1_jax.inference.model import Model
-from mm1_jax.inference.prompts import PromptError
+from mm1_jax.inference.prompts import PromptError, count_pixels
 from mm1_jax.inference.sampler import Sampling
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 import gradio as gr
 from gradio import themes
 
-MOST_WAITING = 32  # questions in the queue; the next one is refused
 SECONDS_OF_AN_ERROR = 20
-FILES_FOR = 24 * 3600  # seconds that an uploaded file is kept
 # System fonts: Gradio's own would be fetched.
 THEME = themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+
+
+@dataclasses.dataclass(frozen=True)
+class PageBounds:
+  """What a visitor may ask of a model; counted before a picture is decoded or a text is read."""
+
+  pixels: int = 40_000_000  # of a picture
+  total_pixels: int = 80_000_000  # of all pictures of a conversation: each answer decodes them
+  images: int = 32  # of a conversation
+  characters: int = 100_000  # of a question, and of the instructions
+  waiting: int = 64  # questions in the queue; the next one is refused
 
 
 @dataclasses.dataclass
@@ -64,18 +73,24 @@ class Page:
     sampling: how answers are drawn, of which the visitor changes temperature and top-p.
     stop: texts that end an answer.
     seed: of what is drawn.
+    bounds: of what is asked. The model refuses larger pictures from now on than in training.
   """
 
   def __init__(
     self,
     model: Model,
     *,
+    bounds: PageBounds = PageBounds(),
     max_new_tokens: int,
     sampling: Sampling | BeamSearch,
     stop: Sequence[str] = (),
     seed: int = 0,
   ):
+    data = model.run.data
+    data = dataclasses.replace(data, max_image_pixels=min(bounds.pixels, data.max_image_pixels))
+    model.run = dataclasses.replace(model.run, data=data)
     self._model = model
+    self._bounds = bounds
     self._defaults = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     self._how = {"stop": stop, "seed": seed}
 
@@ -94,6 +109,10 @@ class Page:
     """
     visit = self.new(None)[0] if visit is None else visit
     conversation = visit.conversation
+    try:
+      self._check(conversation, message, system)
+    except UserError as e:
+      raise _error(e, message["files"]) from e
     if not any(turn["role"] == "user" for turn in conversation.turns):
       conversation.clear(system.strip())
     conversation.images = []
@@ -109,6 +128,31 @@ class Page:
     visit.question = text
     visit.stopped.clear()
     return visit
+
+  def _check(self, conversation: Conversation, message: dict[str, Any], system: str) -> None:
+    """Raises a PromptError where a message is above a bound; no picture is decoded for it."""
+    bounds = self._bounds
+    for what, text in (("question has", message["text"]), ("instructions have", system)):
+      if len(text) > bounds.characters:
+        most = f"{bounds.characters:,}"
+        raise PromptError(f"the {what} {len(text):,} characters; at most {most} are read.")
+    earlier = [
+      item
+      for turn in conversation.turns
+      for item in turn["content"]
+      if isinstance(item, os.PathLike)
+    ]
+    if (number := len(earlier) + len(message["files"])) > bounds.images:
+      raise PromptError(
+        f"the conversation would have {number} images; at most {bounds.images} are looked at. "
+        f"Begin a new one."
+      )
+    pixels = sum(count_pixels(epath.Path(file)) for file in (*earlier, *message["files"]))
+    if pixels > bounds.total_pixels:
+      raise PromptError(
+        f"the images of the conversation would have {pixels / 1e6:.1f} million pixels together; at "
+        f"most {bounds.total_pixels / 1e6:g} are looked at. Begin a new one, or make them smaller."
+      )
 
   def answer(
     self, visit: Visit, temperature: float, top_p: float, max_new_tokens: int
@@ -150,7 +194,7 @@ class Page:
 
   def build(self, title: str) -> gr.Blocks:
     """Returns the page, to be launched."""
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, FILES_FOR)) as page:
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
       visit = gr.State()
       gr.Markdown(f"## {title}")
       if not self._model.chat:
@@ -170,7 +214,7 @@ class Page:
         file_types=["image"],
         file_count="multiple",
         autofocus=True,
-        max_plain_text_length=1_000_000,
+        max_plain_text_length=self._bounds.characters,
         elem_id="question",
       )
       with gr.Row():
@@ -181,7 +225,7 @@ class Page:
         )
         settings = self._settings()
       self._connect(visit, chatbot, box, new, system, settings)
-    return page.queue(max_size=MOST_WAITING, default_concurrency_limit=1)
+    return page.queue(max_size=self._bounds.waiting, default_concurrency_limit=1)
 
   def _settings(self) -> list[Any]:
     """Returns the controls that give `answer` its arguments."""
@@ -241,10 +285,3 @@ def _error(error: UserError, files: Sequence[Any] = ()) -> gr.Error:
     duration=SECONDS_OF_AN_ERROR,
     print_exception=False,
   )
-
-
-def bound_pixels(model: Model, most: int) -> None:
-  """Lets a model refuse larger pictures than in training: visitors are strangers."""
-  most = min(most, model.run.data.max_image_pixels)
-  data = dataclasses.replace(model.run.data, max_image_pixels=most)
-  model.run = dataclasses.replace(model.run, data=data)

@@ -19,7 +19,9 @@ import PIL.Image
 import PIL.ImageOps
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.config import RunConfig, UserError
+from mm1_jax.data import image as pixels
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.image import TOO_LARGE, ImageError, on_white, read_header
 from mm1_jax.data.sources import ROLES
@@ -81,6 +83,8 @@ def read_prompt(
   for turn in turns:
     for i, item in enumerate(turn["content"]):
       if isinstance(item, str):
+        if not untrusted.is_text(item):
+          raise PromptError(f"the text {untrusted.shown(item)} has half of a character in it.")
         turn["content"][i] = {"text": item}
       else:
         files.append(_read(item))
@@ -112,6 +116,19 @@ def check_image(image: Image, run: RunConfig) -> tuple[int, int]:
   file = _read(image)
   _decode([file.data], [file], run)
   return read_header(file.data)[0]
+
+
+def count_pixels(image: Image) -> int:
+  """Returns the pixels of a picture by its header; none of them is decoded.
+
+  Raises:
+    PromptError: it cannot be read, or has no header.
+  """
+  file = _read(image)
+  try:
+    return pixels.count_pixels(file.data)
+  except ImageError as e:
+    raise PromptError(f"{file.name} cannot be used: {e.reason}.") from e
 
 
 def fill_slots(text: str, images: Sequence[Item]) -> list[Item]:
@@ -146,8 +163,8 @@ def _turn(turn: Any) -> dict[str, Any]:
   role, content = (turn.get(k) if isinstance(turn, Mapping) else None for k in ("role", "content"))
   if role not in ROLES or not isinstance(content, str | Iterable):
     raise PromptError(
-      f"a turn is {turn!r}; it must be {{'role': one of {ROLES}, 'content': a text, or a list of "
-      f"texts and images}}."
+      f"a turn is {untrusted.shown(turn)}; it must be {{'role': one of {ROLES}, 'content': a "
+      f"text, or a list of texts and images}}."
     )
   return {"role": role, "content": [content] if isinstance(content, str) else list(content)}
 

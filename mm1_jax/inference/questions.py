@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.config import UserError
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
@@ -34,6 +35,7 @@ from mm1_jax.inference.prompts import Prompt, PromptError, Request, fill_slots
 from mm1_jax.inference.sampler import Sampling
 
 BATCHES_AT_ONCE = 8  # batches whose questions are sorted by length together, and written together
+MAX_FILE_BYTES = 1 << 30  # of questions, or of answers: the file is read whole
 NUM_THREADS = 4  # that decode pictures
 SECONDS_BETWEEN_NEWS = 10.0
 
@@ -128,19 +130,18 @@ def read_questions(path: epath.Path) -> list[Question]:
   Raises:
     UserError: there is no such file, no question in it, or an id is there twice.
   """
-  try:
-    lines = path.read_text().split("\n")
-  except (OSError, UnicodeDecodeError) as e:
-    raise UserError(f"'{path}' cannot be read ({type(e).__name__}).") from e
+  data = untrusted.read_bytes(path, UserError, most=MAX_FILE_BYTES)
   questions, numbers = [], {}
-  for number, line in enumerate(lines, start=1):
+  for number, line in enumerate(data.split(b"\n"), start=1):
     if not line.strip():
       continue
     try:
-      row = json.loads(line)
-    except ValueError as e:
+      row = untrusted.loads(line)
+    except untrusted.Malformed as e:
       row = e
     id = str(row.get("id", number)) if isinstance(row, Mapping) else str(number)
+    if not untrusted.is_text(id):
+      raise UserError(f"'{path}' has the id {untrusted.shown(id)} in line {number}; it is no text.")
     if id in numbers:
       raise UserError(f"'{path}' has the id '{id}' in lines {numbers[id]} and {number}.")
     numbers[id] = number
@@ -156,18 +157,18 @@ def read_question(row: Any, folder: epath.Path) -> Prompt:
   Raises:
     PromptError: it is not of the form above.
   """
-  if isinstance(row, ValueError):
-    raise PromptError(f"the line is not JSON ({row}).")
+  if isinstance(row, untrusted.Malformed):
+    raise PromptError(f"the line is {row}.")
   if not isinstance(row, Mapping) or ("prompt" in row) == ("turns" in row):
     raise PromptError("the line must be an object with either 'prompt' or 'turns'.")
   names = row.get("images", [])
   names = [names] if isinstance(names, str) else names
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-    raise PromptError(f"'images' is {names!r}; it must be a list of paths.")
+    raise PromptError(f"'images' is {untrusted.shown(names)}; it must be a list of paths.")
   images = [folder / name for name in names]
   if "prompt" in row:
     if not isinstance(row["prompt"], str):
-      raise PromptError(f"'prompt' is {row['prompt']!r}; it must be a text.")
+      raise PromptError(f"'prompt' is {untrusted.shown(row['prompt'])}; it must be a text.")
     return fill_slots(row["prompt"], images)
   return _turns(row["turns"], images)
 
@@ -175,12 +176,15 @@ def read_question(row: Any, folder: epath.Path) -> Prompt:
 def _turns(turns: Any, images: list[epath.Path]) -> Prompt:
   """Returns turns with their contents as items; each slot takes the next of the pictures."""
   if not isinstance(turns, list) or not turns:
-    raise PromptError(f"'turns' is {turns!r}; it must be a list with at least one turn.")
+    raise PromptError(
+      f"'turns' is {untrusted.shown(turns)}; it must be a list with at least one turn."
+    )
   filled = []
   for turn in turns:
     text = turn.get("content") if isinstance(turn, Mapping) else None
     if not isinstance(text, str):
-      raise PromptError(f"a turn is {turn!r}; it must be {{'role': ..., 'content': a text}}.")
+      turn = untrusted.shown(turn)
+      raise PromptError(f"a turn is {turn}; it must be {{'role': ..., 'content': a text}}.")
     num = text.count("<image>")
     filled.append({**turn, "content": fill_slots(text, images[:num])})
     images = images[num:]
@@ -197,16 +201,17 @@ def _keep_answers(output: epath.Path) -> set[str]:
   if not output.exists():
     return set()
   lines, done = [], set()
-  for line in filter(None, output.read_text().split("\n")):
+  data = untrusted.read_bytes(output, UserError, most=MAX_FILE_BYTES)
+  for line in filter(None, data.split(b"\n")):
     try:
-      row = json.loads(line)
-    except ValueError:
+      row = untrusted.loads(line)
+    except untrusted.Malformed:
       continue
     if not isinstance(row, dict) or "id" not in row or not {"answer", "error"} & row.keys():
       raise UserError(f"'{output}' is there, but is not a file of answers; give another --output.")
     if "answer" in row:
-      lines.append(line)
-      done.add(row["id"])
+      lines.append(line.decode())
+      done.add(str(row["id"]))
   new = output.with_name(f"{output.name}.tmp")
   new.write_text("".join(f"{line}\n" for line in lines))
   new.replace(output)

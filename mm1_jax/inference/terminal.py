@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.config import UserError
 from mm1_jax.data.tokenizer import IMAGE
 from mm1_jax.inference.conversation import Conversation
@@ -50,7 +51,7 @@ class Chat:
       elif line:
         self._ask(line)
     except UserError as e:
-      print(f"error: {e}")
+      print(untrusted.visible(f"error: {e}"))
       if num := len(self._conversation.images):
         print(f"[{num} image{'s'[: num > 1]} for the next question; /drop lets go of them]")
     return True
@@ -65,7 +66,7 @@ class Chat:
     try:
       with _noted_interrupts() as interrupted:
         for answer in self._conversation.ask(text):
-          print(answer[len(shown) :], end="", flush=True)
+          print(untrusted.visible(answer[len(shown) :]), end="", flush=True)
           shown = answer
           if interrupted.is_set():
             raise KeyboardInterrupt
@@ -83,7 +84,8 @@ class Chat:
     for file in files:
       file = file.expanduser()
       height, width = self._conversation.show(file)
-      print(f"[image {len(self._conversation.images)}: {file.name}, {width} x {height}]")
+      shown = untrusted.visible(file.name)
+      print(f"[image {len(self._conversation.images)}: {shown}, {width} x {height}]")
 
   def _drop(self, _: str) -> None:
     self._conversation.images = []
@@ -101,7 +103,7 @@ class Chat:
     for turn in self._conversation.turns or [{"role": "", "content": "[nothing was said yet]"}]:
       items = [turn["content"]] if isinstance(turn["content"], str) else turn["content"]
       said = " ".join(i if isinstance(i, str) else f"[{epath.Path(i).name}]" for i in items)
-      print(f"{turn['role']}: {said}" if turn["role"] else said)
+      print(untrusted.visible(f"{turn['role']}: {said}" if turn["role"] else said))
 
 
 @contextlib.contextmanager

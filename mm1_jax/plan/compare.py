@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans side by side, from the JSON files that they were written to."""
 
-import json
-import pathlib
 from typing import Any
 
+from mm1_jax import untrusted
 from mm1_jax.plan.compile import PlanError
 from mm1_jax.plan.memory import GIB
 
@@ -26,11 +25,8 @@ def read_figures(path: str) -> dict[str, Any]:
   Raises:
     PlanError: there is no such file, or it is no plan.
   """
-  try:
-    values = json.loads(pathlib.Path(path).read_text())
-  except (OSError, ValueError) as e:
-    raise PlanError(f"'{path}' cannot be read as a plan's JSON: {e}.") from e
-  if not isinstance(values, dict) or "model_flops" not in values:
+  values = untrusted.read_object(path, PlanError)
+  if "model_flops" not in values:
     raise PlanError(f"'{path}' is no plan; `--json={path}` writes one.")
   return values
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mm1_jax.config import UserError
 from mm1_jax.convert import ConvertError, importer
 from mm1_jax.convert.importer import import_weights
 from mm1_jax.convert.tensors import INDEX, Tensors
+from tests.helpers import fuzz
 
 SHARD = "model-00002-of-00004.safetensors"
 
@@ -122,3 +124,39 @@ def test_what_our_decoder_has_not_is_refused_by_name(folder, key, value):
   shown = "yarn" if key == "rope_parameters" else str(value)
   with pytest.raises(ConvertError, match=shown):
     import_weights(decoder=folder)
+
+
+KINDS = ("clip", "llama3", "mixtral", "open_clip", "qwen3_moe", "siglip")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_changed_configs_by_seed(weights, tmp_path, kind):
+  """Of each, an error or a config; of some, also all that comes after it."""
+  folder = shutil.copytree(weights / kind, tmp_path / kind)
+  part = "vit" if kind in ("clip", "siglip", "open_clip") else "decoder"
+  file = folder / (importer.OPEN_CLIP if kind == "open_clip" else importer.HF)
+
+  def read(data: bytes) -> None:
+    file.write_bytes(data)
+    importer._run_config({part: importer._open(folder)}, None, -1)
+
+  cases = fuzz.mutations(file.read_bytes(), 300, seed=KINDS.index(kind))
+  assert fuzz.strays(cases, read, UserError) == []
+
+
+def test_changed_configs_are_refused_or_imported(folder):
+  def read(data: bytes) -> None:
+    (folder / "config.json").write_bytes(data)
+    import_weights(decoder=folder)
+
+  cases = fuzz.mutations((folder / "config.json").read_bytes(), 20, seed=0)
+  assert fuzz.strays(cases, read, UserError) == []
+
+
+def test_changed_indices_by_seed(folder):
+  def read(data: bytes) -> None:
+    (folder / INDEX).write_bytes(data)
+    Tensors(folder)
+
+  cases = fuzz.mutations((folder / INDEX).read_bytes(), 200, seed=0)
+  assert fuzz.strays(cases, read, UserError) == []

@@ -8,10 +8,12 @@ import json
 import pytest
 import sentencepiece
 
+from mm1_jax.config import UserError
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.sources import DataError
 from mm1_jax.data.template import SHIPPED, Markup, load_template
 from mm1_jax.data.tokenizer import IMAGE, IMAGE_END, IMAGE_START, Tokenizer
+from tests.helpers import fuzz
 from tests.helpers.records import conversation
 
 SYMBOLS = [
@@ -179,3 +181,13 @@ def test_the_sample_reads_as_before(tokenizer):
   example = encoder.encode_record(conversation("x", ["Is it?"], ["No"]))
   parts = [[1], *map(tokenizer.encode, ("USER:", " Is it?", "\n", "ASSISTANT:", " No")), [2]]
   assert [1, *example.targets.tolist()] == [i for part in parts for i in part]
+
+
+@pytest.mark.parametrize("name", ["default", "llama3"])
+def test_changed_templates_by_seed(tmp_path, name):
+  def read(data: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    load_template(str(tmp_path / "a.json")).to_json().encode()
+
+  cases = fuzz.mutations((SHIPPED / f"{name}.json").read_bytes(), 500, seed=0)
+  assert fuzz.strays(cases, read, UserError) == []

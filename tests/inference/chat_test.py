@@ -216,3 +216,18 @@ def test_on_a_terminal(workdir, pictures, tmp_path):
     assert terminal.process.wait(30) == 0
   finally:
     terminal.close()
+
+
+def test_nothing_that_is_printed_moves_the_cursor(chat, conversation, monkeypatch, tmp_path):
+  """An answer, a picture's name, an error and the history, with what a terminal would obey."""
+  hostile = "\x1b]0;owned\x07\x1b[2J\x9b31m"
+  picture = tmp_path / "a\x1b[2J.png"
+  PIL.Image.new("RGB", (9, 9)).save(picture)
+  shown = chat(f"/image '{picture}'", f"/image '{picture}x'", "/drop")
+  conversation.turns = [{"role": "assistant", "content": hostile}]
+  shown += chat("/history", f"/{hostile}")
+  monkeypatch.setattr(conversation, "ask", lambda _: iter([hostile[:5], hostile]))
+  answer = chat("Hi")
+  assert answer == "\\x1b]0;owned\\x07\\x1b[2J\\x9b31m\n"
+  assert shown.count(r"\x1b[2J") >= 4
+  assert not {"\x1b", "\x07", "\x9b"} & {*shown, *answer}

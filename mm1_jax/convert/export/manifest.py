@@ -8,6 +8,7 @@ import pathlib
 from importlib import metadata
 from typing import Any
 
+from mm1_jax import untrusted
 from mm1_jax.convert import ConvertError
 
 MANIFEST = "manifest.json"
@@ -27,13 +28,14 @@ def check(folder: pathlib.Path) -> dict[str, Any]:
   Raises:
     ConvertError: naming the first file that is missing, was added, or was changed.
   """
-  try:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    listed = manifest["files"]
-  except OSError as e:
-    raise ConvertError(f"'{folder}' is no finished export: it has no {MANIFEST}.") from e
-  except (ValueError, KeyError, TypeError) as e:
-    raise ConvertError(f"'{folder / MANIFEST}' is damaged ({type(e).__name__}: {e}).") from e
+  if not (folder / MANIFEST).exists():
+    raise ConvertError(f"'{folder}' is no finished export: it has no {MANIFEST}.")
+  manifest = untrusted.read_object(folder / MANIFEST, ConvertError)
+  listed = manifest.get("files")
+  if not isinstance(listed, dict):
+    raise ConvertError(
+      f"'{folder / MANIFEST}' is damaged: its 'files' are {untrusted.shown(listed)}."
+    )
   here = {str(path.relative_to(folder)): path for path in _files(folder)}
   for name in sorted(here.keys() | listed.keys()):
     if name not in here:

@@ -12,7 +12,7 @@ and `python -m mm1_jax.data.build FORMAT --help` for the flags of a format.
 
 import sys
 
-from mm1_jax import cli, extras
+from mm1_jax import cli, extras, untrusted
 from mm1_jax.data.build.options import parse
 
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
   from mm1_jax.data.build.pipeline import build
 
   total, summary = finish(options, build(options, beam_args))
-  print(summary, flush=True)
+  print(untrusted.visible(summary), flush=True)
   judge(options, total)
 
 

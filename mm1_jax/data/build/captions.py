@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mm1_jax.config import ConfigError
-from mm1_jax.data.build import files
+from mm1_jax.data.build import files, tars
 from mm1_jax.data.build.images import SUFFIXES
 from mm1_jax.data.build.options import BuildOptions
 from mm1_jax.data.build.rows import (
@@ -93,10 +93,10 @@ def _members(path: str, options: BuildOptions, broken: list[BrokenFile]) -> Iter
     ending = _split_name(info.name)[1]
     if f".{ending}" in SUFFIXES:
       return info.size <= max_image
-    return ending in ("txt", "json") and info.size <= files.MAX_ROW_BYTES
+    return ending in ("txt", "json") and info.size <= options.bounds.row
 
   try:
-    for info, data in files.tar_members(path, wanted):
+    for info, data in tars.tar_members(path, wanted, options.bounds):
       ending = _split_name(info.name)[1]
       useful = ending in ("txt", "json") or f".{ending}" in SUFFIXES
       yield Member(info.name, ending, data, NO_DATA if useful and data is None else "")
@@ -128,7 +128,7 @@ class Coco(NamedTuple):
 def coco_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
   """Ranges of annotations; the file is a join, and read whole."""
   try:
-    coco = _read_coco(file)
+    coco = _read_coco(file, options)
   except BrokenFile as e:
     return [dataclasses.replace(file, error=e.reason)]
   return _ranges(file, len(coco.annotations), options)
@@ -136,7 +136,7 @@ def coco_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
 
 def coco_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
   """Yields annotations with their image's entry; in the first part, images without any too."""
-  coco = _read_coco(part)
+  coco = _read_coco(part, options)
   for i in range(part.start, part.stop):
     annotation = coco.annotations[i]
     image = _look_up(coco.images, annotation, "image_id")
@@ -164,15 +164,14 @@ def coco_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[R
   yield {**header(facts, default_id, options), "content": [{"image": image}, {"text": text}]}
 
 
-def _read_coco(file: FilePart) -> Coco:
+def _read_coco(file: FilePart, options: BuildOptions) -> Coco:
   """Returns a parsed file; the last one is kept, for the next range of it."""
-  return _read_coco_once(file.path, file.size, file.mtime)
+  return _read_coco_once(file.path, file.size, file.mtime, options.bounds.file)
 
 
 @functools.lru_cache(1)
-def _read_coco_once(path: str, _size: int, _mtime: float) -> Coco:
-  with files.reading(path), files.open_file(path) as stream:
-    raw = stream.read()
+def _read_coco_once(path: str, _size: int, _mtime: float, most: int) -> Coco:
+  raw = files.read_whole(path, most)
   try:
     value = files.parse_json(raw)
     annotations, listed = field(value, "annotations", list), field(value, "images", list)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mm1_jax.config import ConfigError
-from mm1_jax.data.build import files
+from mm1_jax.data.build import files, tables
 from mm1_jax.data.build.options import BuildOptions
 from mm1_jax.data.build.rows import FilePart, Image, Row, RowError, field, header, optional
 from mm1_jax.data.sources import Record
@@ -19,11 +19,11 @@ _OBELICS = (*HEADER_FIELDS, "texts", "images", "metadata", "general_metadata")
 
 
 def obelics_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
-  return files.split_parquet(file, options.rows_per_shard)
+  return tables.split_parquet(file, options.rows_per_shard)
 
 
 def obelics_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
-  return files.parquet_rows(part, _OBELICS)
+  return tables.parquet_rows(part, _OBELICS, options.bounds)
 
 
 def obelics_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
@@ -62,11 +62,11 @@ def _page(metadata: Any) -> dict[str, Any]:
 
 
 def json_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
-  return files.split_json(file, options.rows_per_shard)
+  return files.split_json(file, options.rows_per_shard, options.bounds)
 
 
 def json_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
-  return files.json_rows(part)
+  return files.json_rows(part, options.bounds)
 
 
 def mmc4_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
@@ -107,9 +107,9 @@ def text_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
   """
   kind = files.suffix(file.path)
   if kind in _JSON:
-    return files.split_json(file, options.rows_per_shard)
+    return files.split_json(file, options.rows_per_shard, options.bounds)
   if kind == ".parquet":
-    return files.split_parquet(file, options.rows_per_shard)
+    return tables.split_parquet(file, options.rows_per_shard)
   if kind == ".txt":
     return [dataclasses.replace(file, rows=options.rows_per_shard if options.txt_split else 1)]
   raise ConfigError(
@@ -122,11 +122,13 @@ def text_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
   """Yields rows with the text under `--text-field`."""
   kind = files.suffix(part.path)
   if kind in _JSON:
-    yield from files.json_rows(part)
+    yield from files.json_rows(part, options.bounds)
   elif kind == ".parquet":
-    yield from files.parquet_rows(part, (*HEADER_FIELDS, options.text_field))
+    columns = (*HEADER_FIELDS, options.text_field)
+    yield from tables.parquet_rows(part, columns, options.bounds)
   else:
-    yield from files.text_rows(part.path, options.txt_split, options.text_field)
+    split, name = options.txt_split, options.text_field
+    yield from files.text_rows(part.path, split, name, options.bounds)
 
 
 def text_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:

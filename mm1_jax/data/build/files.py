@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files, row by row, with bounded memory: JSON, JSON lines, text, parquet, tar; plain, gzip, zstd.
+"""Files, row by row, with bounded memory: JSON, JSON lines and text; plain, gzip or zstd.
 
 Everything is opened through Beam's FileSystems, so gs:// and the like work where Beam has them
 installed. A file that breaks off gives the rows before the break, then a `BrokenFile`.
@@ -10,28 +10,23 @@ import dataclasses
 import gzip
 import io
 import itertools
-import json
 import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from mm1_jax import untrusted
+from mm1_jax.data.build.bounds import BOUNDS, FILE_TOO_LARGE, ROW_TOO_LONG, Bounds
 from mm1_jax.data.build.rows import SNIPPET_BYTES, BrokenFile, FilePart, Row, RowError
 from mm1_jax.data.sources import DataError
 
-MAX_ROW_BYTES = 64 << 20  # a longer row is a mistake, and would not fit a small worker
 CHUNK_BYTES = 1 << 20
-NOT_UTF8 = "not UTF-8"
-NOT_JSON = "not JSON"
-TOO_DEEP = "JSON nested too deeply"
-ROW_TOO_LONG = "row longer than 64 MiB"
 _COMPRESSED = (".gz", ".zst")
 # A whole string, or a character that matters outside of strings; a quote alone opens a string that
 # ends in a later chunk.
@@ -84,30 +79,55 @@ def create(path: str) -> Any:
   return FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
 
-def open_file(path: str) -> BinaryIO:
-  """Opens a file for reading, decompressed if its name says so."""
+def open_file(path: str, most: int = BOUNDS.file) -> BinaryIO:
+  """Opens a file for reading, decompressed if its name says so.
+
+  What is decompressed ends with a BrokenFile after `most` bytes: a few bytes of the file make
+  thousands of them.
+  """
   raw = open_raw(path)
   if path.lower().endswith(".gz"):
-    return io.BufferedReader(gzip.GzipFile(fileobj=raw), CHUNK_BYTES)  # pyright: ignore
+    return io.BufferedReader(_Decompressed(gzip.GzipFile(fileobj=raw), most), CHUNK_BYTES)
   if path.lower().endswith(".zst"):
     # pyarrow's reader reports a frame that is cut off; zstandard's own takes it for the end.
-    return io.BufferedReader(_Raw(pa.CompressedInputStream(raw, "zstd")), CHUNK_BYTES)
+    return io.BufferedReader(
+      _Decompressed(pa.CompressedInputStream(raw, "zstd"), most), CHUNK_BYTES
+    )
   return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
 
 
-class _Raw(io.RawIOBase):
-  """A pyarrow stream as Python's."""
+class _Decompressed(io.RawIOBase):
+  """A stream that is counted as it is read, for Python's buffer."""
 
-  def __init__(self, stream: Any):
+  def __init__(self, stream: Any, most: int):
     self._stream = stream
+    self._left = most
 
   def readable(self) -> bool:
     return True
 
   def readinto(self, buffer: Any) -> int:
     data = self._stream.read(len(buffer))
+    self._left -= len(data)
+    if self._left < 0:
+      raise BrokenFile(FILE_TOO_LARGE)
     buffer[: len(data)] = data
     return len(data)
+
+
+def read_whole(path: str, most: int) -> bytearray:
+  """Returns the bytes of a file, decompressed.
+
+  Raises:
+    BrokenFile: there are more than `most`.
+  """
+  data = bytearray()
+  with reading(path), open_file(path, most) as stream:
+    while chunk := stream.read(CHUNK_BYTES):
+      data += chunk
+      if len(data) > most:
+        raise BrokenFile(FILE_TOO_LARGE)
+  return data
 
 
 # --- text
@@ -124,29 +144,30 @@ def parse_text(raw: Any) -> str:
   try:
     return raw.decode("utf-8-sig")
   except UnicodeDecodeError as e:
-    raise RowError(NOT_UTF8) from e
+    raise RowError(untrusted.NOT_UTF8) from e
 
 
-def text_rows(path: str, split: str, name: str) -> Iterator[Row]:
+def text_rows(path: str, split: str, name: str, bounds: Bounds = BOUNDS) -> Iterator[Row]:
   """Yields the documents of a text file as dicts of one field.
 
   Args:
     path: of the file.
     split: the text between documents; '' if the file is one.
     name: of the field.
+    bounds: of a document, and of the file.
 
   Raises:
     BrokenFile: the file breaks off.
   """
   mark = split.encode()
-  with reading(path), open_file(path) as stream:
+  with reading(path), open_file(path, bounds.file) as stream:
     buffer, offset, too_long = b"", 0, False
     while True:
       chunk = stream.read(CHUNK_BYTES)
       buffer += chunk
       *whole, buffer = buffer.split(mark) if mark else [buffer]
       for raw in whole if chunk else [*whole, buffer]:
-        error = ROW_TOO_LONG if too_long or len(raw) > MAX_ROW_BYTES else ""
+        error = ROW_TOO_LONG if too_long or len(raw) > bounds.row else ""
         if raw.strip() or error or not mark:
           place = f"byte {offset}" if mark else ""
           yield Row(path, place, {name: raw}, raw[:SNIPPET_BYTES], error)
@@ -154,7 +175,7 @@ def text_rows(path: str, split: str, name: str) -> Iterator[Row]:
         too_long = False
       if not chunk:
         return
-      if len(buffer) > MAX_ROW_BYTES:  # keeps reading, to find its end
+      if len(buffer) > bounds.row:  # keeps reading, to find its end
         keep = len(mark) if mark else 0
         offset += len(buffer) - keep
         buffer, too_long = buffer[len(buffer) - keep :], True
@@ -163,26 +184,27 @@ def text_rows(path: str, split: str, name: str) -> Iterator[Row]:
 # --- JSON and JSON lines
 
 
-def split_json(file: FilePart, rows_per_shard: int) -> list[FilePart]:
+def split_json(file: FilePart, rows_per_shard: int, bounds: Bounds = BOUNDS) -> list[FilePart]:
   """Returns parts of about `rows_per_shard` rows of a JSON array, or of JSON lines."""
   try:
     with reading(file.path):
       if is_array(file.path) and not is_compressed(file.path):
-        return _split_array(file, rows_per_shard)
+        return _split_array(file, rows_per_shard, bounds)
       return _split_lines(file, rows_per_shard)
   except BrokenFile as e:
     return [dataclasses.replace(file, error=e.reason)]
 
 
-def json_rows(part: FilePart) -> Iterator[Row]:
+def json_rows(part: FilePart, bounds: Bounds = BOUNDS) -> Iterator[Row]:
   """Yields the rows of a part, parsed.
 
   Raises:
     BrokenFile: the file breaks off.
   """
-  with reading(part.path), open_file(part.path) as stream:
+  with reading(part.path), open_file(part.path, bounds.file) as stream:
     array = is_array(part.path)
-    for offset, raw in _array_rows(stream, part) if array else line_rows(stream, part):
+    rows = _array_rows if array else line_rows
+    for offset, raw in rows(stream, part, bounds):
       if raw is None or raw.strip() or array:
         yield _parse(part.path, f"byte {offset}", raw)
 
@@ -193,20 +215,16 @@ def is_array(path: str) -> bool:
     return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes | bytearray) -> Any:
   """Returns the value of a JSON text.
 
   Raises:
     RowError: it is none.
   """
   try:
-    return json.loads(raw.decode("utf-8-sig"))
-  except UnicodeDecodeError as e:
-    raise RowError(NOT_UTF8) from e
-  except RecursionError as e:
-    raise RowError(TOO_DEEP) from e
-  except ValueError as e:
-    raise RowError(NOT_JSON) from e
+    return untrusted.loads(raw)
+  except untrusted.Malformed as e:
+    raise RowError(e.reason) from e
 
 
 def _parse(path: str, place: str, raw: bytes | None) -> Row:
@@ -218,18 +236,20 @@ def _parse(path: str, place: str, raw: bytes | None) -> Row:
     return Row(path, place, None, raw[:SNIPPET_BYTES], e.reason)
 
 
-def line_rows(stream: BinaryIO, part: FilePart) -> Iterator[tuple[int, bytes | None]]:
+def line_rows(
+  stream: BinaryIO, part: FilePart, bounds: Bounds
+) -> Iterator[tuple[int, bytes | None]]:
   """Yields the lines that begin in a part, with their place; None for one that is too long."""
   offset = part.start
   if part.start:  # the line that begins before is the part before's
     stream.seek(part.start - 1)
     offset += _skip_line(stream) - 1
   while part.stop < 0 or offset < part.stop:
-    line = stream.readline(MAX_ROW_BYTES)
+    line = stream.readline(bounds.row)
     if not line:
       return
     length = len(line)
-    if length == MAX_ROW_BYTES and not line.endswith(b"\n"):
+    if length == bounds.row and not line.endswith(b"\n"):
       length += _skip_line(stream)
       yield offset, None
     else:
@@ -263,13 +283,13 @@ def _split_lines(file: FilePart, rows_per_shard: int) -> list[FilePart]:
   ]
 
 
-def _split_array(file: FilePart, rows_per_shard: int) -> list[FilePart]:
+def _split_array(file: FilePart, rows_per_shard: int, bounds: Bounds) -> list[FilePart]:
   """Cuts between elements, which are found in one pass."""
   starts, stop, rows = [], 0, 0
   error = ""
   with open_file(file.path) as stream:
     try:
-      for offset, raw in _elements(stream, _to_array(stream), closed=True):
+      for offset, raw in _elements(stream, _to_array(stream), bounds, closed=True):
         if rows % rows_per_shard == 0:
           starts.append(offset)
         stop = offset + len(raw)
@@ -284,12 +304,12 @@ def _split_array(file: FilePart, rows_per_shard: int) -> list[FilePart]:
   return [*parts, dataclasses.replace(file, error=error)] if error else parts
 
 
-def _array_rows(stream: BinaryIO, part: FilePart) -> Iterator[tuple[int, bytes]]:
+def _array_rows(stream: BinaryIO, part: FilePart, bounds: Bounds) -> Iterator[tuple[int, bytes]]:
   if part.stop < 0:
-    yield from _elements(stream, _to_array(stream), closed=True)
+    yield from _elements(stream, _to_array(stream), bounds, closed=True)
   else:
     stream.seek(part.start)
-    yield from _elements(_Range(stream, part.stop - part.start), part.start, closed=False)
+    yield from _elements(_Range(stream, part.stop - part.start), part.start, bounds, closed=False)
 
 
 def _to_array(stream: BinaryIO) -> int:
@@ -313,7 +333,9 @@ class _Range:
     return data
 
 
-def _elements(stream: Any, offset: int, *, closed: bool) -> Iterator[tuple[int, bytes]]:
+def _elements(
+  stream: Any, offset: int, bounds: Bounds, *, closed: bool
+) -> Iterator[tuple[int, bytes]]:
   """Yields the elements of a JSON array, unparsed, with their place.
 
   An element that is no JSON is yielded like the others: quotes and brackets tell where it ends.
@@ -321,6 +343,7 @@ def _elements(stream: Any, offset: int, *, closed: bool) -> Iterator[tuple[int, 
   Args:
     stream: positioned after the `[`, or where an element begins.
     offset: its place.
+    bounds: of an element.
     closed: whether there must be a `]`.
 
   Raises:
@@ -349,84 +372,12 @@ def _elements(stream: Any, offset: int, *, closed: bool) -> Iterator[tuple[int, 
           raise BrokenFile("JSON array with something after its end")
         return
     buffer, offset, scanned = buffer[begin:], offset + begin, scanned - begin
-    if len(buffer) > MAX_ROW_BYTES:
+    if len(buffer) > bounds.row:
       raise BrokenFile(ROW_TOO_LONG)
   if closed:
     raise BrokenFile("JSON array without an end")
   if buffer.strip():
     yield offset, buffer
-
-
-# --- parquet
-
-
-def split_parquet(file: FilePart, rows_per_shard: int) -> list[FilePart]:
-  """Returns parts of whole row groups, of about `rows_per_shard` rows."""
-  try:
-    with reading(file.path), pyarrow.parquet.ParquetFile(open_raw(file.path)) as table:
-      sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-  except BrokenFile as e:
-    return [dataclasses.replace(file, error=e.reason)]
-  parts, start, rows = [], 0, 0
-  for i, size in enumerate(sizes):
-    if rows and rows + size > rows_per_shard:
-      parts.append(dataclasses.replace(file, start=start, stop=i, rows=rows))
-      start, rows = i, 0
-    rows += size
-  return [*parts, dataclasses.replace(file, start=start, stop=len(sizes), rows=rows)]
-
-
-def parquet_rows(part: FilePart, columns: tuple[str, ...]) -> Iterator[Row]:
-  """Yields rows as dicts of the columns that are there.
-
-  Raises:
-    BrokenFile: the file cannot be read on, or has none of the columns.
-  """
-  with reading(part.path), pyarrow.parquet.ParquetFile(open_raw(part.path)) as table:
-    present = [c for c in columns if c in table.schema_arrow.names]
-    if not present:
-      raise BrokenFile(f"none of the columns {', '.join(columns)}")
-    groups = list(range(part.start, part.stop))
-    row = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
-    # Small batches: a row of web text with embedded pictures may be large.
-    for batch in table.iter_batches(batch_size=16, row_groups=groups, columns=present):
-      for i in range(batch.num_rows):
-        yield _parquet_row(batch.slice(i, 1), part.path, f"row {row}")
-        row += 1
-
-
-def _parquet_row(row: pa.RecordBatch, path: str, place: str) -> Row:
-  try:
-    return Row(path, place, row.to_pylist()[0])
-  except UnicodeDecodeError:
-    return Row(path, place, None, error=NOT_UTF8)
-
-
-# --- tar
-
-
-def tar_members(
-  path: str, wanted: Callable[[tarfile.TarInfo], bool]
-) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-  """Yields the members of a tar file that are not folders, with their bytes if `wanted` says so.
-
-  Raises:
-    BrokenFile: it is none, or breaks off.
-  """
-  with (
-    reading(path),
-    open_file(path) as stream,
-    tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar,
-  ):
-    while member := tar.next():
-      tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it keeps them all
-      if not member.isdir():
-        file = tar.extractfile(member) if member.isreg() and wanted(member) else None
-        yield member, file.read() if file else None
-    # At a header that it cannot read, tarfile takes the file for finished. The true end is zeros.
-    stream.seek(tar.offset)
-    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-      raise BrokenFile(_broken(path))
 
 
 # --- damage

@@ -30,7 +30,8 @@ from absl import logging
 from apache_beam.io.filesystems import FileSystems
 
 from mm1_jax.data import image as pixels
-from mm1_jax.data.build import files
+from mm1_jax.data.build import files, tars
+from mm1_jax.data.build.bounds import BOUNDS, Bounds
 from mm1_jax.data.build.rows import BrokenFile, FilePart, Image, RowError
 from mm1_jax.data.image import ImageError
 
@@ -132,7 +133,7 @@ def relative(name: str) -> str:
   return posixpath.normpath("/".join(parts))
 
 
-def index_tars(tars: Iterable[FilePart], path: str) -> list[str]:
+def index_tars(store: Iterable[FilePart], path: str, bounds: Bounds = BOUNDS) -> list[str]:
   """Writes the index of a store of tars; returns those that are broken."""
   broken = []
   with tempfile.TemporaryDirectory() as folder:
@@ -140,9 +141,9 @@ def index_tars(tars: Iterable[FilePart], path: str) -> list[str]:
     index = sqlite3.connect(local)
     index.execute("PRAGMA journal_mode = OFF")
     index.execute("CREATE TABLE images (key BLOB PRIMARY KEY, tar TEXT, start INT, size INT)")
-    for tar in tars:
+    for tar in store:
       try:
-        for row in _index_rows(tar.path):
+        for row in _index_rows(tar.path, bounds):
           index.execute("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", row)
       except BrokenFile as e:
         logging.warning("%s: %s; what is before the damage is used", tar.path, e.reason)
@@ -154,10 +155,10 @@ def index_tars(tars: Iterable[FilePart], path: str) -> list[str]:
   return broken
 
 
-def _index_rows(path: str) -> Iterator[tuple[bytes, str, int, int]]:
+def _index_rows(path: str, bounds: Bounds) -> Iterator[tuple[bytes, str, int, int]]:
   """Yields the index rows of a tar's pictures; a picture and its .json are neighbours."""
   stem, url, place = "", "", None
-  for member, data in files.tar_members(path, wanted=_is_small_json):
+  for member, data in tars.tar_members(path, _is_small_json, bounds):
     name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if os.path.splitext(name)[0] != stem:
       stem, url, place = os.path.splitext(name)[0], "", None

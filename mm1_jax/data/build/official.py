@@ -10,14 +10,14 @@ Questions that want a short answer, a letter or a caption get LLaVA-1.5's line t
 across and down the picture, whatever its size. A video is 24 frames, evenly spaced.
 """
 
+import codecs
 import json
 import os
 import pathlib
-import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mm1_jax import cli
+from mm1_jax import cli, untrusted
 from mm1_jax.data.build import official_documents, official_grounding, official_parquet
 from mm1_jax.data.build.official_rows import (
   CAPTION,
@@ -34,6 +34,7 @@ from mm1_jax.data.sources import DataError
 from mm1_jax.data.tokenizer import IMAGE
 
 FRAMES = 24  # of a video
+MAX_FILE_BYTES = 8 << 30  # of an official file, which is read whole
 
 
 def vqa(questions: Any, annotations: Any) -> Iterator[Row]:
@@ -109,7 +110,7 @@ def iconqa(*folders: pathlib.Path) -> Iterator[Row]:
   problem; give all at once, and `--images` of the build is the folder that they are in."""
   for folder in folders:
     for path in sorted(folder.glob("*/data.json")):
-      p, place = json.loads(path.read_text()), f"{folder.name}/{path.parent.name}"
+      p, place = untrusted.read_object(path, DataError), f"{folder.name}/{path.parent.name}"
       images = [f"{place}/image.png"]
       if p["ques_type"] == "fill_in_blank":
         turn = short(p["question"]), str(p["answer"])
@@ -223,13 +224,6 @@ OF_PATHS = ("iconqa", "flickr30k", "design2code", "cauldron", "mantis", "synthdo
 FOLDERS = {"video": "frames", "cauldron": "pictures", "synthdog_parquet": "pictures"}
 
 
-class _Plain(pickle.Unpickler):
-  """Reads lists, dicts, texts and numbers; a pickle may ask for any program to be run."""
-
-  def find_class(self, module: str, name: str) -> Any:
-    raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain values are read")
-
-
 def read_file(path: pathlib.Path, name: str) -> list[Any]:
   """Returns the arguments that a file is to its set's function.
 
@@ -238,19 +232,15 @@ def read_file(path: pathlib.Path, name: str) -> list[Any]:
   """
   if name in OF_PATHS:
     return [path]
-  kind = "a pickle" if path.suffix == ".p" else "JSON"
-  try:
-    if path.suffix == ".p":
-      with path.open("rb") as file:
-        return [_Plain(file, encoding="utf-8").load()]
-    if name in OF_ROWS and path.suffix == ".parquet":
-      return [value for _, value in official_parquet.rows_of((path,))]
-    text = path.read_text()
-    if name in OF_ROWS and not text.lstrip().startswith("["):
-      return [json.loads(line) for line in text.splitlines() if line.strip()]
-    value = json.loads(text)
-  except (OSError, ValueError, EOFError, pickle.UnpicklingError) as e:
-    raise DataError(f"'{path}' cannot be read as {kind}: {type(e).__name__}: {e}.") from e
+  if name in OF_ROWS and path.suffix == ".parquet":
+    return [value for _, value in official_parquet.rows_of((path,))]
+  data = untrusted.read_bytes(path, DataError, most=MAX_FILE_BYTES)
+  if path.suffix == ".p":
+    return [untrusted.load_pickle(data, f"'{path}'", DataError)]
+  if name in OF_ROWS and not data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    lines = [(n, line) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+    return [untrusted.parse_json(line, f"'{path}', line {n},", DataError) for n, line in lines]
+  value = untrusted.parse_json(data, f"'{path}'", DataError)
   return value if name in OF_ROWS else [value]
 
 
@@ -263,15 +253,17 @@ def convert(name: str, paths: list[pathlib.Path], **options: str) -> Iterator[Ro
   count, values = 0, [value for path in paths for value in read_file(path, name)]
   try:
     for one in SETS[name](*values, **options):
+      texts = [one["id"], *one["image"], *(turn["value"] for turn in one["conversations"])]
+      if wrong := [text for text in texts if not untrusted.is_text(text)]:
+        raise TypeError(f"{untrusted.shown(wrong[0])} is no text")
       yield one
       count += 1
   except DataError:
     raise
-  except (LookupError, TypeError, AttributeError, ValueError, OSError, SyntaxError) as e:
+  except (*untrusted.STRAY, OSError) as e:
     files = ", ".join(map(str, paths))
     raise DataError(
-      f"{files}: not of the form of {name}, after {count} conversations "
-      f"({type(e).__name__}: {e}). "
+      f"{files}: not of the form of {name}, after {count} conversations ({untrusted.why(e)}). "
       f"What it takes: {(SETS[name].__doc__ or 'its one file').strip()}"
     ) from e
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Official sets of documents, tables and charts, and text to be read off."""
 
-import json
 import os
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from mm1_jax import untrusted
 from mm1_jax.data.build.official_rows import LETTER, ROLES, Row, choice, most_frequent, row, short
 from mm1_jax.data.tokenizer import IMAGE
 
@@ -94,7 +94,7 @@ def arxivqa(*questions: Any) -> Iterator[Row]:
 def synthdog(*documents: Any) -> Iterator[Row]:
   """`metadata.jsonl` as SynthDoG writes it; the text in reading order is the answer."""
   for d in documents:
-    text = json.loads(d["ground_truth"])["gt_parse"]["text_sequence"]
+    text = untrusted.loads(d["ground_truth"])["gt_parse"]["text_sequence"]
     yield row(os.path.splitext(d["file_name"])[0], d["file_name"], (READ, text.strip()))
 
 

@@ -4,18 +4,19 @@
 Pictures in the files are written into a folder, as they are, for `data.build llava --images=`.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow.parquet
 
+from mm1_jax import parquet, untrusted
 from mm1_jax.data.build.official_documents import READ
 from mm1_jax.data.build.official_rows import ROLES, Row, row
 from mm1_jax.data.image import read_header
 from mm1_jax.data.sources import DataError
 
+MAX_PAGE_BYTES = 1 << 30  # decompressed
 ROWS_AT_ONCE = 64  # in memory, with their pictures
 
 
@@ -48,7 +49,7 @@ def synthdog_parquet(*paths: pathlib.Path, pictures: str) -> Iterator[Row]:
   """SynthDoG's published files: `image`, and `ground_truth` as in `metadata.jsonl`."""
   folder = _empty_folder(pictures)
   for name, value in rows_of(paths):
-    text = json.loads(value["ground_truth"])["gt_parse"]["text_sequence"]
+    text = untrusted.loads(value["ground_truth"])["gt_parse"]["text_sequence"]
     yield row(name, _write(folder, name, value["image"]), (READ, text.strip()))
 
 
@@ -61,6 +62,7 @@ def rows_of(paths: tuple[pathlib.Path, ...]) -> Iterator[tuple[str, dict[str, An
   for i, path in enumerate(paths):
     count = 0
     try:
+      parquet.check(path, MAX_PAGE_BYTES)
       for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE):
         for value in batch.to_pylist():
           yield f"{i:04d}-{count:07d}", value

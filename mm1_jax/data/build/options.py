@@ -11,6 +11,7 @@ from typing import Any
 
 from mm1_jax import cli
 from mm1_jax.config import ConfigError
+from mm1_jax.data.build.bounds import BOUNDS, Bounds
 
 URL_WORDS = ("logo", "button", "icon", "plugin", "widget")
 # The filters of MM1's web documents (arXiv 2403.09611, appendix A.1).
@@ -62,6 +63,15 @@ class BuildOptions:
   limit: int | None = None
   max_bad_fraction: float = 0.1
   overwrite: bool = False
+  max_row_mb: float = BOUNDS.row / 1e6
+  max_header_kb: float = BOUNDS.header / 1e3
+  max_page_mb: float = BOUNDS.page / 1e6
+  max_file_gb: float = BOUNDS.file / 1e9
+
+  @property
+  def bounds(self) -> Bounds:
+    row, page = int(self.max_row_mb * 1e6), int(self.max_page_mb * 1e6)
+    return Bounds(row, int(self.max_header_kb * 1e3), page, int(self.max_file_gb * 1e9))
 
   def shard_key(self) -> str:
     """Returns what the bytes of a shard depend on, its input aside, as JSON."""
@@ -80,6 +90,7 @@ class FormatFlags:
   required_store: bool = True
   interleaved: bool = False
   images: bool = True
+  max_file_gb: float = BOUNDS.file / 1e9
 
 
 FORMATS = {
@@ -92,6 +103,7 @@ FORMATS = {
     "COCO's captions JSON and a folder of pictures; one record for each caption",
     "--input=captions_train2017.json --images=train2017 --output=data/coco",
     max_chars=10_000,
+    max_file_gb=1,  # it is parsed whole
     store=True,
   ),
   "llava": FormatFlags(
@@ -129,6 +141,9 @@ FORMATS = {
 }
 
 
+_ABOVE_0 = ("max_row_mb", "max_header_kb", "max_page_mb", "max_file_gb")
+
+
 def parse(argv: list[str], doc: str) -> tuple[BuildOptions, list[str]]:
   """Returns the options, and the arguments that are not ours but Beam's.
 
@@ -147,7 +162,7 @@ def parse(argv: list[str], doc: str) -> tuple[BuildOptions, list[str]]:
 
 
 def _check(options: BuildOptions) -> None:
-  for name in ("rows_per_shard", "limit", "max_chars", "max_image_mb", "max_repeats"):
+  for name in (*_ABOVE_0, "rows_per_shard", "limit", "max_chars", "max_image_mb", "max_repeats"):
     value = getattr(options, name)
     if value is not None and value <= 0 and (name != "max_image_mb" or options.format != "text"):
       raise ConfigError(f"--{name.replace('_', '-')}={value} must be above 0.")
@@ -218,7 +233,20 @@ def _add_flags(parser: cli.Parser, name: str, flags: FormatFlags) -> None:
     metavar="F",
     help="exit with an error if more rows than this cannot be used (0.1)",
   )
+  _add_bounds(add, flags)
   add("--overwrite", action="store_true", help="build again what other flags or inputs built")
+
+
+def _add_bounds(add: Any, flags: FormatFlags) -> None:
+  """Adds what is held in memory of a file from anywhere, at most."""
+  held = "drop rows, texts of a tar and cells of Parquet that are longer (64)"
+  add("--max-row-mb", type=float, default=BOUNDS.row / 1e6, metavar="MB", help=held)
+  header = "read a tar no further than a longer header, such as a name (64)"
+  add("--max-header-kb", type=float, default=BOUNDS.header / 1e3, metavar="KB", help=header)
+  page = "drop row groups of Parquet with a larger page, decompressed (256)"
+  add("--max-page-mb", type=float, default=BOUNDS.page / 1e6, metavar="MB", help=page)
+  file = f"drop what is after so much of a file, decompressed ({flags.max_file_gb:g})"
+  add("--max-file-gb", type=float, default=flags.max_file_gb, metavar="GB", help=file)
 
 
 def _add_format_flags(add: Any, name: str) -> None:

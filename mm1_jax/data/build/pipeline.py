@@ -219,7 +219,7 @@ def _index_store(options: BuildOptions) -> str:
   done = f"{_index_path(options)}.json"
   if not FileSystems.exists(done) or _read_json(done)["key"] != key:
     logging.info("indexing the pictures in %d tars", len(tars))
-    broken = images.index_tars(tars, _index_path(options))
+    broken = images.index_tars(tars, _index_path(options), options.bounds)
     _write_json(done, {"key": key, "broken": broken})
   return key
 

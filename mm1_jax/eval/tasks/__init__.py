@@ -5,6 +5,7 @@ import difflib
 
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.eval.task import EvalError, Item, Task
 from mm1_jax.eval.tasks import (
   captions,
@@ -58,4 +59,6 @@ def read_items(task: Task, folder: epath.PathLike, split: str = "") -> list[Item
   split = split or task.split
   if split not in task.splits:
     raise EvalError(f"{task.name} has no split '{split}'; it has: {', '.join(task.splits)}.")
-  return list(task.read(files.below(epath.Path(folder), task.name), split))
+  folder = files.below(epath.Path(folder), task.name)
+  with untrusted.of_form(f"a file of {task.name} in '{folder}' is not of its form", EvalError):
+    return list(task.read(folder, split))

@@ -4,7 +4,6 @@
 Each benchmark has a rule of its own for the choice that a reply names (`metrics/choices.py`).
 """
 
-import ast
 import dataclasses
 import re
 import zlib
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.eval.metrics import choices as rules
 from mm1_jax.eval.metrics.statistics import estimate
 from mm1_jax.eval.metrics.strings import exact_match, math_vista_extract, math_vista_normalize
@@ -241,7 +241,7 @@ def read_mmmu(folder: epath.Path, split: str) -> list[Item]:
 
 
 def _of_mmmu(row: Mapping[str, Any]) -> Iterator[Item]:
-  options = tuple(map(str, ast.literal_eval(row["options"])))
+  options = tuple(map(str, untrusted.parse_literal(row["options"])))
   pictures = {
     n: files.embedded(row[f"image_{n}"]) for n in range(1, 8) if row.get(f"image_{n}") is not None
   }
@@ -252,7 +252,7 @@ def _of_mmmu(row: Mapping[str, Any]) -> Iterator[Item]:
     answers = () if right < 0 else (options[right],)
   else:
     options = ()
-    answers = tuple(map(str, ast.literal_eval(answer))) if answer[:1] == "[" else (answer,)
+    answers = tuple(map(str, untrusted.parse_literal(answer))) if answer[:1] == "[" else (answer,)
     answers = () if answers == ("?",) else answers
   item = Item(row["id"], row["question"], (), answers, options, right)
   yield _placed(item, pictures)

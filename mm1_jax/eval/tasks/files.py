@@ -5,16 +5,15 @@ Pictures beside a file are only named here; `read_picture` reads one when a prom
 """
 
 import base64
+import codecs
 import csv
 import io
-import json
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from etils import epath
 
-from mm1_jax import extras
+from mm1_jax import extras, parquet, untrusted
 from mm1_jax.eval.task import EvalError, Item, Picture
 
 T = TypeVar("T")
@@ -22,10 +21,9 @@ Row = Mapping[str, Any]
 
 MAX_FILE_BYTES = 8 << 30  # files are read whole; SEED's TSV, the largest, is about 2 GiB
 MAX_PICTURE_BYTES = 64 << 20
+MAX_PAGE_BYTES = 1 << 30  # of Parquet, decompressed
 MAX_TEXT = 1_000_000  # characters of a question, an answer or a choice
 MAX_FIELD = 4 * MAX_PICTURE_BYTES // 3 * 8  # of a TSV: several pictures as base64
-# What a row that is not of its benchmark's form makes a reader raise.
-_FORM = (LookupError, TypeError, AttributeError, ValueError, SyntaxError, OverflowError)
 
 
 # --- Finding ---
@@ -86,7 +84,7 @@ def read_json(path: epath.Path) -> Any:
   Raises:
     EvalError: it cannot be read, is no JSON, is cut off, or an object has a key twice.
   """
-  return _parse(read_bytes(path), f"'{path}'")
+  return untrusted.parse_json(read_bytes(path), f"'{path}'", EvalError, unique=True)
 
 
 def read_list(path: epath.Path, key: str) -> list[Any]:
@@ -105,10 +103,12 @@ def read_rows(path: epath.Path) -> list[Any]:
   if suffix in (".tsv", ".csv"):
     return _table(path, "\t" if suffix == ".tsv" else ",")
   data = read_bytes(path)
-  if data.lstrip()[:1] == b"[":
-    return _parse(data, f"'{path}'")
-  lines = enumerate(data.split(b"\n"), 1)
-  return [_parse(line, f"'{path}', line {n},") for n, line in lines if line.strip()]
+  if data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+    return untrusted.parse_json(data, f"'{path}'", EvalError, unique=True)
+  lines = [(n, line) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+  return [
+    untrusted.parse_json(line, f"'{path}', line {n},", EvalError, unique=True) for n, line in lines
+  ]
 
 
 def read_text(path: epath.Path) -> str:
@@ -121,26 +121,11 @@ def read_pickle(path: epath.Path) -> Any:
   Raises:
     EvalError: it is none, or asks for anything else: a pickle may ask for any program to be run.
   """
-  try:
-    with path.open("rb") as file:
-      return _Plain(file, encoding="utf-8").load()
-  except (pickle.UnpicklingError, EOFError, OSError, *_FORM) as e:
-    raise EvalError(f"'{path}' is no pickle of plain values ({e}).") from e
-
-
-class _Plain(pickle.Unpickler):
-  def find_class(self, module: str, name: str) -> Any:
-    raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+  return untrusted.load_pickle(read_bytes(path), f"'{path}'", EvalError)
 
 
 def read_bytes(path: epath.Path) -> bytes:
-  try:
-    size = path.stat().length
-    if size > MAX_FILE_BYTES:
-      raise EvalError(f"'{path}' has {size:,} bytes; {MAX_FILE_BYTES:,} can be read at once.")
-    return path.read_bytes()
-  except OSError as e:
-    raise EvalError(f"'{path}' cannot be read ({e}).") from e
+  return untrusted.read_bytes(path, EvalError, most=MAX_FILE_BYTES)
 
 
 def _decode(data: bytes, what: str) -> str:
@@ -148,33 +133,6 @@ def _decode(data: bytes, what: str) -> str:
     return data.decode("utf-8-sig")
   except UnicodeDecodeError as e:
     raise EvalError(f"{what} is not UTF-8 (byte {e.start}).") from e
-
-
-def _parse(data: bytes, what: str) -> Any:
-  text = _decode(data, what)
-  try:
-    return json.loads(text, object_pairs_hook=_object)
-  except json.JSONDecodeError as e:
-    end = e.pos >= len(text.rstrip()) or e.msg.startswith("Unterminated string")
-    cut = "; it seems to be cut off: download it again" if end else ""
-    raise EvalError(f"{what} is not JSON ({e}){cut}.") from e
-  except RecursionError as e:
-    raise EvalError(f"{what} is JSON nested too deeply.") from e
-  except _Twice as e:
-    raise EvalError(f"{what} has the key '{e}' twice in one object.") from e
-
-
-class _Twice(Exception):
-  pass
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Returns a JSON object; of two questions with one id, json would drop the first in silence."""
-  value = dict(pairs)
-  if len(value) < len(pairs):
-    keys = [key for key, _ in pairs]
-    raise _Twice(next(key for key in keys if keys.count(key) > 1))
-  return value
 
 
 def _table(path: epath.Path, delimiter: str) -> list[dict[str, str]]:
@@ -198,6 +156,7 @@ def _parquet(path: epath.Path) -> Iterator[dict[str, Any]]:
   import pyarrow.parquet as pq
 
   try:
+    parquet.check(path, MAX_PAGE_BYTES)
     with path.open("rb") as file, pq.ParquetFile(file) as table:
       for batch in table.iter_batches(batch_size=64):  # with their pictures
         yield from batch.to_pylist()
@@ -224,9 +183,9 @@ def items(path: epath.Path, rows: Iterable[T], make: Callable[[T], Iterable[Item
         found[item.id] = item
     except EvalError as e:
       raise EvalError(f"'{path}', entry {number}: {str(e).rstrip('.')}.") from e
-    except _FORM as e:
+    except untrusted.STRAY as e:
       raise EvalError(
-        f"'{path}', entry {number} is not of the form of its benchmark ({_why(e)})."
+        f"'{path}', entry {number} is not of the form of its benchmark ({untrusted.why(e)})."
       ) from e
   if not found:
     raise EvalError(f"'{path}' has no item of this split.")
@@ -248,16 +207,11 @@ def all_items(
   return list(found.values())
 
 
-def _why(error: Exception) -> str:
-  if isinstance(error, KeyError):
-    return f"it has no {error}"
-  return f"{type(error).__name__}: {str(error)[:200]}"
-
-
 def _check(item: Item) -> None:
   texts = [item.id, item.question, *item.answers, *item.choices]
-  if wrong := [text for text in texts if not isinstance(text, str)]:
-    raise EvalError(f"id, question, answers and choices are texts, and this is not: {wrong[0]!r}")
+  if wrong := [text for text in texts if not untrusted.is_text(text)]:
+    wrong_text = untrusted.shown(wrong[0])
+    raise EvalError(f"id, question, answers and choices are texts, and this is not: {wrong_text}")
   if any(len(text) > MAX_TEXT for text in texts):
     raise EvalError(f"a text is longer than {MAX_TEXT:,} characters")
   if not item.id:
@@ -276,9 +230,9 @@ def grouped(path: epath.Path, rows: Iterable[Any], key: str) -> dict[Any, list[A
   for number, row in enumerate(rows, 1):
     try:
       found.setdefault(row[key], []).append(row)
-    except _FORM as e:
+    except untrusted.STRAY as e:
       raise EvalError(
-        f"'{path}', entry {number} is not of the form of its benchmark ({_why(e)})."
+        f"'{path}', entry {number} is not of the form of its benchmark ({untrusted.why(e)})."
       ) from e
   return found
 

@@ -9,13 +9,13 @@ missing is a text here (VLMEvalKit loses choices such as "None"); only an empty 
 none.
 """
 
-import ast
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.eval.task import EvalError, Item, Picture
 from mm1_jax.eval.tasks import files
 
@@ -79,8 +79,8 @@ def _pictures(
       raise EvalError(f"its picture is that of row '{image}', which has none")
     image = of[image]
   if image:
-    several = ast.literal_eval(image) if image.startswith("[") else [image]
+    several = untrusted.parse_literal(image) if image.startswith("[") else [image]
     return tuple(decode(one) for one in several)
   path = row.get("image_path", "")
-  names = ast.literal_eval(path) if path.startswith("[") else [path] if present(path) else []
+  names = untrusted.parse_literal(path) if path.startswith("[") else [path] if present(path) else []
   return tuple(files.picture(folder, name) for name in names)

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from mm1_jax.config import ConfigError
-from mm1_jax.data.build import files, images
+from mm1_jax.data.build import files, images, tables
+from mm1_jax.data.build.bounds import BOUNDS
 from mm1_jax.data.build.files import match
 from mm1_jax.data.build.rows import BrokenFile, Image, RowError
 from mm1_jax.data.image import ImageError
@@ -78,27 +79,27 @@ def test_array_with_an_odd_element(tmp_path):
 
 
 def test_a_row_that_is_too_long(tmp_path, monkeypatch):
-  monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
+  bounds = BOUNDS._replace(row=1000)
   monkeypatch.setattr(files, "CHUNK_BYTES", 100)
   rows = [{"n": 0}, {"n": "x" * 5000}, {"n": 2}]
   (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
   (file,) = match(str(tmp_path / "a.jsonl"), "--input")
-  found = [(row.value, row.error) for row in files.json_rows(file)]
-  assert found == [({"n": 0}, ""), (None, "row longer than 64 MiB"), ({"n": 2}, "")]
+  found = [(row.value, row.error) for row in files.json_rows(file, bounds)]
+  assert found == [({"n": 0}, ""), (None, "row above --max-row-mb"), ({"n": 2}, "")]
   (tmp_path / "b.json").write_text(json.dumps(rows))
   (file,) = match(str(tmp_path / "b.json"), "--input")
-  good, broken = files.split_json(file, 10)
+  good, broken = files.split_json(file, 10, bounds)
   assert [row.value for row in files.json_rows(good)] == [{"n": 0}]
-  assert broken.error == "row longer than 64 MiB"
+  assert broken.error == "row above --max-row-mb"
 
 
 def test_parquet_in_parts(tmp_path):
   table = pa.table({"text": [f"row {i}" for i in range(100)], "more": list(range(100))})
   pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
   (file,) = match(str(tmp_path / "a.parquet"), "--input")
-  parts = files.split_parquet(file, 20)
+  parts = tables.split_parquet(file, 20)
   assert [part.rows for part in parts] == [14] * 6 + [16]
-  found = [row for part in parts for row in files.parquet_rows(part, ("text", "title"))]
+  found = [row for part in parts for row in tables.parquet_rows(part, ("text", "title"))]
   assert [row.value for row in found] == [{"text": f"row {i}"} for i in range(100)]
   assert found[50].where == f"{tmp_path}/a.parquet, row 50"
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from etils import epath
 
+from mm1_jax.config import UserError
 from mm1_jax.eval import tasks
 from mm1_jax.eval.task import EvalError, Likelihood
+from tests.helpers import fuzz
 
 
 @pytest.fixture
@@ -137,3 +139,23 @@ def test_damage_is_told(rows, message, own):
 def test_a_file_that_is_not_there(tmp_path):
   with pytest.raises(EvalError, match=r"none.jsonl' is not there"):
     tasks.get_task(str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+  "row",
+  [
+    {"id": "1", "image": "a.jpg", "captions": ["A cat.", "A cat on a mat."]},
+    {"id": "2", "images": ["a.jpg", "b.jpg"], "question": "<image>?", "answer": "two", "level": 3},
+    {"id": "3", "image": "a.jpg", "question": "?", "answers": ["two", "2"], "source": "x"},
+    {"id": "4", "question": "?", "choices": ["cat", "dog"], "answer": "dog", "type": "y"},
+  ],
+)
+def test_changed_lines_by_seed(tmp_path, row):
+  def read(data: bytes) -> None:
+    (tmp_path / "own.jsonl").write_bytes(data)
+    task = tasks.get_task(str(tmp_path / "own.jsonl"))
+    assert task.score
+    task.score(items := tasks.read_items(task, tmp_path), ["two"] * len(items))
+
+  cases = fuzz.mutations(json.dumps(row).encode(), 200, seed=0)
+  assert fuzz.strays(cases, read, UserError) == []

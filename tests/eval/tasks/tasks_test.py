@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from etils import epath
 
+from mm1_jax.config import UserError
 from mm1_jax.eval import tasks
 from mm1_jax.eval.task import EvalError, Item, Likelihood, Reply, Task
 from mm1_jax.eval.tasks import choices
+from tests.helpers import fuzz
 
 NAMES = sorted(tasks.TASKS)
 SCORED = [name for name in NAMES if tasks.TASKS[name].score]
@@ -190,3 +192,18 @@ def test_the_sets_of_a_hub_in_parquet_read_as_the_official_ones(official, tmp_pa
   pq.write_table(pa.Table.from_pylist(rows), hub / "test-00000-of-00001.parquet")
   task = tasks.get_task("arc_easy")
   assert tasks.read_items(task, hub.parent) == tasks.read_items(task, folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_changed_files_by_seed(official, name):
+  folder, task = official(name), tasks.get_task(name)
+  paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+  for path in [path for path in paths if path.suffix not in (".png", ".jpg")]:
+    good = path.read_bytes()
+
+    def read(data: bytes, path=path) -> None:
+      path.write_bytes(data)
+      tasks.read_items(task, folder)
+
+    assert fuzz.strays(fuzz.mutations(good, 40, seed=1), read, UserError) == []
+    path.write_bytes(good)
