@@ -8,6 +8,7 @@ Saving is asynchronous and atomic: a step's folder has its name only when all of
 are restored straight onto the current mesh, whatever mesh they were saved from.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,6 +60,8 @@ class Checkpointer:
     self._path = absolute(workdir) / STEPS
     self._good_file = absolute(workdir) / GOOD
     self._good = _read_good(self._good_file)
+    self._saving: int | None = None  # the step whose save has not been seen to end
+    self._failed = False  # a save
     self._manager = ocp.CheckpointManager(
       self._path,
       item_names=(PARAMS, TRAIN, DATA),
@@ -101,19 +104,26 @@ class Checkpointer:
     return aside
 
   def save(self, step: int, *, params: Any, train: Any, data: dict[str, Any]) -> None:
-    """Starts saving; arrays may be donated as soon as it returns."""
+    """Starts saving; arrays may be donated as soon as it returns.
+
+    Raises:
+      CheckpointError: this save, or the one before it, failed.
+    """
+    self.wait()
+    self._saving = step
     if self._good >= step:  # recorded of one that was never finished, or was deleted
       self.prove(NONE_GOOD)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        **{
-          PARAMS: ocp.args.StandardSave(to_names(params)),
-          TRAIN: ocp.args.StandardSave(to_names(train)),
-          DATA: ocp.args.JsonSave(data),
-        }
-      ),
-    )
+    with self._saves():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          **{
+            PARAMS: ocp.args.StandardSave(to_names(params)),
+            TRAIN: ocp.args.StandardSave(to_names(train)),
+            DATA: ocp.args.JsonSave(data),
+          }
+        ),
+      )
 
   def restore_data(self, step: int) -> dict[str, Any]:
     """Returns the pipeline's state at a step; raises CheckpointError if it cannot be read."""
@@ -152,8 +162,32 @@ class Checkpointer:
       check_match(saved_shapes(where / item), to_names(tree), where / item)
 
   def wait(self) -> None:
-    """Returns when what is being saved is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when what is being saved is on disk; raises CheckpointError if that failed."""
+    if self._saving is not None:
+      with self._saves():
+        self._manager.wait_until_finished()
+      self._saving = None
+
+  def check_saved(self) -> None:
+    """Raises CheckpointError if the newest save has failed; does not wait for one that runs."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  @contextlib.contextmanager
+  def _saves(self) -> Iterator[None]:
+    """Says of an error in the block that the save failed; after that nothing is waited for."""
+    step = self._saving
+    try:
+      yield
+    except Exception as e:
+      self._saving, self._failed = None, True
+      steps = [s for s in self._manager.all_steps() if s != step]
+      whole = f"the newest whole checkpoint is step {max(steps)}" if steps else "there is no other"
+      reason = (str(e).splitlines() or [""])[0][:300]
+      raise CheckpointError(
+        f"saving step {step} in '{self._path}' failed: {type(e).__name__}: {reason}; {whole}. Make "
+        "room or mend the disk, and run again to continue from there."
+      ) from e
 
   def __enter__(self) -> "Checkpointer":
     return self
@@ -161,7 +195,8 @@ class Checkpointer:
   def __exit__(self, error, *_) -> None:
     # Closing waits for the other processes, which never close where this one has failed.
     if error is None or jax.process_count() == 1:
-      self._manager.close()
+      with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+        self._manager.close()  # a save that failed fails here again
 
 
 def _read_good(path: epath.Path) -> int:

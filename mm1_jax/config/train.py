@@ -74,6 +74,12 @@ class TrainConfig(Group, where="train."):
   # times the usual (see `train/guard.py`).
   spike_factor: Annotated[float, Range(above=1)] = 20.0
   max_skipped: Count = 10  # refused steps in a row that end a run
+  # Seconds without a step after which the run says what it waits for, again and again; also those
+  # that the last save has after a signal to stop.
+  stall_seconds: Count = 240
+  # Seconds without progress after a signal to stop (or three of the longest steps) after which the
+  # process ends with the stopped code. A spot host of GKE has 25.
+  stop_seconds: Count = 20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The watchdog: tells what a run waits for, and ends one that was told to stop and cannot."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from absl import logging
+
+from mm1_jax.train.stop import Stop
+
+LONG_STEPS = 3  # times the longest step, that a step may take before it counts as hanging
+LAST_SAVE_STALLS = 8  # times `stall_seconds`, that the last save has where no signal was sent
+
+
+class Watchdog:
+  """Is told what the main thread waits for; another thread calls `look` about every second.
+
+  Nothing here waits: `progress` and `waiting` assign attributes.
+
+  - No progress for `stall_seconds`: a warning names the last step and what is waited for. It comes
+    again after as long.
+  - A signal to stop, and no progress since for `stop_seconds`, or for three times the longest step
+    so far if that is more: the process ends, with the stopped code.
+  - The last save has `stall_seconds` after a signal, else eight times as long.
+  """
+
+  def __init__(
+    self,
+    stop: Stop,
+    *,
+    stall_seconds: float,
+    stop_seconds: float,
+    where: str = "",
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Begins to watch.
+
+    Args:
+      stop: asked for signals; its `leave` ends the process, without it this only tells.
+      stall_seconds: `train.stall_seconds`.
+      stop_seconds: `train.stop_seconds`.
+      where: in front of what is said: the process, of several.
+      clock: seconds.
+    """
+    self._stop, self._stall, self._grace, self._where = stop, stall_seconds, stop_seconds, where
+    self._clock = clock
+    self._step, self._longest = 0, 0.0
+    self._since = self._told = clock()  # the newest progress, and when it was last told
+    self._what, self._last_save = "the start", False
+
+  def progress(self, step: int | None = None) -> None:
+    """Notes that something was done: a step, whose number is given, or a part of an evaluation."""
+    now = self._clock()
+    if step is not None:
+      if self._step:  # the first one of a command is longer
+        self._longest = max(self._longest, now - self._since)
+      self._step = step
+    self._since = self._told = now
+
+  @contextlib.contextmanager
+  def waiting(self, what: str, *, last_save: bool = False) -> Iterator[None]:
+    """Says what the block waits for, such as "the next batch"."""
+    before = self._what, self._last_save
+    self._what, self._last_save = what, last_save
+    if last_save:
+      self.progress()
+    try:
+      yield
+    finally:
+      self._what, self._last_save = before
+
+  def look(self) -> None:
+    """Compares the clock; tells, or ends the process."""
+    now = self._clock()
+    still = now - self._since
+    if now - self._told >= self._stall:
+      self._told = now
+      logging.warning(
+        "%sno progress for %.0f s since step %d, waiting for %s",
+        *(self._where, still, self._step, self._what),
+      )
+    bound = self._bound()
+    if self._stop.leave and bound is not None and still > bound:
+      signal = self._stop.requested
+      self._stop.leave(
+        f"{self._where}{f'stopped by {signal}' if signal else 'ended'}, without a save of step "
+        f"{self._step}: waited {still:.0f} s for {self._what}; run again to continue from the "
+        "newest checkpoint"
+      )
+
+  def _bound(self) -> float | None:
+    """Returns the seconds without progress after which the process has to end, if any."""
+    if self._last_save:
+      return self._stall * (1 if self._stop.at else LAST_SAVE_STALLS)
+    if self._stop.at is None:
+      return None
+    # From the signal on, not from progress before it.
+    late = max(0.0, self._stop.at - self._since)
+    return late + max(self._grace, LONG_STEPS * self._longest)
