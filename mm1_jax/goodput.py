@@ -58,6 +58,7 @@ class _Command:
   begun: float
   step: int  # that it resumed at
   end: float  # its last line
+  last: int  # step of its lines
   first: float | None = None  # the end of its first step
   done: bool = False  # nothing was left to do
   # Time at its end, seconds, kind; a save's step.
@@ -66,6 +67,7 @@ class _Command:
 
   def add(self, line: dict[str, Any]) -> None:
     self.end, event = max(self.end, line["time"]), line.get("event")
+    self.last = max(self.last, line["step"])
     if event == "first step" or (self.first is None and "values" in line):
       self.first = line["time"]
     elif event in ("saved", "evaluated"):
@@ -81,7 +83,7 @@ class _Command:
   def kept_until(self, resumed: float) -> float:
     """Returns when the last step that counts ended, as a later command resumed at `resumed`."""
     assert self.first is not None
-    return self.end if math.isinf(resumed) else self.saved.get(int(resumed), self.first)
+    return self.end if resumed >= self.last else self.saved.get(int(resumed), self.first)
 
 
 def read_goodput(workdir: epath.PathLike) -> Goodput | None:
@@ -115,7 +117,8 @@ def _commands(lines: Iterable[dict[str, Any]]) -> list[_Command]:
   found: list[_Command] = []
   for line in lines:
     if line.get("resumed"):
-      found.append(_Command(line.get("launched", line["time"]), line["step"], line["time"]))
+      launched = line.get("launched", line["time"])
+      found.append(_Command(launched, line["step"], line["time"], line["step"]))
     elif found:
       found[-1].add(line)
   return found

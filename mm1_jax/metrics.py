@@ -26,7 +26,10 @@ from absl import logging as absl_logging
 from etils import epath
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import (  # pyright: ignore[reportAttributeAccessIssue]
+  Event,
+  SessionLog,
+)
 from tensorboardX.record_writer import directory_check
 
 from mm1_jax.chips import PEAK_FLOPS
@@ -37,7 +40,7 @@ logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 FILE, SEGMENTS = "metrics.jsonl", "metrics"  # in the workdir
 HELD_BYTES = 16 << 20  # of lines that wait for a disk that takes none
 HISTOGRAM_BINS = 30
-BOARD_EVENTS = 1000  # that wait for TensorBoard's files; more are left out
+BOARD_EVENTS = 20_000  # that wait for TensorBoard's files; more are left out
 BOARD_FLUSH_SECONDS = 120.0
 BOARD_CLOSE_SECONDS = 10.0  # for what waits at the end
 
@@ -72,7 +75,7 @@ class MetricWriter:
       launched: when the command was, by `time.time()`; now if not given.
     """
     self.workdir, self._board = epath.Path(workdir), None
-    self._pending, self._lost_lines, self._told = "", 0, False
+    self._pending, self._cut, self._lost_lines, self._told = "", False, 0, False
     self._lock = threading.Lock()  # a thread may flush on the way to the process's end
     if jax.process_index() != 0:
       return
@@ -83,7 +86,7 @@ class MetricWriter:
       self._segments.mkdir(exist_ok=True)
       self._path = self._next_segment()
     elif self._path.exists() and not self._path.read_text().endswith("\n"):
-      self._pending = "\n"  # an earlier attempt was cut off in the middle of a line
+      self._cut = True  # an earlier attempt was cut off in the middle of a line
     self._board = _Board(self.workdir / "tensorboard", start_step)
     begun = {"resumed": True, "launched": round(launched or time.time(), 3)}
     self._write_line(start_step, begun)
@@ -167,10 +170,10 @@ class MetricWriter:
     try:
       if self._appends:
         with self._path.open("a") as f:
-          f.write(self._pending)
+          f.write("\n" * self._cut + self._pending)
       else:
         self._path.write_text(self._pending)
-      self._pending = ""
+      self._pending, self._cut = "", False
       if end_segment and not self._appends:
         self._path = self._next_segment()
     except OSError as e:
@@ -183,8 +186,7 @@ class MetricWriter:
     while len(self._pending) > HELD_BYTES:
       _, _, self._pending = self._pending.partition("\n")
       self._lost_lines += 1
-    if self._appends and not self._pending.startswith("\n"):
-      self._pending = "\n" + self._pending  # a part may be in the file, without its end of line
+    self._cut = True  # a part may be in the file, without its end of line
 
   def _next_segment(self) -> epath.Path:
     numbers = [int(path.stem) for path in segments(self._segments)]
@@ -218,21 +220,20 @@ class _Board:
     self._thread.join(BOARD_CLOSE_SECONDS)
     lost = self._lost + (self._waiting.qsize() if self._thread.is_alive() else 0)
     if lost:
-      absl_logging.warning("TensorBoard's files in %s lack %d entries", self._folder, lost)
+      absl_logging.warning("TensorBoard's files in %s lack about %d entries", self._folder, lost)
 
   def _ask(self, what: Any) -> None:
     try:
       self._waiting.put_nowait(what)
     except queue.Full:
-      self._lose("it takes no more: its disk does not answer")
+      self._lose("its disk does not answer", num=isinstance(what, tuple))
 
-  def _lose(self, reason: Any) -> None:
-    self._lost += 1
+  def _lose(self, reason: Any, num: int = 0) -> None:
+    self._lost += num
     if not self._told:
       self._told = True
       absl_logging.warning(
-        "TensorBoard's files in %s are not written any more (%s); the run continues, and its "
-        "numbers are in %s",
+        "TensorBoard's files in %s lack entries (%s); the run continues, and its numbers are in %s",
         *(self._folder, reason, FILE),
       )
 
@@ -242,7 +243,7 @@ class _Board:
     except Exception as e:  # also of the library's own code: none may end a run
       self._lose(f"{type(e).__name__}: {e}")
       while (what := self._waiting.get()) != "close":
-        self._lost += what != "flush"
+        self._lost += isinstance(what, tuple)
 
   def _open(self) -> EventsWriter:
     directory_check(str(self._folder))

@@ -234,7 +234,7 @@ class Saves:
     log, watch = self._log, self._control.watch
     log.write_tables(step)  # a run that resumes here has not seen the steps they are of
     with (
-      watch.waiting(f"the save of step {step} to begin"),
+      watch.waiting(f"the save of step {step} to begin", saving=True),
       log.timer.excluded(),
       log.saving(step),
     ):
@@ -251,7 +251,7 @@ class Saves:
   def wait(self) -> None:
     """Waits until what is saved is on disk."""
     step = self._checkpointer.latest_step or 0
-    with self._control.watch.waiting("the last save", last_save=True), self._log.saving(step):
+    with self._control.watch.waiting("the last save", saving=True), self._log.saving(step):
       self._checkpointer.wait()
 
   def before(self, error: Exception, step: int, state: TrainState) -> None:

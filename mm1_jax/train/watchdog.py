@@ -10,7 +10,7 @@ from absl import logging
 from mm1_jax.train.stop import Stop
 
 LONG_STEPS = 3  # times the longest step, that a step may take before it counts as hanging
-LAST_SAVE_STALLS = 8  # times `stall_seconds`, that the last save has where no signal was sent
+SAVE_STALLS = 8  # times `stall_seconds`, that a save has where no signal was sent
 
 
 class Watchdog:
@@ -22,7 +22,7 @@ class Watchdog:
     again after as long.
   - A signal to stop, and no progress since for `stop_seconds`, or for three times the longest step
     so far if that is more: the process ends, with the stopped code.
-  - The last save has `stall_seconds` after a signal, else eight times as long.
+  - Waiting for a save has `stall_seconds` after a signal, else eight times as long.
   """
 
   def __init__(
@@ -47,7 +47,7 @@ class Watchdog:
     self._clock = clock
     self._step, self._longest = 0, 0.0
     self._since = self._told = clock()  # the newest progress, and when it was last told
-    self._what, self._last_save = "the start", False
+    self._what, self._saving = "the start", False
 
   def progress(self, step: int | None = None) -> None:
     """Notes that something was done: a step, whose number is given, or a part of an evaluation."""
@@ -59,16 +59,16 @@ class Watchdog:
     self._since = self._told = now
 
   @contextlib.contextmanager
-  def waiting(self, what: str, *, last_save: bool = False) -> Iterator[None]:
+  def waiting(self, what: str, *, saving: bool = False) -> Iterator[None]:
     """Says what the block waits for, such as "the next batch"."""
-    before = self._what, self._last_save
-    self._what, self._last_save = what, last_save
-    if last_save:
+    before = self._what, self._saving
+    self._what, self._saving = what, saving
+    if saving:
       self.progress()
     try:
       yield
     finally:
-      self._what, self._last_save = before
+      self._what, self._saving = before
 
   def look(self) -> None:
     """Compares the clock; tells, or ends the process."""
@@ -91,8 +91,8 @@ class Watchdog:
 
   def _bound(self) -> float | None:
     """Returns the seconds without progress after which the process has to end, if any."""
-    if self._last_save:
-      return self._stall * (1 if self._stop.at else LAST_SAVE_STALLS)
+    if self._saving:
+      return self._stall * (1 if self._stop.at else SAVE_STALLS)
     if self._stop.at is None:
       return None
     # From the signal on, not from progress before it.
