@@ -3,7 +3,7 @@
 
 Exit codes, of every command: 0 when it is done, or for --help; 1 for a user's mistake; 130 for
 Ctrl-C; 141 where what reads its output has ended; `--stopped-code` of a training run that a signal
-stopped.
+(SIGTERM, SIGHUP or Ctrl-C) stopped.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's batches on this process: the data pipeline, told what the model expects."""
+"""A run's batches on this process: the data pipeline, told what the model expects, in a thread."""
 
 import multiprocessing
 import queue

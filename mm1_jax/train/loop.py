@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop of every stage: restore or initialise, then step, log, evaluate, save."""
+"""The training loop of every stage: restore or initialise, then step, log, save, evaluate."""
 
 import concurrent.futures
 import contextlib
@@ -158,7 +158,7 @@ def _run_steps(
   results, (stop, watch, lock) = Results(log, verdicts, drops, control.watch), control
   saves = Saves(checkpointer, feed, log, results, control)
   stop.begin_steps()
-  watch.progress(step)
+  watch.begin(step)
   try:
     measure(step, state.model)  # what a command that ended at this step had not
     while (step < run.train.num_steps or not results.accepted()) and not stop.agreed:

@@ -45,17 +45,22 @@ class Watchdog:
     """
     self._stop, self._stall, self._grace, self._where = stop, stall_seconds, stop_seconds, where
     self._clock = clock
-    self._step, self._longest = 0, 0.0
+    self._step, self._stepped, self._longest = 0, False, 0.0
     self._since = self._told = clock()  # the newest progress, and when it was last told
     self._what, self._saving = "the start", False
+
+  def begin(self, step: int) -> None:
+    """Notes that steps begin, after this one."""
+    self._step = step
+    self.progress()
 
   def progress(self, step: int | None = None) -> None:
     """Notes that something was done: a step, whose number is given, or a part of an evaluation."""
     now = self._clock()
     if step is not None:
-      if self._step:  # the first one of a command is longer
+      if self._stepped:  # the first one of a command is longer
         self._longest = max(self._longest, now - self._since)
-      self._step = step
+      self._step, self._stepped = step, True
     self._since = self._told = now
 
   @contextlib.contextmanager

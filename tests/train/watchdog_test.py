@@ -78,9 +78,10 @@ def test_after_a_signal_it_ends_a_run_that_hangs(watched):
 
 def test_slow_steps_are_not_taken_for_hanging(watched):
   """Nor is the first one, which is slower, taken for how long they are."""
+  watched.dog.begin(10)
   watched.pass_by(500)
-  watched.dog.progress(1)
-  for step in (2, 3):
+  watched.dog.progress(11)
+  for step in (12, 13):
     watched.pass_by(60)
     watched.dog.progress(step)
   watched.signal()
