@@ -39,6 +39,7 @@ from mm1_jax.sharding import LAYOUT
 FAILED, SAME = "mm1_jax/failed", "mm1_jax/same"  # keys in the store
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # for the others to report why they failed
+SAY_SECONDS = 2.0
 LAST_SECONDS = 10.0  # for what is to be written before the end
 SHARED_SECONDS = 60.0  # network file systems keep listings for up to a minute
 WAIT_MS = 30 * 60_000  # for each other, where one may have more work
@@ -322,8 +323,15 @@ def _describe(error: BaseException) -> str:
 
 
 def _say(reason: str) -> None:
-  print(reason, file=sys.stderr, flush=True)
-  sys.stdout.flush()
+  """Prints it; returns after a while where nothing reads what is written."""
+
+  def say() -> None:
+    print(reason, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+
+  thread = threading.Thread(target=say, daemon=True)
+  thread.start()
+  thread.join(SAY_SECONDS)
 
 
 def from_first(name: str, value: Any) -> Any:

@@ -5,6 +5,7 @@
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -38,6 +39,7 @@ from mm1_jax.chips import PEAK_FLOPS
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
 FILE, SEGMENTS = "metrics.jsonl", "metrics"  # in the workdir
+READERS = 16  # files of a log that are read at once: an object store takes a while for each
 HELD_BYTES = 16 << 20  # of lines that wait for a disk that takes none
 HISTOGRAM_BINS = 30
 BOARD_EVENTS = 20_000  # that wait for TensorBoard's files; more are left out
@@ -337,16 +339,24 @@ def read_lines(workdir: epath.PathLike) -> Iterator[dict[str, Any]]:
   """Yields the lines of all attempts, oldest first, also those that no longer count."""
   workdir = epath.Path(workdir)
   file = workdir / FILE
-  for path in [*([file] if file.exists() else []), *segments(workdir / SEGMENTS)]:
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
-      if not text:
-        continue
-      try:
-        line = json.loads(text)
-      except json.JSONDecodeError:
-        logging.warning("%s:%d is not a whole line of JSON; left out.", path, number)
-      else:
-        yield line
+  paths = [*([file] if file.exists() else []), *segments(workdir / SEGMENTS)]
+  with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+    texts = pool.map(lambda path: path.read_text(), paths)
+    for path, text in zip(paths, texts, strict=True):
+      yield from _parsed(path, text)
+
+
+def _parsed(path: epath.Path, content: str) -> Iterator[dict[str, Any]]:
+  """Yields the whole lines of a file."""
+  for number, text in enumerate(content.splitlines(), start=1):
+    if not text:
+      continue
+    try:
+      line = json.loads(text)
+    except json.JSONDecodeError:
+      logging.warning("%s:%d is not a whole line of JSON; left out.", path, number)
+    else:
+      yield line
 
 
 def _to_json(value: float) -> float | str:

@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import RunConfig, SourceConfig
-from mm1_jax.data.pipeline import BatchStats, Pipeline, make_eval_batches, make_pipeline
+from mm1_jax.data.pipeline import (
+  BatchStats,
+  Pipeline,
+  PipelineError,
+  WorkerKilled,
+  make_eval_batches,
+  make_pipeline,
+)
 from mm1_jax.distributed import process_rows
 from mm1_jax.train.stop import Stop, Stopped
 
@@ -67,20 +74,22 @@ class Feed:
     Raises:
       Stopped: the run was told to stop, and the batch does not come. One process of several waits
         nevertheless: all have to take the same steps.
-      DataError, PipelineError: as the pipeline.
+      DataError, WorkerKilled, PipelineError: as the pipeline.
     """
     self._busy = True
     self._asked.put(True)
+    alone = jax.process_count() == 1
     while True:
       try:
         made, error, state = self._taken.get(timeout=LOOK_SECONDS)
         break
       except queue.Empty:
         at = self._stop.at
-        alone = jax.process_count() == 1
         if alone and at is not None and time.monotonic() - at > LAST_BATCH_SECONDS:
           raise Stopped from None
     self._busy = False
+    if isinstance(error, WorkerKilled | PipelineError) and alone and self._stop.at:
+      raise Stopped from error  # the signal has reached workers that were only starting
     if error is not None:
       raise error
     self.state = state

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOOK_SECONDS = 1.0  # between looks at the clock
+SAY_SECONDS = 2.0
 AGAIN_SECONDS = 1.0  # a signal to a process and to its group may come twice
 
 Leave = Callable[[str], None]  # says why, and ends the process
@@ -139,5 +140,8 @@ def _process_count() -> int:
 
 def leave(reason: str, code: int) -> None:
   """Says why, and ends this process: for one whose run has not met others yet."""
-  print(reason, file=sys.stderr, flush=True)
+  say = threading.Thread(target=print, args=(reason,), kwargs={"file": sys.stderr, "flush": True})
+  say.daemon = True
+  say.start()
+  say.join(SAY_SECONDS)  # nothing may read what is written
   os._exit(code)

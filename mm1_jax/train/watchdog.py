@@ -2,6 +2,7 @@
 """The watchdog: tells what a run waits for, and ends one that was told to stop and cannot."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -10,6 +11,7 @@ from absl import logging
 from mm1_jax.train.stop import Stop
 
 LONG_STEPS = 3  # times the longest step, that a step may take before it counts as hanging
+TELL_SECONDS = 2.0
 SAVE_STALLS = 8  # times `stall_seconds`, that a save has where no signal was sent
 
 
@@ -79,12 +81,6 @@ class Watchdog:
     """Compares the clock; tells, or ends the process."""
     now = self._clock()
     still = now - self._since
-    if now - self._told >= self._stall:
-      self._told = now
-      logging.warning(
-        "%sno progress for %.0f s since step %d, waiting for %s",
-        *(self._where, still, self._step, self._what),
-      )
     bound = self._bound()
     if self._stop.leave and bound is not None and still > bound:
       signal = self._stop.requested
@@ -92,6 +88,12 @@ class Watchdog:
         f"{self._where}{f'stopped by {signal}' if signal else 'ended'}, without a save of step "
         f"{self._step}: waited {still:.0f} s for {self._what}; run again to continue from the "
         "newest checkpoint"
+      )
+    if now - self._told >= self._stall:
+      self._told = now
+      _warn(
+        f"{self._where}no progress for {still:.0f} s since step {self._step}, waiting for "
+        f"{self._what}"
       )
 
   def _bound(self) -> float | None:
@@ -103,3 +105,10 @@ class Watchdog:
     # From the signal on, not from progress before it.
     late = max(0.0, self._stop.at - self._since)
     return late + max(self._grace, LONG_STEPS * self._longest)
+
+
+def _warn(text: str) -> None:
+  """Logs it, in a thread: where nothing reads what is written, that would hold up the watch."""
+  thread = threading.Thread(target=logging.warning, args=("%s", text), daemon=True)
+  thread.start()
+  thread.join(TELL_SECONDS)

@@ -188,9 +188,13 @@ def test_an_evaluation_looks_at_signals_and_comes_after_the_save(start, tmp_path
   """What a signal interrupts is measured by the command that resumes there, and counts once."""
   many = {"train__eval_batches": 100_000, "data__eval_sources__captions__path": _copies(tmp_path)}
   few = {"train__eval_every": 4, "checkpoint__every": 4, "train__num_steps": 5}
-  run = start(**few, **many)
-  run.until(lambda: run.saved == [4])
-  time.sleep(1)
+  run = start(**few, **many, train__stall_seconds=1)
+  run.until("step 4, waiting for the evaluation 'held out'")  # planning it, and compiling
+  begun, told = time.monotonic(), 0
+  while time.monotonic() < begun + 4:
+    if (num := run.said.count("waiting for the evaluation")) > told:
+      begun, told = time.monotonic(), num
+    time.sleep(0.1)
   run.kill(signal.SIGTERM)
   code, seconds = run.end()
   assert code == STOPPED
