@@ -419,13 +419,14 @@ class Results:
     (step, metrics, tally), self._pending = self._pending, None
     with self._watch.waiting(DEVICES):
       metrics = jax.device_get(metrics)  # waits for the step
-    self._drops.count(int(tally.num_examples), int(tally.num_dropped))
     self._log.add(step, metrics, tally)
     try:
       self._verdicts.read(step, int(metrics["skipped_in_a_row"].compute()))
     except TrainingDiverged:
       self._log.writer.flush()
       raise
+    # After the verdict: the state may be saved before this error.
+    self._drops.count(int(tally.num_examples), int(tally.num_dropped))
 
 
 def _draw(batch: Batch, tokenizer: Tokenizer, run: RunConfig, writer: MetricWriter) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real runs that are signalled, frozen, orphaned and doubled; each says so, saves and ends."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -119,9 +120,9 @@ def start(tmp_path) -> Iterator[Callable[..., Run]]:
 
   yield begin
   for run in runs:
-    if run.process.poll() is None:
-      os.killpg(run.process.pid, signal.SIGKILL)
-      run.process.wait()
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(run.process.pid, signal.SIGKILL)  # what it left, too
+    run.process.wait()
 
 
 # --- signals
