@@ -210,8 +210,9 @@ def _tell_end(step: int, newest: int | None, log: StepLog, stop: Stop) -> None:
     logging.info("%s", spent)
   if stop.agreed:
     by = stop.requested or "another process"
-    logging.info("stopped by %s; saved at step %s, run again to continue", by, newest)
-    if newest != step:
+    saved = "nothing to save" if newest is None else f"saved at step {newest}"
+    logging.info("stopped by %s; %s, run again to continue", by, saved)
+    if newest not in (None, step):
       logging.warning("steps since then are not saved: the last one, %d, was skipped", step)
 
 
