@@ -27,14 +27,12 @@ from absl import logging as absl_logging
 from etils import epath
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import (  # pyright: ignore[reportAttributeAccessIssue]
-  Event,
-  SessionLog,
-)
+from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import directory_check
 
 from mm1_jax.chips import PEAK_FLOPS
 
+Event, SessionLog = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 # It warns at every NaN, which TensorBoard shows well: a source that a batch has nothing of has one.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
