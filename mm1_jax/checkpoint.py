@@ -10,6 +10,7 @@ saved from. Their checksums are computed where the arrays are, before they are w
 they are read: what is between (copies, network, disk, time) cannot change a bit unseen.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -88,6 +89,8 @@ class Checkpointer:
     self._good_file = absolute(workdir) / GOOD
     self._good = _read_good(self._good_file)
     self._verify = cfg.verify
+    self._saving: int | None = None  # the step whose save has not been seen to end
+    self._failed = False  # a save
     self._manager = ocp.CheckpointManager(
       self._path,
       item_names=(PARAMS, TRAIN, DATA, CHECKSUMS),
@@ -130,7 +133,13 @@ class Checkpointer:
     return aside
 
   def save(self, step: int, *, params: Any, train: Any, data: dict[str, Any]) -> None:
-    """Starts saving; arrays may be donated as soon as it returns."""
+    """Starts saving; arrays may be donated as soon as it returns.
+
+    Raises:
+      CheckpointError: this save, or the one before it, failed.
+    """
+    self.wait()
+    self._saving = step
     if self._good >= step:  # recorded of one that was never finished, or was deleted
       self.prove(NONE_GOOD)
     arrays = {PARAMS: to_names(params), TRAIN: to_names(train)}
@@ -140,7 +149,8 @@ class Checkpointer:
       # Process 0 writes them.
       files = hash_files(self._path.parent) if jax.process_index() == 0 else {}
       items[CHECKSUMS] = ocp.args.JsonSave(_record(arrays, data, files))
-    self._manager.save(step, args=ocp.args.Composite(**items))
+    with self._saves():
+      self._manager.save(step, args=ocp.args.Composite(**items))
 
   def newest_data(self) -> tuple[int, dict[str, Any]] | None:
     """Returns the newest step whose data's state is whole, and that; None without any checkpoint.
@@ -250,8 +260,32 @@ class Checkpointer:
     return recorded
 
   def wait(self) -> None:
-    """Returns when what is being saved is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when what is being saved is on disk; raises CheckpointError if that failed."""
+    if self._saving is not None:
+      with self._saves():
+        self._manager.wait_until_finished()
+      self._saving = None
+
+  def check_saved(self) -> None:
+    """Raises CheckpointError if the newest save has failed; does not wait for one that runs."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  @contextlib.contextmanager
+  def _saves(self) -> Iterator[None]:
+    """Says of an error in the block that the save failed; after that nothing is waited for."""
+    step = self._saving
+    try:
+      yield
+    except Exception as e:
+      self._saving, self._failed = None, True
+      steps = [s for s in self._manager.all_steps() if s != step]
+      whole = f"the newest whole checkpoint is step {max(steps)}" if steps else "there is no other"
+      reason = (str(e).splitlines() or [""])[0][:300]
+      raise CheckpointError(
+        f"saving step {step} in '{self._path}' failed: {type(e).__name__}: {reason}; {whole}. Make "
+        "room or mend the disk, and run again to continue from there."
+      ) from e
 
   def __enter__(self) -> "Checkpointer":
     return self
@@ -259,7 +293,8 @@ class Checkpointer:
   def __exit__(self, error, *_) -> None:
     # Closing waits for the other processes, which never close where this one has failed.
     if error is None or jax.process_count() == 1:
-      self._manager.close()
+      with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+        self._manager.close()  # a save that failed fails here again
 
 
 def _read_good(path: epath.Path) -> int:

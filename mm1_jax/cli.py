@@ -3,7 +3,7 @@
 
 Exit codes, of every command: 0 when it is done, or for --help; 1 for a user's mistake, and for a
 disk that is full or cannot be written; 130 for Ctrl-C; 141 where what reads its output has ended;
-`--stopped-code` of a training run that a signal stopped.
+`--stopped-code` of a training run that a signal (SIGTERM, SIGHUP or Ctrl-C) stopped.
 """
 
 import argparse

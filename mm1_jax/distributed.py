@@ -22,7 +22,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -39,6 +39,7 @@ from mm1_jax.sharding import LAYOUT
 FAILED, SAME, SAID = "mm1_jax/failed", "mm1_jax/same", "mm1_jax/said"  # keys in the store
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # for the others to report why they failed
+SAY_SECONDS = 2.0
 LAST_SECONDS = 10.0  # for what is to be written before the end
 SHARED_SECONDS = 60.0  # network file systems keep listings for up to a minute
 WAIT_MS = 30 * 60_000  # for each other, where one may have more work
@@ -130,7 +131,8 @@ def joined(
   if cluster.process_id:
     logging.set_verbosity(logging.WARNING)  # process 0 logs for all
   ending = _Ending(cluster)
-  watcher = _Watcher(ending)
+  _JOINED.append(ending)
+  watcher = _Watcher(ending, peer_timeout)
   watcher.start()
   try:
     yield
@@ -138,9 +140,28 @@ def joined(
     if not isinstance(e, UserError):
       traceback.print_exc()
     # The runtime raises where another process is gone; all else is this process's own failure.
-    ending.now(_describe(e), cause=not isinstance(e, jax.errors.JaxRuntimeError))
+    ending.now(f"error: {_describe(e)}", cause=not isinstance(e, jax.errors.JaxRuntimeError))
   watcher.stop()
   jax.distributed.shutdown()
+  _JOINED.remove(ending)
+
+
+_JOINED: list["_Ending"] = []  # of the processes that this one is one of, if any
+
+
+def leave(reason: str, code: int) -> NoReturn:
+  """Says why and ends this process with a code, with those that it has joined; from any thread."""
+  for ending in _JOINED:
+    ending.now(reason, cause=True, code=code)
+  _say(reason)
+  _make_last_calls()
+  _end(code)
+
+
+def _end(code: int) -> NoReturn:
+  for child in multiprocessing.active_children():
+    child.kill()
+  os._exit(code)
 
 
 def _meet(cluster: Cluster, start_timeout: int, peer_timeout: int) -> None:
@@ -152,8 +173,8 @@ def _meet(cluster: Cluster, start_timeout: int, peer_timeout: int) -> None:
     except OSError as e:
       found = f"it cannot be reached ({e}): is process 0 running there, and the port open?"
     _say(
-      f"process {cluster.process_id} of {cluster.num_processes} waited {start_timeout} s for the "
-      f"others at {cluster.coordinator}; {found}."
+      f"error: process {cluster.process_id} of {cluster.num_processes} waited {start_timeout} s "
+      f"for the others at {cluster.coordinator}; {found}."
     )
     os._exit(1)
 
@@ -191,11 +212,13 @@ def before_exit(call: Callable[[], None]) -> Iterator[None]:
 
 
 def _make_last_calls() -> None:
-  """Makes the calls of all `before_exit`; waits `LAST_SECONDS` for each, as the exit must come."""
-  for call in tuple(_LAST):
-    thread = threading.Thread(target=call, daemon=True)
+  """Makes the calls of all `before_exit`; waits `LAST_SECONDS` for them, as the exit must come."""
+  threads = [threading.Thread(target=call, daemon=True) for call in _LAST]
+  deadline = time.monotonic() + LAST_SECONDS
+  for thread in threads:
     thread.start()
-    thread.join(LAST_SECONDS)
+  for thread in threads:
+    thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _Ending:
@@ -205,65 +228,80 @@ class _Ending:
     self._cluster = cluster
     self._once = threading.Lock()
 
-  def said(self) -> dict[int, tuple[bool, str]]:
-    """Returns, by process, whether it is the cause, and its reason."""
+  def said(self) -> dict[int, tuple[bool, str, int]]:
+    """Returns, by process, whether it is the cause, its reason and its exit code."""
     found = _store().key_value_dir_get(FAILED)
     return {int(key.rsplit("/", 1)[1]): tuple(json.loads(value)) for key, value in found}
 
-  def now(self, reason: str, *, cause: bool) -> None:
-    """Tells the others, says what happened, and exits with code 1; does not return."""
+  def now(self, reason: str, *, cause: bool, code: int = 1) -> NoReturn:
+    """Tells the others, says what happened, and exits; does not return.
+
+    Args:
+      reason: a line, that begins with "error: " if it is one.
+      cause: whether this process is; else the reason and the code are another's, if that told.
+      code: of the exit.
+    """
     self._once.acquire()  # never released: a second thread waits here for the exit
     me = self._cluster.process_id
     try:
-      key, value = f"{FAILED}/{me}", json.dumps([cause, reason])
+      key, value = f"{FAILED}/{me}", json.dumps([cause, reason, code])
       _store().key_value_set(key, value, allow_overwrite=True)
       if not cause:
-        reason = self._reason(reason)
+        reason, code = self._reason(reason, code)
     except jax.errors.JaxRuntimeError:
-      reason = f"process 0 of {self._cluster.num_processes} no longer answers. {reason}"
+      text = reason.removeprefix("error: ")
+      reason = f"error: process 0 of {self._cluster.num_processes} no longer answers. {text}"
     _say(reason)
     _make_last_calls()
     if me == 0:
       time.sleep(2 * GRACE_SECONDS)  # the others read what was said from here
-    for child in multiprocessing.active_children():
-      child.terminate()
-    os._exit(1)
+    _end(code)
 
-  def _reason(self, seen: str) -> str:
+  def _reason(self, seen: str, code: int) -> tuple[str, int]:
     num = self._cluster.num_processes
     deadline = time.monotonic() + GRACE_SECONDS
     while True:
       said = self.said()
-      causes = [(i, text) for i, (cause, text) in sorted(said.items()) if cause]
+      causes = [(i, text, code) for i, (cause, text, code) in sorted(said.items()) if cause]
       if causes:
-        return f"process {causes[0][0]} of {num} failed: {causes[0][1]}"
+        first, text, code = causes[0]
+        failed = text.removeprefix("error: ")
+        if failed == text:  # it was stopped
+          return f"process {first} of {num} has ended: {text}", code
+        return f"error: process {first} of {num} failed: {failed}", code
       if time.monotonic() > deadline:
         break
       time.sleep(POLL_SECONDS / 4)
     gone = sorted(set(range(num)) - said.keys())
     if not gone:
-      return seen or next(text for _, text in said.values() if text)
+      return seen or next(text for _, text, _ in said.values() if text), code
     names = f"process {gone[0]}" if len(gone) == 1 else f"processes {gone}"
     return (
-      f"{names} of {num} died or cannot be reached; the log there may tell why. Start all of them "
-      "again to continue from the newest checkpoint."
+      f"error: {names} of {num} died or cannot be reached; the log there may tell why. Start all "
+      "of them again to continue from the newest checkpoint.",
+      code,
     )
 
 
 class _Watcher(threading.Thread):
-  """Ends this process when another says that it failed."""
+  """Ends this process when another says that it failed, or process 0 no longer answers."""
 
-  def __init__(self, ending: _Ending):
+  def __init__(self, ending: _Ending, peer_timeout: int):
     super().__init__(name="mm1_jax.distributed", daemon=True)
-    self._ending = ending
+    self._ending, self._peer_timeout = ending, peer_timeout
     self._done = threading.Event()
 
   def run(self) -> None:
+    answered = time.monotonic()
     while not self._done.wait(POLL_SECONDS):
       try:
         failed = self._ending.said()
-      except jax.errors.JaxRuntimeError:
-        continue  # process 0 is gone; JAX's service notices too, and aborts
+        answered = time.monotonic()
+      except jax.errors.JaxRuntimeError as e:
+        # JAX's service notices too, and aborts; but not in a process that stood still meanwhile.
+        if time.monotonic() - answered > self._peer_timeout:
+          self._ending.now(f"error: {_describe(e)}", cause=False)
+        continue
       if failed:
         self._ending.now("", cause=False)
 
@@ -285,8 +323,25 @@ def _describe(error: BaseException) -> str:
 
 
 def _say(reason: str) -> None:
-  print(f"error: {reason}", file=sys.stderr, flush=True)
-  sys.stdout.flush()
+  """Prints it; returns after a while where nothing reads what is written."""
+
+  def say() -> None:
+    print(reason, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+
+  thread = threading.Thread(target=say, daemon=True)
+  thread.start()
+  thread.join(SAY_SECONDS)
+
+
+def from_first(name: str, value: Any) -> Any:
+  """Returns process 0's value, plain JSON, on all; each name can be used once."""
+  if jax.process_count() == 1:
+    return value
+  key = f"mm1_jax/first/{name}"
+  if jax.process_index() == 0:
+    _store().key_value_set(key, json.dumps(value))
+  return json.loads(_store().blocking_key_value_get(key, WAIT_MS))
 
 
 def check_same(what: str, values: Mapping[str, Any]) -> None:

@@ -12,40 +12,48 @@ elsewhere give --coordinator, --num-processes and --process-id.
 """
 
 import argparse
+import functools
+import os
 import sys
 
 from absl import logging
 
 from mm1_jax import cli
+from mm1_jax.train import stop
 
 
 def main(argv: list[str] | None = None) -> None:
   args = _parse(argv)
-  # Only now: --help needs none of these, and importing them takes seconds.
-  import psutil
+  code = args.stopped_code
+  with stop.Stop(functools.partial(stop.leave, code=code)) as stopping:
+    # Only now: --help needs none of these, and importing them takes seconds.
+    import psutil
 
-  from mm1_jax import distributed, inputs
-  from mm1_jax.eval.in_training import make_evaluators
-  from mm1_jax.train.loop import train
+    from mm1_jax import distributed, inputs
+    from mm1_jax.eval.in_training import make_evaluators
+    from mm1_jax.train.loop import train
 
-  cluster = distributed.find_cluster(args.coordinator, args.num_processes, args.process_id)
-  with distributed.joined(
-    cluster, start_timeout=args.start_timeout, peer_timeout=args.peer_timeout
-  ):
-    run = cli.load_config(args)
-    if args.sample:
-      args.config = inputs.sample_config(run)
+    cluster = distributed.find_cluster(args.coordinator, args.num_processes, args.process_id)
+    with distributed.joined(
+      cluster, start_timeout=args.start_timeout, peer_timeout=args.peer_timeout
+    ):
+      stopping.leave = functools.partial(distributed.leave, code=code)
       run = cli.load_config(args)
-    workdir = args.workdir or f"runs/{run.name}"
-    logging.info("training %s in %s", args.config, workdir)
-    distributed.check_same("code and config", distributed.code_version() | run.to_dict())
-    inputs.check(run, workdir, **cli.ways_on(args))
-    launched = psutil.Process().create_time()  # so that imports and waiting for hosts count
-    evaluators = make_evaluators(run)
-    state = train(run, workdir, launched=launched, evaluators=evaluators)
-    stopped = int(state.step) < run.train.num_steps
-  if stopped:
-    sys.exit(args.stopped_code)
+      if args.sample:
+        args.config = inputs.sample_config(run)
+        run = cli.load_config(args)
+      workdir = args.workdir or f"runs/{run.name}"
+      logging.info("training %s in %s", args.config, workdir)
+      distributed.check_same("code and config", distributed.code_version() | run.to_dict())
+      inputs.check(run, workdir, **cli.ways_on(args))
+      launched = psutil.Process().create_time()  # so that imports and waiting for hosts count
+      evaluators = make_evaluators(run)
+      train(run, workdir, launched=launched, evaluators=evaluators, stop=stopping)
+  if stopping.stuck:  # a thread that Python would wait for
+    logging.warning("%s cannot be closed; ending without", stopping.stuck)
+    os._exit(code if stopping.left_out else 0)
+  if stopping.left_out:
+    sys.exit(code)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -5,11 +5,15 @@
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
+import os
+import queue
 import resource
 import sys
 import threading
@@ -19,24 +23,40 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
+from absl import logging as absl_logging
 from etils import epath
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import directory_check
 
 from mm1_jax.chips import PEAK_FLOPS
 
+Event, SessionLog = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 # It warns at every NaN, which TensorBoard shows well: a source that a batch has nothing of has one.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
 FILE, SEGMENTS = "metrics.jsonl", "metrics"  # in the workdir
+READERS = 16  # files of a log that are read at once: an object store takes a while for each
+HELD_BYTES = 16 << 20  # of lines that wait for a disk that takes none
+HISTOGRAM_BINS = 30
+BOARD_EVENTS = 20_000  # that wait for TensorBoard's files; more are left out
+BOARD_FLUSH_SECONDS = 120.0
+BOARD_CLOSE_SECONDS = 10.0  # for what waits at the end
 
 
 class MetricWriter:
   """Writes TensorBoard events and JSON lines under a workdir.
 
-  A line is `{"step", "time", "values"}`, or has `texts` or `tables` instead of `values`; numbers
-  that JSON cannot express are the strings "nan", "inf", "-inf". Each writer begins with a line
-  `{"step", "time", "resumed": true}`: what earlier attempts wrote past that step no longer counts.
-  Only process 0 writes.
+  A line is `{"step", "time", "values"}`, or has `texts` or `tables` instead of `values`, or is an
+  `event` of the run: "first step", "saved", "evaluated", "ended" (`goodput.py` reads these);
+  numbers that JSON cannot express are the strings "nan", "inf", "-inf". Each writer begins with a
+  line `{"step", "time", "resumed": true, "launched"}`: what earlier attempts wrote past that step
+  no longer counts. Only process 0 writes.
+
+  No write ends a run. Lines that the disk does not take are kept, up to `HELD_BYTES`, and written
+  with the next ones; TensorBoard's files are written by a thread (see `_Board`). Either failure is
+  told once, and what was lost is told at the end.
 
   A local workdir has one file, `metrics.jsonl`, which grows with every call. Files of an object
   store cannot grow: there each `flush` writes the lines since the last one as a new segment,
@@ -44,10 +64,18 @@ class MetricWriter:
   so in a local workdir that has some each writer adds one more.
   """
 
-  def __init__(self, workdir: epath.PathLike, *, start_step: int = 0):
-    """Opens the files of `workdir`, which is made if missing, to continue from `start_step`."""
+  def __init__(
+    self, workdir: epath.PathLike, *, start_step: int = 0, launched: float | None = None
+  ):
+    """Opens the files of `workdir`, which is made if missing, to continue from `start_step`.
+
+    Args:
+      workdir: of the run.
+      start_step: the step that is resumed at.
+      launched: when the command was, by `time.time()`; now if not given.
+    """
     self.workdir, self._board = epath.Path(workdir), None
-    self._pending = ""
+    self._pending, self._cut, self._lost_lines, self._told = "", False, 0, False
     self._lock = threading.Lock()  # a thread may flush on the way to the process's end
     if jax.process_index() != 0:
       return
@@ -58,12 +86,10 @@ class MetricWriter:
       self._segments.mkdir(exist_ok=True)
       self._path = self._next_segment()
     elif self._path.exists() and not self._path.read_text().endswith("\n"):
-      self._pending = "\n"  # an earlier attempt was cut off in the middle of a line
-    # TensorBoard hides what it has seen past `purge_step`: the first step still to come.
-    self._board = tensorboardX.SummaryWriter(
-      str(self.workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
-    )
-    self._write_line(start_step, {"resumed": True})
+      self._cut = True  # an earlier attempt was cut off in the middle of a line
+    self._board = _Board(self.workdir / "tensorboard", start_step)
+    begun = {"resumed": True, "launched": round(launched or time.time(), 3)}
+    self._write_line(start_step, begun)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """Writes numbers: Python's, numpy's or JAX arrays of one element."""
@@ -71,7 +97,7 @@ class MetricWriter:
       return
     values = {name: float(np.asarray(value).item()) for name, value in scalars.items()}
     for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+      self._board.add(step, summary.scalar, name, value)
     self._write_line(step, {"values": {name: _to_json(v) for name, v in values.items()}})
 
   def write_tables(self, step: int, tables: Mapping[str, np.ndarray]) -> None:
@@ -79,7 +105,7 @@ class MetricWriter:
     if self._board is None:
       return
     for name, table in tables.items():
-      self._board.add_histogram(name, table, step)
+      self._board.add(step, summary.histogram, name, np.array(table), HISTOGRAM_BINS)
     rounded = {
       name: [[_to_json(float(f"{value:.5g}")) for value in row] for row in table]
       for name, table in tables.items()
@@ -91,24 +117,28 @@ class MetricWriter:
     if self._board is None:
       return
     for name, image in images.items():
-      self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+      self._board.add(step, functools.partial(summary.image, dataformats="HWC"), name, image)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     """Writes texts to TensorBoard (as Markdown) and as a line."""
     if self._board is None:
       return
     for name, text in texts.items():
-      self._board.add_text(name, text, step)
+      self._board.add(step, summary.text, name, text)
     self._write_line(step, {"texts": dict(texts)})
 
+  def write_event(self, step: int, event: str, **values: Any) -> None:
+    """Writes what happened to the run: "first step", "saved", "evaluated", "ended"."""
+    if self._board is not None:
+      self._write_line(step, {"event": event, **values})
+
   def flush(self) -> None:
-    """Puts everything written so far where other processes can read it."""
+    """Puts all lines written so far where other processes can read them; asks the board to."""
     if self._board is None:
       return
     with self._lock:
       if self._pending:
-        self._path.write_text(self._pending)
-        self._pending, self._path = "", self._next_segment()
+        self._put(end_segment=True)
     self._board.flush()
 
   def close(self) -> None:
@@ -118,6 +148,9 @@ class MetricWriter:
     self.flush()
     self._board.close()
     self._board = None
+    lost = self._lost_lines + self._pending.count("\n")
+    if lost:
+      absl_logging.warning("%d lines of metrics could not be written to %s", lost, self._path)
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -130,13 +163,126 @@ class MetricWriter:
     with self._lock:
       self._pending += json.dumps(line, allow_nan=False) + "\n"
       if self._appends:
+        self._put()
+
+  def _put(self, *, end_segment: bool = False) -> None:
+    """Writes the lines that wait, or keeps them where that fails."""
+    try:
+      if self._appends:
         with self._path.open("a") as f:
-          f.write(self._pending)
-        self._pending = ""
+          f.write("\n" * self._cut + self._pending)
+      else:
+        self._path.write_text(self._pending)
+      self._pending, self._cut = "", False
+      if end_segment and not self._appends:
+        self._path = self._next_segment()
+    except OSError as e:
+      self._hold(e)
+
+  def _hold(self, error: OSError) -> None:
+    if not self._told:
+      absl_logging.warning("metrics wait: %s cannot be written (%s)", self._path, error)
+      self._told = True
+    while len(self._pending) > HELD_BYTES:
+      _, _, self._pending = self._pending.partition("\n")
+      self._lost_lines += 1
+    self._cut = True  # a part may be in the file, without its end of line
 
   def _next_segment(self) -> epath.Path:
     numbers = [int(path.stem) for path in segments(self._segments)]
     return self._segments / f"{max(numbers, default=-1) + 1:05d}.jsonl"
+
+
+class _Board:
+  """TensorBoard's files, written by a thread with a bounded queue.
+
+  A disk that is full, or that never answers, costs the run one warning and no time: what the queue
+  cannot take, or comes after a failed write, is left out, counted, and told by `close`.
+  """
+
+  def __init__(self, folder: epath.Path, start_step: int):
+    self._folder, self._start_step, self._lost, self._told = folder, start_step, 0, False
+    self._waiting: queue.Queue[Any] = queue.Queue(BOARD_EVENTS)
+    self._thread = threading.Thread(target=self._run, name="tensorboard", daemon=True)
+    self._thread.start()
+
+  def add(self, step: int, make: Callable[..., Any], *args: Any) -> None:
+    """Takes a summary, `make(*args)`."""
+    self._ask((int(step), time.time(), make, args))
+
+  def flush(self) -> None:
+    """Has all so far written soon; does not wait."""
+    self._ask("flush")
+
+  def close(self) -> None:
+    """Waits a while for what is left, and tells how much was left out."""
+    self._ask("close")
+    self._thread.join(BOARD_CLOSE_SECONDS)
+    lost = self._lost + (self._waiting.qsize() if self._thread.is_alive() else 0)
+    if lost:
+      absl_logging.warning("TensorBoard's files in %s lack about %d entries", self._folder, lost)
+
+  def _ask(self, what: Any) -> None:
+    try:
+      self._waiting.put_nowait(what)
+    except queue.Full:
+      self._lose("its disk does not answer", num=isinstance(what, tuple))
+
+  def _lose(self, reason: Any, num: int = 0) -> None:
+    self._lost += num
+    if not self._told:
+      self._told = True
+      absl_logging.warning(
+        "TensorBoard's files in %s lack entries (%s); the run continues, and its numbers are in %s",
+        *(self._folder, reason, FILE),
+      )
+
+  def _run(self) -> None:
+    try:
+      self._write(self._open())
+    except Exception as e:  # also of the library's own code: none may end a run
+      self._lose(f"{type(e).__name__}: {e}")
+      while (what := self._waiting.get()) != "close":
+        self._lost += isinstance(what, tuple)
+
+  def _open(self) -> EventsWriter:
+    directory_check(str(self._folder))
+    # Not `SummaryWriter`: its own thread dies of an error, and the next write to it waits for ever.
+    writer = EventsWriter(os.path.join(str(self._folder), "events"))
+    if self._start_step:
+      # TensorBoard hides what it has seen past this step: the first one still to come.
+      for content in (
+        {"file_version": "brain.Event:2"},
+        {"session_log": SessionLog(status=SessionLog.START)},
+      ):
+        writer.write_event(Event(step=self._start_step + 1, **content))
+    return writer
+
+  def _made(self, make: Callable[..., Any], *args: Any) -> Any:
+    """Returns a summary, None where there is none of such values, such as a histogram of NaN."""
+    try:
+      return make(*args)
+    except Exception:
+      self._lost += 1
+      return None
+
+  def _write(self, writer: EventsWriter) -> None:
+    flushed = time.monotonic()
+    while True:
+      try:
+        what = self._waiting.get(timeout=BOARD_FLUSH_SECONDS)
+      except queue.Empty:
+        what = "flush"
+      if what == "close":
+        writer.close()
+        return
+      if what != "flush":
+        step, at, make, args = what
+        if (content := self._made(make, *args)) is not None:
+          writer.write_event(Event(step=step, wall_time=at, summary=content))
+      if what == "flush" or time.monotonic() - flushed > BOARD_FLUSH_SECONDS:
+        writer.flush()
+        flushed = time.monotonic()
 
 
 def can_append(path: epath.PathLike) -> bool:
@@ -166,7 +312,7 @@ def read_tables(workdir: epath.PathLike) -> dict[str, dict[int, np.ndarray]]:
 
 def _read(workdir: epath.PathLike, kind: str, parse: Callable[[Any], Any]) -> dict[str, Any]:
   series: dict[str, dict[int, Any]] = collections.defaultdict(dict)
-  for line in _lines(epath.Path(workdir)):
+  for line in read_lines(workdir):
     if line.get("resumed"):
       for values in series.values():
         for step in [s for s in values if s > line["step"]]:
@@ -176,17 +322,39 @@ def _read(workdir: epath.PathLike, kind: str, parse: Callable[[Any], Any]) -> di
   return {name: dict(sorted(values.items())) for name, values in series.items() if values}
 
 
-def _lines(workdir: epath.Path) -> Iterator[dict[str, Any]]:
-  """Yields the lines of all attempts, oldest first."""
+def read_events(workdir: epath.PathLike, step: int) -> list[dict[str, Any]]:
+  """Returns the events of a step that count, such as its evaluations; see `MetricWriter`."""
+  found: list[dict[str, Any]] = []
+  for line in read_lines(workdir):
+    if line.get("resumed") and line["step"] < step:
+      found = []  # what was taken back
+    if "event" in line and line["step"] == step:
+      found.append(line)
+  return found
+
+
+def read_lines(workdir: epath.PathLike) -> Iterator[dict[str, Any]]:
+  """Yields the lines of all attempts, oldest first, also those that no longer count."""
+  workdir = epath.Path(workdir)
   file = workdir / FILE
-  for path in [*([file] if file.exists() else []), *segments(workdir / SEGMENTS)]:
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
-      if not text:
-        continue
-      try:
-        yield json.loads(text)
-      except json.JSONDecodeError:
-        logging.warning("%s:%d is not a whole line of JSON; left out.", path, number)
+  paths = [*([file] if file.exists() else []), *segments(workdir / SEGMENTS)]
+  with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+    texts = pool.map(lambda path: path.read_text(), paths)
+    for path, text in zip(paths, texts, strict=True):
+      yield from _parsed(path, text)
+
+
+def _parsed(path: epath.Path, content: str) -> Iterator[dict[str, Any]]:
+  """Yields the whole lines of a file."""
+  for number, text in enumerate(content.splitlines(), start=1):
+    if not text:
+      continue
+    try:
+      line = json.loads(text)
+    except json.JSONDecodeError:
+      logging.warning("%s:%d is not a whole line of JSON; left out.", path, number)
+    else:
+      yield line
 
 
 def _to_json(value: float) -> float | str:

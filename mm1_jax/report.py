@@ -34,8 +34,9 @@ from mm1_jax.drawing import (
   printable_lines,
   to_png,
 )
+from mm1_jax.goodput import Goodput, read_goodput
 from mm1_jax.legend import STANDARD_ERROR
-from mm1_jax.metrics import read_metrics, read_tables
+from mm1_jax.metrics import format_seconds, read_metrics, read_tables
 
 TASKS = "eval_tasks/"
 GRID_COLUMNS = 6
@@ -63,8 +64,8 @@ def write_report(
   Args:
     out_dir: where they go; made if missing.
     stages: workdir by stage name, in order, such as `{"pretrain": ..., "sft": ...}`. Read are
-      `loss`, `loss/{source}`, `eval/loss/{source}`, the table `moe/load`, `lr` and
-      `grad_norm/{part}`; what a stage did not write is left out.
+      `loss`, `loss/{source}`, `eval/loss/{source}`, the table `moe/load`, `lr`,
+      `grad_norm/{part}` and where the time went; what a stage did not write is left out.
     answers: held-out pictures. The page shows all of them, the picture the first eight.
     accuracy: shares of right answers by stage, kind of question and step.
   """
@@ -78,7 +79,8 @@ def write_report(
   }
   png, html_page = out_dir / "report.png", out_dir / "report.html"
   png.write_bytes(_draw_overview(runs, answers[:8]))
-  html_page.write_text(_page(runs, answers))
+  goodput = {name: read_goodput(path) for name, path in stages.items()}
+  html_page.write_text(_page(runs, goodput, answers))
   return png, html_page
 
 
@@ -392,7 +394,9 @@ dt { color: #5f6570; font-size: 13px; line-height: 24px; } dd { margin: 0; white
 """
 
 
-def _page(runs, answers: Sequence[Answer]) -> str:
+def _page(
+  runs: Mapping[str, Run], goodput: Mapping[str, Goodput | None], answers: Sequence[Answer]
+) -> str:
   """Returns the HTML page."""
   sections = []
   for name, run in runs.items():
@@ -402,7 +406,8 @@ def _page(runs, answers: Sequence[Answer]) -> str:
         figure = Figure((10, panel.height + 0.3), dpi=DPI, facecolor=PAPER, layout="constrained")
         _draw_panel(panel, figure, figure.subplots(), name, run)
         images.append(img(to_png(figure), f"{name}: {panel.title}"))
-    sections.append(f"<h2>{html.escape(name)}</h2>{_loss_table(run)}{''.join(images)}")
+    tables = _loss_table(run) + _time_table(goodput[name])
+    sections.append(f"<h2>{html.escape(name)}</h2>{tables}{''.join(images)}")
   if answers:
     cards = "".join(_card(answer) for answer in answers)
     sections.append(f'<h2>Held-out pictures</h2><div class="answers">{cards}</div>')
@@ -421,6 +426,20 @@ def _loss_table(run) -> str:
     rows.append(f"<tr><td>{html.escape(source)}" + "".join(f"<td>{cell}" for cell in cells))
   head = "<tr><th>source<th>loss, first<th>last<th>held out, first<th>last"
   return f"<table>{head}{''.join(rows)}</table><br>" if rows else ""
+
+
+def _time_table(spent: Goodput | None) -> str:
+  """Returns where a run's time went, over all its commands, as an HTML table."""
+  if spent is None or spent.total <= 0:
+    return ""
+  parts = [field.name for field in dataclasses.fields(spent) if field.name != "commands"]
+  times = [getattr(spent, name) for name in parts]
+  cells = "".join(f"<td>{format_seconds(s)} ({s / spent.total:.0%})" for s in times)
+  head = "".join(f"<th>{name}" for name in parts)
+  return (
+    f"<table><tr><th>goodput<th>commands<th>all{head}<tr><td>{spent.share:.0%}"
+    f"<td>{spent.commands}<td>{format_seconds(spent.total)}{cells}</table><br>"
+  )
 
 
 def _card(answer: Answer) -> str:

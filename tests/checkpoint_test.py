@@ -2,14 +2,18 @@
 """Checkpoints: what comes back, onto which mesh, and what is said when it cannot."""
 
 import dataclasses
+import errno
 import json
 import logging
 import pathlib
 import shutil
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from mm1_jax import checkpoint
 from mm1_jax.checkpoint import Checkpointer, CheckpointError, DamagedError, to_names
@@ -715,3 +719,50 @@ def test_a_config_of_another_version_names_the_key(copy):
   path.write_text(json.dumps(values))
   with pytest.raises(ValueError, match=r"unknown key 'model\.decoder\.widht'"):
     checkpoint.read_run(copy)
+
+
+def test_a_failed_save_is_seen_at_the_next_look(tmp_path, monkeypatch):
+  """It fails on the disk, after `save` has returned; the one before it stays."""
+  run = run_config()
+  save(tmp_path, run, 1)
+  state = make_state(run)
+
+  def begin(checkpointer: Checkpointer) -> None:
+    checkpointer.save(2, params=state.model, train=state._replace(model=None), data=DATA)
+
+  def fail(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  # What all asynchronous saves end with, in a thread of their own.
+  monkeypatch.setattr(async_checkpointer, "_background_wait_for_commit_futures", fail)
+  with Checkpointer(tmp_path, CheckpointConfig(keep=9)) as checkpointer:
+    checkpointer.check_saved()
+    begin(checkpointer)
+    deadline = time.monotonic() + 60
+    while checkpointer._manager.is_saving_in_progress() and time.monotonic() < deadline:
+      checkpointer.check_saved()
+    with pytest.raises(CheckpointError) as error:
+      checkpointer.check_saved()
+    assert "saving step 2 in " in str(error.value)
+    assert "No space left on device; the newest whole checkpoint is step 1" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert checkpointer.latest_step == 1
+    checkpointer.check_saved()
+
+
+def test_looking_does_not_wait_for_a_save(tmp_path, monkeypatch):
+  run, go_on = run_config(), threading.Event()
+  wait = async_checkpointer._background_wait_for_commit_futures
+  monkeypatch.setattr(
+    async_checkpointer,
+    "_background_wait_for_commit_futures",
+    lambda *args, **kwargs: go_on.wait(60) and wait(*args, **kwargs),
+  )
+  state = make_state(run)
+  with Checkpointer(tmp_path, CheckpointConfig(keep=9)) as checkpointer:
+    checkpointer.save(1, params=state.model, train=state._replace(model=None), data=DATA)
+    checkpointer.check_saved()
+    assert not (tmp_path / checkpoint.STEPS / "1").exists()
+    go_on.set()
+    checkpointer.wait()
+    assert (tmp_path / checkpoint.STEPS / "1").exists()

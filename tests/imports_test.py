@@ -39,8 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
   "mm1_jax.inputs": CONTRACTS | {"mm1_jax.checkpoint", "mm1_jax.data"},
   "mm1_jax.legend": set(),
   "mm1_jax.metrics": {"mm1_jax.chips"},
+  "mm1_jax.goodput": {"mm1_jax.metrics"},
   "mm1_jax.drawing": set(),
-  "mm1_jax.report": CONTRACTS | {"mm1_jax.legend", "mm1_jax.drawing", "mm1_jax.metrics"},
+  "mm1_jax.report": CONTRACTS
+  | {"mm1_jax.legend", "mm1_jax.drawing", "mm1_jax.goodput", "mm1_jax.metrics"},
   "mm1_jax.distributed": CONTRACTS | {"mm1_jax.sharding"},
   "mm1_jax.checksum": {"mm1_jax.sharding"},
   "mm1_jax.checkpoint": CONTRACTS
@@ -64,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mm1_jax.checkpoint",
     "mm1_jax.checksum",
     "mm1_jax.metrics",
+    "mm1_jax.goodput",
     "mm1_jax.legend",
     "mm1_jax.report",
   },

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics: what is written is read back, the timer."""
 
+import errno
 import json
 import math
 import os
+import re
+import resource
+import signal
+import threading
 import types
 
 import fsspec
@@ -11,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fsspec.implementations.local import LocalFileSystem
-from tensorboardX import record_writer
+from tensorboardX import event_file_writer, record_writer
 
 from mm1_jax import metrics
+from tests.helpers import bucket
 
 
 class TestWriter:
@@ -105,20 +110,11 @@ class TestWriter:
     assert metrics.read_metrics(tmp_path / "nothing") == {}
 
 
-class Bucket(LocalFileSystem):
-  """An object store, kept in a folder: objects are written once, and never grow."""
-
-  protocol = "gs"
-  cachable = False
-  folder = ""
-
-  @classmethod
-  def _strip_protocol(cls, path):
-    name = str(path).removeprefix("gs://").removeprefix(cls.folder).strip("/")
-    return f"{cls.folder}/{name}"
+class Bucket(bucket.Bucket):
+  """Whose objects are written once."""
 
   def _open(self, path, mode="rb", **kwargs):
-    if "a" in mode or "+" in mode or ("w" in mode and self.exists(path)):
+    if "w" in mode and self.exists(path):
       raise OSError(f"{path}: mode {mode!r} of an object that is there")
     return super()._open(path, mode, **kwargs)
 
@@ -136,7 +132,7 @@ class Events:
 
 
 @pytest.fixture
-def bucket(tmp_path, monkeypatch):
+def on_gs(tmp_path, monkeypatch):
   """Returns a workdir on gs://."""
   monkeypatch.setattr(Bucket, "folder", str(tmp_path))
   monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: Bucket(auto_mkdir=True))
@@ -145,21 +141,21 @@ def bucket(tmp_path, monkeypatch):
 
 
 class TestObjectStore:
-  def test_each_flush_is_a_segment_that_is_written_once(self, bucket, tmp_path):
-    writer = metrics.MetricWriter(bucket)
+  def test_each_flush_is_a_segment_that_is_written_once(self, on_gs, tmp_path):
+    writer = metrics.MetricWriter(on_gs)
     writer.write_scalars(1, {"loss": 1})
     writer.write_tables(1, {"moe/load": np.ones((1, 2))})
-    assert metrics.read_metrics(bucket) == {}
+    assert metrics.read_metrics(on_gs) == {}
     writer.flush()
-    assert metrics.read_metrics(bucket) == {"loss": {1: 1}}
+    assert metrics.read_metrics(on_gs) == {"loss": {1: 1}}
     writer.flush()  # of nothing
     writer.write_scalars(2, {"loss": 2})
     writer.flush()
     writer.write_scalars(3, {"loss": 3})  # lost, as by kill -9
-    with metrics.MetricWriter(bucket, start_step=1) as writer:
+    with metrics.MetricWriter(on_gs, start_step=1) as writer:
       writer.write_scalars(2, {"loss": 4})
-    assert metrics.read_metrics(bucket) == {"loss": {1: 1, 2: 4}}
-    assert list(metrics.read_tables(bucket)["moe/load"]) == [1]
+    assert metrics.read_metrics(on_gs) == {"loss": {1: 1, 2: 4}}
+    assert list(metrics.read_tables(on_gs)["moe/load"]) == [1]
     names = sorted(path.name for path in (tmp_path / "bucket" / "run" / "metrics").iterdir())
     assert names == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
 
@@ -181,6 +177,119 @@ class TestObjectStore:
     writer.write_scalars(4, {"loss": 400})
     assert metrics.read_metrics(tmp_path) == {"loss": {1: 1, 2: 20, 3: 300, 4: 400}}
     writer.close()
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+class TestFaults:
+  """A disk that is full or does not answer ends no run and holds none up."""
+
+  @pytest.fixture
+  def told(self, caplog):
+    return lambda: [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+  def write_many(self, writer, steps: range) -> None:
+    for step in steps:
+      writer.write_scalars(step, {f"s{i}": 1.0 for i in range(20)})
+
+  def test_a_board_whose_disk_is_full(self, tmp_path, monkeypatch, told):
+    """A thread of the board's own library would die, and the tenth write after it never end."""
+
+    class Full:
+      def write(self, data):
+        raise FULL
+
+      flush = close = lambda self: None
+
+    opened = event_file_writer.EventsWriter.__init__
+
+    def fill(writer, *args):
+      opened(writer, *args)
+      writer._py_recordio_writer._writer = Full()
+
+    monkeypatch.setattr(event_file_writer.EventsWriter, "__init__", fill)
+    with metrics.MetricWriter(tmp_path) as writer:
+      self.write_many(writer, range(1, 101))
+      writer.flush()
+    assert list(metrics.read_metrics(tmp_path)["s0"]) == [*range(1, 101)]
+    first, last = told()
+    assert "lack entries (OSError: [Errno 28] No space left on device)" in first
+    assert "lack about 1999 entries" in last
+
+  def test_a_board_whose_folder_cannot_be_made(self, tmp_path, told):
+    (tmp_path / "tensorboard").write_text("a file")
+    with metrics.MetricWriter(tmp_path) as writer:
+      self.write_many(writer, range(1, 3))
+    assert list(metrics.read_metrics(tmp_path)["s0"]) == [1, 2]
+    assert "lack entries (NotADirectoryError: " in told()[0]
+
+  def test_a_board_whose_disk_does_not_answer(self, tmp_path, monkeypatch, told):
+    answers = threading.Event()
+    monkeypatch.setattr(
+      event_file_writer.EventsWriter, "write_event", lambda *_: answers.wait(60) and None
+    )
+    monkeypatch.setattr(metrics, "BOARD_CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(metrics, "BOARD_EVENTS", 50)
+    with metrics.MetricWriter(tmp_path) as writer:
+      self.write_many(writer, range(1, 101))
+      writer.flush()
+    assert list(metrics.read_metrics(tmp_path)["s0"]) == [*range(1, 101)]
+    first, last = told()
+    assert "lack entries (its disk does not answer)" in first
+    assert re.search(r"lack about (19\d\d|2000) entries", last)
+    answers.set()
+
+  def test_what_cannot_be_drawn_is_left_out_alone(self, tmp_path, told):
+    with metrics.MetricWriter(tmp_path) as writer:
+      writer.write_tables(1, {"moe/load": np.full((1, 2), np.nan)})
+      writer.write_scalars(2, {"loss": 1})
+    assert told() == [f"TensorBoard's files in {tmp_path / 'tensorboard'} lack about 1 entries"]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
+
+  def test_lines_wait_for_room(self, tmp_path, told):
+    """On a real file system that fills up: none is lost, and a part of one does no harm."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else it ends the process
+    try:
+      with metrics.MetricWriter(tmp_path) as writer:
+        self.write_many(writer, range(1, 11))
+        size = (tmp_path / metrics.FILE).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, limit[1]))
+        self.write_many(writer, range(11, 21))
+        assert (tmp_path / metrics.FILE).stat().st_size == size + 100
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        self.write_many(writer, range(21, 31))
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+      signal.signal(signal.SIGXFSZ, before)
+    assert list(metrics.read_metrics(tmp_path)["s0"]) == [*range(1, 31)]
+    (said,) = [text for text in told() if text.startswith("metrics wait")]
+    assert "File too large" in said
+
+  def test_what_waits_is_bounded_and_told(self, tmp_path, monkeypatch, told):
+    monkeypatch.setattr(metrics, "HELD_BYTES", 5000)
+    with metrics.MetricWriter(tmp_path) as writer:
+      self.write_many(writer, range(1, 3))
+      writer._path = tmp_path / "gone" / metrics.FILE
+      self.write_many(writer, range(3, 100))
+      assert len(writer._pending) < 6000
+    assert list(metrics.read_metrics(tmp_path)["s0"]) == [1, 2]
+    assert "97 lines of metrics could not be written" in told()[-1]
+
+
+class TestEvents:
+  def test_those_of_a_step_that_count(self, tmp_path):
+    with metrics.MetricWriter(tmp_path) as writer:
+      for step in (5, 10):
+        writer.write_event(step, "evaluated", name="a", seconds=1.0)
+    with metrics.MetricWriter(tmp_path, start_step=5) as writer:
+      names = lambda step: [e["name"] for e in metrics.read_events(tmp_path, step)]
+      assert names(5) == ["a"]
+      assert names(10) == []  # taken back
+      writer.write_event(10, "evaluated", name="b", seconds=1.0)
+      assert names(10) == ["b"]
 
 
 class TestLoad:

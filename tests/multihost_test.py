@@ -265,13 +265,20 @@ def test_killed_on_two_continues_on_one(straight, tmp_path, victim):
 
 @pytest.mark.long
 def test_a_frozen_process_ends_the_others(tmp_path):
-  """As a host does that swaps, or has lost the network: nothing closes its connections."""
-  processes = start(tmp_path / "run", 2, hooks={1: ["SIGSTOP", 3]})
+  """As a host does that swaps, or has lost the network: nothing closes its connections.
+
+  When it moves again, the others are gone, and it ends too, whatever it was waiting for.
+  """
+  processes = start(tmp_path / "run", 2, hooks={1: ["SIGSTOP", 3]}, checkpoint__every=1)
   begin = time.monotonic()
   while processes[0].poll() is None and time.monotonic() < begin + TIMEOUT:
     time.sleep(0.1)
-  os.killpg(processes[1].pid, signal.SIGKILL)
+  os.killpg(processes[1].pid, signal.SIGCONT)
+  moves = time.monotonic()
+  processes[1].wait(TIMEOUT)
+  assert time.monotonic() - moves < PEER_TIMEOUT + 30
   results = finish(processes)
+  assert results[1].code != 0
   assert results[0].code not in (0, -signal.SIGKILL)
   assert "another task died" in results[0].err
   assert "stopped sending heartbeats" in results[0].err

@@ -2,6 +2,7 @@
 """Reports: everything asked for is drawn, text from the model stays text."""
 
 import html.parser
+import json
 import math
 import re
 
@@ -55,6 +56,25 @@ class TestLosses:
     assert labels == ["captions/sample", "captions/world", "text", "held out"]
     smooth = [line for line in ax.get_lines() if line.get_label() in labels[:3]]
     assert all(len(line.get_xdata()) > 30 for line in smooth)
+
+
+class TestGoodput:
+  def test_where_the_time_went_over_all_commands(self, tmp_path):
+    lines = [
+      (0, 0, {"resumed": True, "launched": 0}),
+      (60, 1, {"event": "first step"}),
+      (100, 10, {"event": "saved", "seconds": 10}),
+      (120, 20, {"values": {"loss": 1.0}}),
+      (180, 10, {"resumed": True, "launched": 150}),
+      (200, 11, {"event": "first step"}),
+      (200, 20, {"values": {"loss": 1.0}}),
+    ]
+    text = "".join(json.dumps({"time": t, "step": s, **rest}) + "\n" for t, s, rest in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    _, path = report.write_report(tmp_path / "out", {"run": tmp_path})
+    page = Page(path.read_text()).text
+    for part in ("15%", "3m20s", "30s (15%)", "1m50s (55%)", "10s (5%)", "20s (10%)"):
+      assert part in page
 
 
 class TestBenchmarks:

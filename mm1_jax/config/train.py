@@ -76,6 +76,12 @@ class TrainConfig(Group, where="train."):
   max_skipped: Count = 10  # refused steps in a row that end a run
   # Steps between comparisons of the params that several devices have a copy of; 0 compares none.
   replica_check_every: CountOrZero = 0
+  # Seconds without a step after which the run says what it waits for, again and again; also those
+  # that the last save has after a signal to stop.
+  stall_seconds: Count = 240
+  # Seconds without progress after a signal to stop (or three of the longest steps) after which the
+  # process ends with the stopped code. A spot host of GKE has 25.
+  stop_seconds: Count = 20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,16 +11,20 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 from absl import flags, logging
 
 from mm1_jax.batch import Batch
-from mm1_jax.config import ConfigError, DataConfig, InputSpec, SourceConfig
+from mm1_jax.config import ConfigError, DataConfig, InputSpec, SourceConfig, UserError
 from mm1_jax.data.drops import Drops
 from mm1_jax.data.examples import Encoder, make_encoder
 from mm1_jax.data.index import Index, load_index
@@ -39,6 +43,7 @@ NUM_THREADS = 2
 
 # Smaller arrays come from a worker through a pipe: each shared one is a file to open and remove.
 MIN_SHARED_BYTES = 1 << 20
+KILLED = "terminated unexpectedly"  # in Grain's error for a worker that has ended
 
 
 class BatchStats(NamedTuple):
@@ -54,6 +59,10 @@ class BatchStats(NamedTuple):
 
 class PipelineError(RuntimeError):
   """Making a batch failed for another reason than the data or the config."""
+
+
+class WorkerKilled(UserError):
+  """A data worker has ended, such as by the system where memory is short."""
 
 
 class Pipeline:
@@ -104,7 +113,8 @@ class Pipeline:
 
     Raises:
       DataError: too many examples were dropped; again on every later call.
-      PipelineError: a worker failed or was killed; again on every later call.
+      WorkerKilled: a worker was killed; again on every later call.
+      PipelineError: a worker failed; again on every later call.
     """
     if self._error:
       raise self._error
@@ -120,8 +130,7 @@ class Pipeline:
       raise
     except Exception as e:
       # After its first error Grain's worker pool only says that the data has ended.
-      batch = self._state["batch"]
-      self._error = PipelineError(f"making batch {batch} failed: {type(e).__name__}: {e}")
+      self._error = _failed(self._state["batch"], e)
       raise self._error from e
     before, self._state = (
       self._state,
@@ -150,6 +159,16 @@ class Pipeline:
           "source '%s' is used up at step %d; the others keep their proportions",
           *(name, self._state["batch"]),
         )
+
+
+def _failed(batch: int, error: Exception) -> Exception:
+  if KILLED not in str(error):
+    return PipelineError(f"making batch {batch} failed: {type(error).__name__}: {error}")
+  return WorkerKilled(
+    f"a data worker was killed while batch {batch} was made ({str(error).split('. ')[0]}). Where "
+    "memory is short, the system does that: lower data.num_workers or data.prefetch_batches. Run "
+    "again to continue."
+  )
 
 
 def _join(rows: Sequence[LoadedRow]) -> tuple[Batch, BatchStats]:
@@ -224,7 +243,7 @@ def make_pipeline(
     sharing = grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED_BYTES)
     loaded = grain.experimental.WithOptionsIterDataset(loaded, sharing)
     options = grain.MultiprocessingOptions(num_workers=data.num_workers)
-    loaded = loaded.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
+    loaded = loaded.mp_prefetch(options, worker_init_fn=_begin_worker)
   return Pipeline(
     iter(loaded),
     num_rows=len(rows),
@@ -255,9 +274,21 @@ def _log_slots(data: DataConfig, mixer: Mixer) -> None:
     )
 
 
-def _ignore_interrupts(_worker: int, _num_workers: int) -> None:
-  """Leaves Ctrl-C, which reaches the whole process group, to the training process."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin_worker(_worker: int, _num_workers: int) -> None:
+  """Leaves signals to the training process, whose group a terminal or Slurm sends them to.
+
+  And ends with that process: after its kill -9 a worker would wait for ever for room in a queue.
+  """
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  multiprocessing.connection.wait([parent.sentinel])
+  os._exit(1)
 
 
 def make_eval_batches(
@@ -268,7 +299,7 @@ def make_eval_batches(
   process_index: int = 0,
   process_count: int = 1,
   limit: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
   """Yields each example of a held-out source once, in `data`'s row shape and batch size.
 
   The last batch is filled up with empty rows. The rows are the same for any number of processes,
@@ -303,7 +334,7 @@ def make_eval_batches(
   return _eval_batches(loaded.to_iter_dataset(options), len(local), source.name)
 
 
-def _eval_batches(loaded: grain.IterDataset, num_rows: int, name: str) -> Iterator[Batch]:
+def _eval_batches(loaded: grain.IterDataset, num_rows: int, name: str) -> Generator[Batch]:
   drops: collections.Counter = collections.Counter()
   with contextlib.closing(iter(loaded)) as iterator:
     while rows := list(itertools.islice(iterator, num_rows)):

@@ -238,8 +238,12 @@ def run_job(
   digest: str = "",
   share: tuple[int, int] = (0, 1),
   tell: Callable[[str], None] = lambda line: None,
+  check: Callable[[], None] = lambda: None,
 ) -> Result:
-  """Returns the result of one job, or a share's replies without scores; see `evaluate`."""
+  """Returns the result of one job, or a share's replies without scores; see `evaluate`.
+
+  `check` is called after each batch; what it raises ends the job.
+  """
   items, form = data.items(job), job.task.forms[job.form]
   if job.control == "frequent":
     return _scored(job, _most_frequent(items, data.demonstrations(job), form))
@@ -251,7 +255,7 @@ def run_job(
       f"{job.task.name} shows pictures, and the model was trained on none (data.images_per_row 0)."
     )
   news = _News(job.name, len(items), tell)
-  asking = make_asking(job, items, data, settings)
+  asking = dataclasses.replace(make_asking(job, items, data, settings), check=check)
   chunks = replies.answer(model, items, asking, kept=kept, digest=digest, share=share, tell=news)
   answered = [one for chunk in chunks for one in chunk]
   return _scored(job, answered) if share == (0, 1) else Result(job, answered, None)

@@ -2,6 +2,7 @@
 """Benchmarks inside a training run: `config.eval_tasks`."""
 
 import math
+from collections.abc import Callable
 
 from etils import epath
 from jax.sharding import Mesh
@@ -26,8 +27,8 @@ class TaskEvaluator:
   """
 
   def __init__(self, run: RunConfig, cfg: EvalTaskConfig):
-    self.every = cfg.every
-    self._run, self._name = run, cfg.name
+    self.name, self.every = cfg.name, cfg.every
+    self._run = run
     self._settings = Settings(
       tasks=(cfg.task or cfg.name,),
       shots=(cfg.shots,),
@@ -56,23 +57,28 @@ class TaskEvaluator:
       except PromptError as e:
         problems.append(str(e))
     if len(problems) == len(items):
-      raise EvalError(f"eval_tasks.{self._name}: no item can be asked; the first: {problems[0]}")
+      raise EvalError(f"eval_tasks.{self.name}: no item can be asked; the first: {problems[0]}")
 
-  def __call__(self, params: MM1, mesh: Mesh) -> dict[str, float]:
-    """Returns `eval_tasks/NAME/METRIC` with its standard error, and how many items were dropped."""
+  def __call__(
+    self, params: MM1, mesh: Mesh, check: Callable[[], None] = lambda: None
+  ) -> dict[str, float]:
+    """Returns `eval_tasks/NAME/METRIC` with its standard error, and how many items were dropped.
+
+    `check` is called between batches, and may raise.
+    """
     self._model.params, self._model.mesh = params, mesh
     try:
-      result = run_job(self._model, self._job, self._data, self._settings)
+      result = run_job(self._model, self._job, self._data, self._settings, check=check)
     finally:
       self._model.params = None  # pyright: ignore[reportAttributeAccessIssue] - memory of the step
     assert result.scores is not None
     found = {}
     for metric, value in result.scores.values.items():
-      name = f"eval_tasks/{self._name}/{metric}"
+      name = f"eval_tasks/{self.name}/{metric}"
       found[name] = value.mean
       if math.isfinite(value.standard_error):
         found[f"{name}{STANDARD_ERROR}"] = value.standard_error
-    return found | {f"eval_tasks/{self._name}/dropped": float(len(result.dropped))}
+    return found | {f"eval_tasks/{self.name}/dropped": float(len(result.dropped))}
 
 
 def make_evaluators(run: RunConfig) -> list[TaskEvaluator]:

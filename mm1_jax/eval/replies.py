@@ -56,6 +56,7 @@ class Asking:
     change: what a control shows instead of an item's content.
     batch_size: prompts that are generated from at once.
     bos: whether documents begin with `<s>`, as in training.
+    check: called after each batch; what it raises ends the asking.
   """
 
   form: Form
@@ -64,6 +65,7 @@ class Asking:
   change: Change = lambda item, content: content
   batch_size: int = 8
   bos: bool = True
+  check: Callable[[], None] = lambda: None
 
   def encode(
     self, model: Model, item: Item
@@ -141,9 +143,10 @@ class Asking:
         sampling=sampling,
         stop=form.stop,
         batch_size=self.batch_size,
+        tell=lambda _: self.check(),
       )
     options = [one for each in asked if isinstance(each, list) for one in each]
-    scores = iter(log_likelihoods(model, options))
+    scores = iter(log_likelihoods(model, options, tell=lambda _: self.check()))
     return [tuple(next(scores) for _ in each) for each in asked]
 
   def settings(self) -> dict[str, Any]:

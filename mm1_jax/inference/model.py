@@ -7,7 +7,7 @@ model.generate([[pathlib.Path("a.jpg"), "What is this?"]])  # ["A cat."]
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,6 +114,7 @@ class Model:
     chat: bool | None = None,
     seed: int | Sequence[int] = 0,
     batch_size: int = 8,
+    tell: Callable[[int], None] = lambda done: None,
   ) -> list[str]:
     """Returns one answer for each prompt.
 
@@ -131,6 +132,7 @@ class Model:
         `data.chat`.
       seed: of what is drawn; or one for each prompt: then its place does not matter.
       batch_size: prompts that are read at once.
+      tell: is given how many have been answered, after each batch; what it raises ends the call.
 
     Raises:
       PromptError: a picture cannot be read, a prompt does not fit the model, or a setting is
@@ -151,6 +153,7 @@ class Model:
       for texts in self._answer(group, keys[rows], max_new_tokens, sampling, stop):
         for i, text in zip(rows, texts, strict=True):
           answers[i] = text
+      tell(min(start + batch_size, len(order)))
     return answers
 
   def stream(

@@ -56,12 +56,23 @@ class StepLog:
     self._finished: concurrent.futures.Future[float] | None = None  # when the newest step was
 
   @contextlib.contextmanager
-  def saving(self) -> Iterator[None]:
+  def saving(self, step: int) -> Iterator[None]:
     """Times a save, in the block; the next progress line has the mean of those before it."""
     begin = time.perf_counter()
     yield
     self.save_seconds = time.perf_counter() - begin
     self._saves.append(self.save_seconds)
+    self.writer.write_event(step, "saved", seconds=round(self.save_seconds, 3))
+
+  @contextlib.contextmanager
+  def evaluating(self, step: int, name: str) -> Iterator[None]:
+    """Times an evaluation, in the block, and leaves it out of the speed."""
+    begin = time.perf_counter()
+    with self.timer.excluded():
+      yield
+    seconds = round(time.perf_counter() - begin, 3)
+    self.writer.write_event(step, "evaluated", name=name, seconds=seconds)
+    self.writer.flush()
 
   def fetch(self, pipeline: Iterator[tuple[Batch, BatchStats]]) -> tuple[Batch, BatchStats]:
     """Returns the next batch, timing how long the devices wait for it."""
@@ -96,8 +107,9 @@ class StepLog:
 
   def add(self, step: int, metrics: Metrics, tally: Tally) -> None:
     """Takes the metrics of a step that has ended, on the host."""
-    if self._start is not None:
-      self._start.setdefault("speed/start_seconds", time.time() - self._launched)
+    if self._start is not None and "speed/start_seconds" not in self._start:
+      self._start["speed/start_seconds"] = time.time() - self._launched
+      self.writer.write_event(step, "first step")
     self.timer.tick(
       tokens=int(tally.num_positions), images=int(tally.num_images), data_wait=self._data_wait
     )

@@ -13,7 +13,7 @@ import pytest
 
 from mm1_jax.batch import Batch
 from mm1_jax.config import ConfigError, DataConfig, InputSpec, TilingConfig
-from mm1_jax.data.pipeline import PipelineError, make_eval_batches, make_pipeline
+from mm1_jax.data.pipeline import PipelineError, WorkerKilled, make_eval_batches, make_pipeline
 from mm1_jax.data.sources import DataError
 from tests.helpers import spread
 from tests.helpers.records import SAMPLE, conversation, sample_source
@@ -352,6 +352,6 @@ def test_killed_worker_is_told(small):
   next(pipeline)
   for child in multiprocessing.active_children():
     child.kill()
-  with pytest.raises(PipelineError, match=r"making batch \d+ failed"):
+  with pytest.raises(WorkerKilled, match=r"killed while batch \d+ was made .*exit code -9\)"):
     take(pipeline, 100)
   pipeline.close()

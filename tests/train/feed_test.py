@@ -6,6 +6,7 @@ as slowly as a test says.
 """
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +20,11 @@ from clu import metrics as clu_metrics
 
 from mm1_jax.config import RunConfig
 from mm1_jax.configs import mm1_debug
+from mm1_jax.data.sources import DataError
 from mm1_jax.metrics import MetricWriter, read_metrics
-from mm1_jax.train import log, loop
+from mm1_jax.train import feed, log, loop
 from mm1_jax.train.step import train_step
+from mm1_jax.train.stop import Stop, Stopped
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.compiles
@@ -220,3 +223,77 @@ def test_share_of_time_that_the_devices_wait(
   print(f"{waited:.3f} of {watch.idle:.3f}")
   assert waited == pytest.approx(watch.idle, abs=0.2)
   assert least <= waited <= most
+
+
+# --- waiting for a batch
+
+
+class Still:
+  """A pipeline of numbers, that stands still at the third one."""
+
+  def __init__(self):
+    self.tokenizer, self.batch, self.moves, self.closed = None, 0, threading.Event(), False
+
+  def state(self) -> dict[str, int]:
+    return {"batch": self.batch}
+
+  def __next__(self):
+    if self.batch == 2:
+      self.moves.wait(60)
+    if self.batch == 3:
+      raise DataError("no more")
+    self.batch += 1
+    return self.batch
+
+  def close(self) -> None:
+    self.closed = True
+
+
+@pytest.fixture
+def still(monkeypatch):
+  monkeypatch.setattr(feed, "LAST_BATCH_SECONDS", 0.3)
+  monkeypatch.setattr(feed, "LOOK_SECONDS", 0.05)
+  monkeypatch.setattr(feed, "CLOSE_SECONDS", 0.3)
+  return Still()
+
+
+def test_a_batch_that_does_not_come_is_given_up_after_a_signal(still):
+  """The state is then still that before it, whenever it comes after all."""
+  stop = Stop()
+  batches = feed.Feed(still, stop)
+  assert [next(batches), next(batches), batches.state] == [1, 2, {"batch": 2}]
+  stop.requested, stop.at = "SIGTERM", time.monotonic()
+  with pytest.raises(Stopped):
+    next(batches)
+  assert time.monotonic() - stop.at >= 0.3
+  still.moves.set()
+  deadline = time.monotonic() + 10
+  while still.batch == 2 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert (still.state(), batches.state) == ({"batch": 3}, {"batch": 2})
+  batches.close()
+  assert still.closed
+  assert stop.stuck is None
+
+
+def test_closing_does_not_wait_for_what_never_ends(still):
+  stop = Stop()
+  batches = feed.Feed(still, stop)
+  next(batches), next(batches)
+  stop.at = 0.0
+  with pytest.raises(Stopped):
+    next(batches)
+  batches.close()
+  assert stop.stuck == "the data"
+  still.moves.set()
+
+
+def test_errors_come_through_and_leave_the_state(still):
+  still.moves.set()
+  batches = feed.Feed(still, Stop())
+  assert [next(batches) for _ in range(3)] == [1, 2, 3]
+  for _ in range(2):
+    with pytest.raises(DataError, match="no more"):
+      next(batches)
+  assert batches.state == {"batch": 3}
+  batches.close()

@@ -20,7 +20,9 @@ from mm1_jax.train.guard import NORM_DECAY, NORM_STEPS, RISE, TrainingDiverged, 
 from mm1_jax.train.log import StepLog
 from mm1_jax.train.loop import Results
 from mm1_jax.train.step import eval_step, train_step, train_step_on
+from mm1_jax.train.stop import Stop
 from mm1_jax.train.tally import Tally
+from mm1_jax.train.watchdog import Watchdog
 from tests.helpers import tiny, tiny_step
 
 pytestmark = pytest.mark.compiles
@@ -249,7 +251,8 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
     Checkpointer(tmp_path, CheckpointConfig()) as checkpointer,
   ):
     log, drops = StepLog(run, writer, launched=0.0), Drops(run.data.max_drop_fraction)
-    results = Results(log, Verdicts(run, checkpointer), drops)
+    watch = Watchdog(Stop(), stall_seconds=240, stop_seconds=20)
+    results = Results(log, Verdicts(run, checkpointer), drops, watch)
 
     def advance(model):
       nonlocal state, step
