@@ -28,7 +28,7 @@ import tensorstore
 from absl import logging
 from etils import epath
 
-from mm1_jax import distributed
+from mm1_jax import distributed, untrusted
 from mm1_jax.checksum import checksums
 from mm1_jax.config import CheckpointConfig, RunConfig, UserError
 from mm1_jax.models.layers import resize_grid
@@ -298,9 +298,12 @@ class Checkpointer:
 
 
 def _read_good(path: epath.Path) -> int:
+  if not path.exists():
+    return NONE_GOOD
   try:
-    return int(json.loads(path.read_text())["step"]) if path.exists() else NONE_GOOD
-  except (ValueError, KeyError, TypeError):
+    with untrusted.of_form(f"'{path}'", CheckpointError):
+      return int(untrusted.read_object(path, CheckpointError)["step"])
+  except CheckpointError:
     return NONE_GOOD  # it was cut off by a crash
 
 
@@ -338,15 +341,13 @@ def read_run(workdir: epath.PathLike) -> RunConfig:
     raise CheckpointError(
       f"'{workdir}' is not a run: it has no {CONFIG}. Give the --workdir of a training run."
     )
-  try:
-    values = json.loads(path.read_text())
-    files = [workdir / own for own, *_ in TOKENIZERS.values()]
-    tokenizer = next((file for file in files if file.exists()), files[0])
+  values = untrusted.read_object(path, CheckpointError)
+  files = [workdir / own for own, *_ in TOKENIZERS.values()]
+  tokenizer = next((file for file in files if file.exists()), files[0])
+  with untrusted.of_form(f"'{path}' is damaged", CheckpointError):
     values["data"]["tokenizer"] = str(tokenizer)
     if (workdir / TEMPLATE).exists():
       values["data"]["chat_template"] = str(workdir / TEMPLATE)
-  except (json.JSONDecodeError, KeyError, TypeError) as e:
-    raise CheckpointError(f"'{path}' is damaged: {type(e).__name__}: {e}.") from e
   return RunConfig.from_dict(values)
 
 

@@ -766,3 +766,13 @@ def test_looking_does_not_wait_for_a_save(tmp_path, monkeypatch):
     go_on.set()
     checkpointer.wait()
     assert (tmp_path / checkpoint.STEPS / "1").exists()
+
+
+@pytest.mark.parametrize(
+  "data", [b"\xff\xfe{}", b"[" * 5000, b"{", b"[]", b'{"data": 3}', b'{"model": {}}', b"null"]
+)
+def test_a_runs_config_that_is_no_config_is_one_clear_error(tmp_path, data):
+  (tmp_path / "config.json").write_bytes(data)
+  (tmp_path / "chat_template.json").write_text("{}")
+  with pytest.raises(CheckpointError, match=r"config\.json"):
+    checkpoint.read_run(tmp_path)

@@ -7,14 +7,13 @@ exported files with the hashes in their manifests. Little is in memory at once.
 
 import concurrent.futures
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from mm1_jax import checkpoint
+from mm1_jax import checkpoint, untrusted
 from mm1_jax.checkpoint import CheckpointError
 from mm1_jax.checksum import host_sum, to_hex
 from mm1_jax.convert import ConvertError
@@ -146,10 +145,8 @@ def _built_manifests(path: epath.Path) -> list[epath.Path]:
 
 
 def _read_manifest(path: epath.Path, key: str) -> Any:
-  try:
-    return json.loads(path.read_text())[key]
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    raise ConvertError(f"'{path}' is damaged: {type(e).__name__}: {e}.") from e
+  with untrusted.of_form(f"'{path}' is damaged", ConvertError):
+    return untrusted.read_object(path, ConvertError)[key]
 
 
 def _check_files(files: Mapping[epath.Path, Mapping[str, Any]]) -> list[str]:

@@ -22,6 +22,7 @@ from mm1_jax.data.tokenizer import TOKENIZER_CONFIG, Tokenizer
 from mm1_jax.train import meaning
 from mm1_jax.train.meaning import Change, Kind
 from mm1_jax.train.optimizer import make_schedule
+from mm1_jax.untrusted import read_object
 
 TOKENIZER, DELIMITERS = "data.tokenizer", "data.image_delimiters"
 LORA_ALPHA = "model.decoder.lora.alpha"
@@ -51,7 +52,7 @@ def check_resume(run: RunConfig, workdir: epath.PathLike) -> Before | None:
       f"{'; '.join(map(str, wrong))}. Set them back, or start another workdir from this one's "
       f"params: --config.train.init_from={workdir}"
     )
-  return Before(old, json.loads((epath.Path(workdir) / checkpoint.CONFIG).read_text()))
+  return Before(old, read_object(epath.Path(workdir) / checkpoint.CONFIG, CheckpointError))
 
 
 def log_resume(before: Before, run: RunConfig, *, step: int, accepted: int) -> None:
