@@ -44,7 +44,7 @@ DRAW = ["matplotlib"]
 EVAL = ["pyarrow"]
 LM_EVAL = ["lm-eval"]
 QUANT = ["qwix"]
-SERVE = ["gradio"]
+SERVE = ["gradio", "starlette"]
 EXTRAS = {
   # The libtpu that matches the installed jax, and workdirs on gs://.
   "tpu": ["gcsfs", "google-cloud-storage", "jax[tpu]"],
