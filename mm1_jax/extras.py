@@ -14,7 +14,7 @@ EXTRAS = {
   "lm-eval": ("lm-evaluation-harness", ("lm_eval",)),
   "lmms-eval": ("lmms-eval", ("lmms_eval",)),
   "quant": ("quantizing", ("qwix",)),
-  "serve": ("the web page", ("gradio",)),
+  "serve": ("the web page", ("gradio", "starlette")),
 }
 
 

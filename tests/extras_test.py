@@ -32,8 +32,10 @@ EXTRA_OF = {
   "mm1_jax.eval.adapters.lm_eval": "lm-eval",
   "mm1_jax.eval.adapters.lmms_eval": "lmms-eval",
   "mm1_jax.eval.tasks.files": "eval",
+  "mm1_jax.inference.app": "serve",
   "mm1_jax.inference.page": "serve",
   "mm1_jax.inference.quantize": "quant",
+  "mm1_jax.parquet": "eval",
   "mm1_jax.plan.picture": "draw",
   "mm1_jax.report": "draw",
 }
@@ -193,7 +195,7 @@ def test_the_base_imports_without_extras(tmp_path):
     ("inspect --config=mm1_debug", "draw", "matplotlib"),
     ("plan --config=mm1_debug --topology=v5e-4 --picture=plan.png", "draw", "matplotlib"),
     ("convert import --vit=x --out=y", "convert", "safetensors and tokenizers"),
-    ("serve --checkpoint=x", "serve", "gradio"),
+    ("serve --checkpoint=x", "serve", "gradio and starlette"),
     ("ask --checkpoint=x --image=y --prompt=z --quantize=int8", "quant", "qwix"),
   ],
 )
