@@ -5,6 +5,7 @@ It asks nothing of any other server.
 """
 
 import contextlib
+import copy
 import dataclasses
 import html
 import os
@@ -88,8 +89,8 @@ class Page:
   ):
     data = model.run.data
     data = dataclasses.replace(data, max_image_pixels=min(bounds.pixels, data.max_image_pixels))
-    model.run = dataclasses.replace(model.run, data=data)
-    self._model = model
+    self._model = copy.copy(model)  # the caller's own stays as it was
+    self._model.run = dataclasses.replace(model.run, data=data)
     self._bounds = bounds
     self._defaults = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     self._how = {"stop": stop, "seed": seed}

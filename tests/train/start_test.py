@@ -225,7 +225,7 @@ def test_what_cannot_be_compared_is_told(source, tmp_path, caplog):
   assert start.check_resume(run, bare) is None
   assert "unknown key 'colour'" in caplog.text
   path.write_text("{")
-  with pytest.raises(CheckpointError, match=r"config\.json' is damaged"):
+  with pytest.raises(CheckpointError, match=r"config\.json' is not JSON"):
     start.check_resume(run, bare)
 
 

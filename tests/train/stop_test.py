@@ -13,6 +13,7 @@ def run(code: str) -> subprocess.CompletedProcess:
   program = """
     import ctypes, functools, os, signal, threading, time
     from mm1_jax.train.stop import SIGNALS, Stop, leave
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored, as under nohup
     stop = Stop(functools.partial(leave, code=75))
     def native_sleep(seconds):  # in a mutex, from which no signal wakes
       libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
