@@ -15,6 +15,7 @@ import concurrent.futures
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import time
 
@@ -79,11 +80,13 @@ def by_turns(faults: list[Fault]) -> list[list[Fault]]:
   return list(groups.values())
 
 
-def drill(faults: list[Fault], out: pathlib.Path, *, seed: int, lanes: int) -> Table:
+def drill(
+  faults: list[Fault], out: pathlib.Path, *, seed: int, lanes: int, patience: float
+) -> Table:
   """Injects the faults, `lanes` at once, and returns the table."""
   work = out / "work"
   shutil.rmtree(work, ignore_errors=True)
-  table, lab = Table(out), Lab(work)
+  table, lab = Table(out), Lab(work, patience)
 
   def take(group: list[Fault]) -> None:
     for fault in group:
@@ -96,8 +99,8 @@ def drill(faults: list[Fault], out: pathlib.Path, *, seed: int, lanes: int) -> T
     try:
       for group in [pool.submit(take, group) for group in by_turns(faults)]:
         group.result()
-    finally:
-      pool.shutdown(wait=True, cancel_futures=True)
+    finally:  # where it is interrupted, too: what is at work is killed, and the faults end
+      pool.shutdown(wait=False, cancel_futures=True)
       lab.close()
   return table
 
@@ -114,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--seed", type=int, default=0, help="of the moments, places and mutations (0)")
   add("--list", action="store_true", help="names the faults, and injects none")
   add("--lanes", type=int, default=len(os.sched_getaffinity(0)), help="faults at once (cores)")
+  add("--patience", type=float, default=1.0, help="times the bounds in seconds, on a busy machine")
   add("--out", type=pathlib.Path, default=pathlib.Path("runs/drill"), metavar="FOLDER")
   args = parser.parse_args(argv)
   faults = chosen(all_faults(), args.only, args.quick)
@@ -121,10 +125,13 @@ def main(argv: list[str] | None = None) -> int:
     print(*(fault.name for fault in faults), sep="\n")
     return 0
   begun = time.monotonic()
-  table = drill(faults, args.out.absolute(), seed=args.seed, lanes=args.lanes)
+  table = drill(
+    faults, args.out.absolute(), seed=args.seed, lanes=args.lanes, patience=args.patience
+  )
   table.write(seed=args.seed, seconds=time.monotonic() - begun)
   return int(any(row.outcome.fails for row in table.rows))
 
 
 if __name__ == "__main__":
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is at work must not stay
   sys.exit(main())

@@ -101,10 +101,10 @@ def coco_bomb(folder: pathlib.Path) -> tuple[str, list[str]]:
 def parquet_cell(folder: pathlib.Path) -> tuple[str, list[str]]:
   """One cell of 300 MB, in a file of 10 kB."""
   import pyarrow as pa
-  import pyarrow.parquet
+  import pyarrow.parquet as pq
 
   table = pa.table({"text": pa.array(["a" * 300_000_000, "good"])})
-  pa.parquet.write_table(
+  pq.write_table(
     table, folder / "a.parquet", compression="zstd", use_dictionary=False, write_statistics=False
   )
   return "text", [f"--input={folder}/a.parquet"]

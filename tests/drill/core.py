@@ -108,10 +108,11 @@ class Lab:
 
   Args:
     folder: for all of it.
+    patience: what bounds in seconds are multiplied with, on a machine with much other work.
   """
 
-  def __init__(self, folder: pathlib.Path):
-    self.folder = folder
+  def __init__(self, folder: pathlib.Path, patience: float = 1.0):
+    self.folder, self.patience = folder, patience
     folder.mkdir(parents=True, exist_ok=True)
     self.env = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"} | {
       "JAX_PLATFORMS": "cpu",
@@ -121,9 +122,11 @@ class Lab:
       "XLA_FLAGS": "--xla_backend_optimization_level=0",  # tiny programs: compile fast
       "TF_CPP_MIN_LOG_LEVEL": "2",
       "PYTHONUNBUFFERED": "1",
+      "PYTHONPATH": str(ROOT),
       "OMP_NUM_THREADS": "1",
     }
-    self._at_end: list[Callable[[], None]] = []
+    self._processes: list[Process] = []
+    self._closed = False
     self._made: dict[str, Any] = {}
     self._making: dict[str, threading.Lock] = {}
     self._lock = threading.Lock()
@@ -137,14 +140,29 @@ class Lab:
         self._made[name] = make(self.folder / name)
       return self._made[name]
 
-  def at_end(self, close: Callable[[], None]) -> None:
-    """Calls it when the drill is over."""
+  def start(
+    self,
+    command: Sequence[str],
+    log: pathlib.Path,
+    env: Mapping[str, str | None] | None = None,
+    cwd: pathlib.Path = ROOT,
+  ) -> Process:
+    """Starts a program in the drill's environment, with variables of its own; None unsets one."""
     with self._lock:
-      self._at_end.append(close)
+      if self._closed:
+        raise Missed("the drill was stopped")
+      variables = {name: text for name, text in {**self.env, **(env or {})}.items() if text}
+      process = Process(list(command), log, variables, cwd)
+      process.patience = self.patience
+      self._processes.append(process)
+    return process
 
   def close(self) -> None:
-    while self._at_end:
-      self._at_end.pop()()
+    """Kills all programs; no other one is started."""
+    with self._lock:
+      self._closed = True
+      for process in self._processes:
+        process.kill()
 
   def faults_folder(self, fault: "Fault") -> pathlib.Path:
     return self.folder / "faults" / fault.name.replace("/", "-")
@@ -176,26 +194,30 @@ class Scene:
   def start(
     self,
     *command: str,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     wrapped: Sequence[str] = (),
     cwd: pathlib.Path = ROOT,
   ) -> Process:
     """Starts a Python module, by way of the command `wrapped`: see `shell`."""
     full = [*wrapped, sys.executable, "-m", *command]
     log = self.folder / f"{len(self._processes)}.log"
-    environment = self.lab.env | {"PYTHONPATH": str(ROOT)} | dict(env or {})
-    process = Process(full, log, environment, cwd)
+    process = self.lab.start(full, log, env, cwd)
     self._processes.append(process)
     return process
 
   def finish(self, process: Process, expected: Expected, *, shown: bool = True) -> Ended:
     """Waits for a program's end, judges it, and takes its time and message for the table."""
+    expected = dataclasses.replace(expected, within=self.patient(expected.within))
     ended = process.end(expected.within)
     self.problems += judge(ended, expected)
     if shown:
       self.seconds = ended.seconds
       self.message = (expected.says and told(ended, expected.says)) or last_line(ended.text)
     return ended
+
+  def patient(self, seconds: float) -> float:
+    """Returns a bound as this machine has it."""
+    return seconds * self.lab.patience
 
   def add(self, outcome: Outcome, why: str) -> None:
     self.problems.append((outcome, why))

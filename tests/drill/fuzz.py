@@ -181,7 +181,7 @@ def main() -> None:
   print(f"{args.count} mutations: {dict(found)}")
   if stray:
     names = collections.Counter(key.split(":")[0] for key in stray.elements())
-    raise SystemExit(f"{stray.total()} stray: {dict(names.most_common(4))}; {[*stray][:2]}")
+    raise SystemExit(f"error: {stray.total()} stray: {dict(names.most_common(4))}; {[*stray][:2]}")
 
 
 if __name__ == "__main__":

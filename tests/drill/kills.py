@@ -32,11 +32,12 @@ def random_moments(scene: Scene, kills: int = KILLS) -> None:
   """Kills at a random time after the start, or after a random step."""
   usual = _usual(scene)
 
-  def wait(process: Process, _workdir: pathlib.Path) -> None:
+  def wait(process: Process, workdir: pathlib.Path) -> None:
     if scene.dice.random() < 0.5:
       time.sleep(scene.dice.uniform(0.1, 0.95) * usual)
     else:
-      process.wait_for(rf"^step +{scene.dice.randrange(1, runs.NUM_STEPS)}/")
+      left = range(runs.newest(workdir) + 1, runs.NUM_STEPS + 1)
+      process.wait_for(rf"^step +{scene.dice.choice(left or [0])}/")
       time.sleep(scene.dice.uniform(0, 0.1))
 
   _chain(scene, kills, wait)

@@ -66,12 +66,12 @@ def _on_the_page(ask: Callable[[Scene], None]) -> Callable[[Scene], None]:
 
 
 def _visitor(scene: Scene, here: Site, within: float = ANSWERS_WITHIN) -> Visitor:
-  return Visitor(here, scene.dice, within)
+  return Visitor(here, scene.dice, scene.patient(within))
 
 
 def _refused(scene: Scene, answer: Answer, within: float = REFUSES_WITHIN) -> None:
   scene.seconds, scene.message = answer.seconds, answer.text
-  if answer.kind == "nothing" or answer.seconds > within:
+  if answer.kind == "nothing" or answer.seconds > scene.patient(within):
     scene.add(Outcome.HUNG, f"{answer.kind} after {answer.seconds:.1f} s: {answer.text}")
   elif answer.kind != "refused":
     scene.add(Outcome.WRONG, f"{answer.kind}, not refused: {answer.text}")
@@ -227,7 +227,7 @@ def visitors(scene: Scene) -> None:
   here = site(scene)
 
   def ask(number: int) -> Answer:
-    return Visitor(here, scene.dice, 120).ask(f"Question {number}?")
+    return _visitor(scene, here, 120).ask(f"Question {number}?")
 
   with concurrent.futures.ThreadPoolExecutor(VISITORS) as pool:
     answers = [*pool.map(ask, range(VISITORS))]

@@ -38,7 +38,7 @@ def start(scene: Scene, workdir: pathlib.Path, *different: dict[str, Any]) -> li
     address = f"localhost:{free.getsockname()[1]}"
   flags = (f"--coordinator={address}", "--num-processes=2", f"--peer-timeout={PEER_TIMEOUT}")
   # Where only one finds its compiled program in a cache, gloo does not wait for the other.
-  env = {"JAX_COMPILATION_CACHE_DIR": ""}
+  env = {"JAX_COMPILATION_CACHE_DIR": None}
   each = different or ({}, {})
   return [
     runs.start(scene, each[i], *flags, f"--process-id={i}", workdir=workdir, env=env)
@@ -93,7 +93,7 @@ def _reach(processes: list[Process]) -> None:
 def _survivor(scene: Scene, processes: list[Process], victim: int) -> None:
   survivor = processes[1 - victim]
   survivor.struck = processes[victim].struck
-  ended = survivor.end(WITHIN)
+  ended = survivor.end(scene.patient(WITHIN))
   processes[victim].kill()
   scene.seconds, scene.message = ended.seconds, _said(ended)
   if ended.code is None:

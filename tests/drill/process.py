@@ -7,6 +7,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ class Process:
 
   def __init__(self, command: list[str], log: pathlib.Path, env: Mapping[str, str], cwd=ROOT):
     self.log, self._file = log, log.open("wb")
+    self.patience = 1.0  # what bounds of moments are multiplied with
     self.begun = self.struck = time.monotonic()
     self._popen = subprocess.Popen(
       command,
@@ -51,26 +53,27 @@ class Process:
     self.pid = self._popen.pid
     self._status: tuple[int, float] | None = None  # code, when
     self._peak_gb = 0.0
+    self._killing = threading.Lock()
 
   @property
   def text(self) -> str:
     return self.log.read_text(errors="replace")
 
   def ended(self) -> bool:
+    """Returns whether it has; it is a zombie until `kill`, so that its number is no other's."""
     if self._status is None:
       self._peak_gb = max(self._peak_gb, _peak_gb(self.pid))
-      code = self._popen.poll()
-      if code is not None:
-        self._status = code, time.monotonic()
-        self._file.close()
+      found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+      if found is not None:
+        killed = found.si_code != os.CLD_EXITED
+        self._status = -found.si_status if killed else found.si_status, time.monotonic()
     return self._status is not None
 
   def wait_for(self, moment: str | Callable[[], Any], within: float = 180) -> None:
     """Returns when a line has the pattern, or the call is true; raises Missed if it never is."""
-    deadline = time.monotonic() + within
+    deadline = time.monotonic() + within * self.patience
     pattern = re.compile(moment, re.MULTILINE) if isinstance(moment, str) else None
-    reached = (lambda: pattern.search(self.text)) if pattern else moment
-    while not reached():
+    while not (pattern.search(self.text) if pattern else moment()):  # pyright: ignore
       if self.ended():
         raise Missed(f"it had ended: {last_line(self.text)}")
       if time.monotonic() > deadline:
@@ -98,10 +101,14 @@ class Process:
 
   def kill(self) -> None:
     """Kills the program and what is left of its session."""
-    with contextlib.suppress(ProcessLookupError):
+    with self._killing:
+      if self._popen.returncode is not None:
+        return  # by now the number may be another program's
       os.killpg(self.pid, signal.SIGKILL)
-    while not self.ended():
-      time.sleep(POLL)
+      while not self.ended():
+        time.sleep(POLL)
+      self._popen.wait()
+      self._file.close()
 
   def children(self) -> list[int]:
     """Returns the processes that it has started, and theirs."""

@@ -80,7 +80,7 @@ def base(lab: Lab) -> pathlib.Path:
   reference(lab)  # compiles, so that the moment is met
 
   def make(folder: pathlib.Path) -> pathlib.Path:
-    process = Process(_python(folder / "run"), _log(folder), lab.env)
+    process = lab.start(_python(folder / "run"), _log(folder))
     try:
       process.wait_for(lambda: newest(folder / "run") >= NUM_STEPS // 2)
     finally:
@@ -190,7 +190,7 @@ def known(overrides: Overrides) -> dict[str, Any]:
 
 
 def _train(lab: Lab, folder: pathlib.Path) -> pathlib.Path:
-  process = Process(_python(folder / "run"), _log(folder), lab.env)
+  process = lab.start(_python(folder / "run"), _log(folder))
   ended = process.end(600)
   if ended.code != 0:
     raise RuntimeError(f"the reference run ended with {ended.code}: {ended.text[-2000:]}")

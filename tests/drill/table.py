@@ -4,6 +4,7 @@
 import collections
 import dataclasses
 import json
+import os
 import pathlib
 import threading
 
@@ -38,8 +39,11 @@ class Table:
 
   def summary(self, *, seed: int, seconds: float) -> str:
     counts = collections.Counter(str(row.outcome) for row in self.rows)
+    spent = os.times()
+    cpu = (spent.children_user + spent.children_system) / 60
     parts = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    return f"{len(self.rows)} faults in {seconds / 60:.1f} minutes, seed {seed}: {parts or 'none'}"
+    took = f"{seconds / 60:.1f} minutes ({cpu:.1f} of CPU)"
+    return f"{len(self.rows)} faults in {took}, seed {seed}: {parts}"
 
   def write(self, *, seed: int, seconds: float) -> None:
     """Prints the sum of all rows, and writes all of it, ordered by the faults' names."""

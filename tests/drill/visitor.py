@@ -66,10 +66,9 @@ def _serve(lab: Lab, folder: pathlib.Path) -> Site:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   command = [sys.executable, "-m", "mm1_jax.inference.app", f"--checkpoint={model}"]
-  env = lab.env | {"GRADIO_TEMP_DIR": str(folder / "uploads"), "GRADIO_ANALYTICS_ENABLED": "False"}
+  env = {"GRADIO_TEMP_DIR": str(folder / "uploads"), "GRADIO_ANALYTICS_ENABLED": "False"}
   flags = [f"--port={port}", "--max-new-tokens=8"]
-  process = Process([*command, *flags], folder / "site.log", env)
-  lab.at_end(process.kill)
+  process = lab.start([*command, *flags], folder / "site.log", env)
   url = f"http://127.0.0.1:{port}"
   while True:
     if process.ended() or time.monotonic() > process.begun + STARTS_WITHIN:

@@ -34,7 +34,7 @@ def frozen_told(scene: Scene) -> None:
   """A worker that stands still, as in a read that never returns: the run says what it waits for."""
   process, ids = _with_workers(scene)
   process.strike(signal.SIGSTOP, ids)
-  deadline = time.monotonic() + 60
+  deadline = time.monotonic() + scene.patient(60)
   while not re.search(SAYS_STALLED, process.text):
     if time.monotonic() > deadline:
       scene.add(Outcome.HUNG, "no step for 60 s, and no line says so")
@@ -87,7 +87,7 @@ def orphaned_while_frozen(scene: Scene) -> None:
 
 def _leave_alone(scene: Scene, process: Process, ids: list[int], *, woken: bool = False) -> None:
   process.strike(signal.SIGKILL)
-  deadline = time.monotonic() + ORPHANS_LIVE
+  deadline = time.monotonic() + scene.patient(ORPHANS_LIVE)
   while not process.ended():
     time.sleep(0.01)
   if woken:
