@@ -69,18 +69,17 @@ def judge(ended: Ended, expected: Expected) -> list[tuple[Outcome, str]]:
     return [(Outcome.HUNG, f"still there after {expected.within:.0f} s: {last_line(ended.text)}")]
   problems = []
   if crashed := CRASHED.search(ended.text) is not None:
-    problems.append((Outcome.TRACEBACK, last_line(ended.text)))
+    problems.append((Outcome.TRACEBACK, said(ended)))
   if ended.code not in expected.codes:
     wanted = " or ".join(map(str, expected.codes))
-    said = last_line(ended.text)
-    problems.append((Outcome.WRONG, f"exit code {ended.code}, not {wanted}: {said}"))
+    problems.append((Outcome.WRONG, f"exit code {ended.code}, not {wanted}: {said(ended)}"))
   if ended.code == REFUSED and not crashed:
     lines = [line for line in ended.text.splitlines() if line.startswith(ERROR)]
     if len(lines) != 1:
       problems.append((Outcome.WRONG, f"{len(lines)} lines begin '{ERROR}': {lines[:2]}"))
   silent = expected.says and told(ended, expected.says) is None
   if silent and ended.code in expected.codes and not crashed:
-    problems.append((Outcome.WRONG, f"no line says '{expected.says}': {last_line(ended.text)}"))
+    problems.append((Outcome.WRONG, f"no line says '{expected.says}': {said(ended)}"))
   if ended.seconds > expected.within:
     problems.append((Outcome.HUNG, f"ended {ended.seconds:.0f} s after the blow"))
   if ended.peak_gb > expected.most_gb:
@@ -88,6 +87,12 @@ def judge(ended: Ended, expected: Expected) -> list[tuple[Outcome, str]]:
       (Outcome.WRONG, f"took {ended.peak_gb:.2f} GB, of {expected.most_gb:.2f} at most")
     )
   return problems
+
+
+def said(ended: Ended) -> str:
+  """Returns the line of the error, or else the last one."""
+  lines = [line for line in ended.text.splitlines() if line.startswith(ERROR)]
+  return lines[0] if lines else last_line(ended.text)
 
 
 def told(ended: Ended, says: str) -> str | None:
@@ -212,7 +217,7 @@ class Scene:
     self.problems += judge(ended, expected)
     if shown:
       self.seconds = ended.seconds
-      self.message = (expected.says and told(ended, expected.says)) or last_line(ended.text)
+      self.message = (expected.says and told(ended, expected.says)) or said(ended)
     return ended
 
   def patient(self, seconds: float) -> float:
