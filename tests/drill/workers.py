@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from tests.drill import runs
-from tests.drill.core import REFUSED, Expected, Fault, NotRun, Outcome, Scene, shell
+from tests.drill.core import REFUSED, Expected, Fault, NotRun, Outcome, Scene, shell, told
 from tests.drill.process import Process, lives
 from tests.drill.runs import STOPPED
 
@@ -64,8 +64,10 @@ def died(scene: Scene, number: signal.Signals) -> None:
   """One worker dies: the run ends in one line, or goes on; what it had is saved."""
   process, ids = _with_workers(scene)
   process.strike(number, ids[-1:])
-  ended = scene.finish(process, Expected((0, REFUSED), says=r"(?i)worker|resource_tracker"))
+  ended = scene.finish(process, Expected((0, REFUSED)))
   if ended.code == REFUSED:
+    if told(ended, r"(?i)worker") is None:
+      scene.add(Outcome.WRONG, f"no word of a worker: {scene.message}")
     saved, taken = runs.newest(scene.folder / "run"), runs.steps_taken(process.text)
     if saved < taken:
       scene.add(Outcome.LOST, f"step {taken} was taken, {saved} is saved")
