@@ -97,7 +97,10 @@ def _leave_alone(scene: Scene, process: Process, ids: list[int], *, woken: bool 
   while any(map(lives, ids)):
     if time.monotonic() > deadline:
       left = sum(map(lives, ids))
-      scene.add(Outcome.HUNG, f"{left} workers of {len(ids)} live {ORPHANS_LIVE} s after the run")
+      scene.add(
+        Outcome.HUNG,
+        f"{left} workers of {len(ids)} live {scene.patient(ORPHANS_LIVE):.0f} s after it",
+      )
       break
     time.sleep(0.05)
   scene.seconds = time.monotonic() - process.struck
