@@ -11,7 +11,7 @@ GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export GLIBC_TUNABLES
 
 .DEFAULT_GOAL := help
-.PHONY: help run test-fast test test-slow test-long lint docs libtpu clean
+.PHONY: help run test-fast test test-slow test-long drill lint docs libtpu clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-slow: $(STAMP) $(LIBTPU)  ## Run the slow tests: whole runs, all meshes; SL
 
 test-long: $(STAMP)  ## Run the tests that CI leaves out: several processes that train and die, the notebook.
 	$(BIN)/python -m pytest -m long
+
+drill: $(STAMP)  ## Inject faults into the commands, and say what each did; DRILL_FLAGS=--quick, a part.
+	$(BIN)/python -m tests.drill $(DRILL_FLAGS)
 
 lint: $(STAMP)  ## Check style, formatting and types.
 	$(BIN)/python -m ruff check .

@@ -738,10 +738,14 @@ def test_a_failed_save_is_seen_at_the_next_look(tmp_path, monkeypatch):
   with Checkpointer(tmp_path, CheckpointConfig(keep=9)) as checkpointer:
     checkpointer.check_saved()
     begin(checkpointer)
-    deadline = time.monotonic() + 60
-    with pytest.raises(CheckpointError) as error:
+
+    def look() -> None:
+      deadline = time.monotonic() + 60
       while time.monotonic() < deadline:
         checkpointer.check_saved()
+
+    with pytest.raises(CheckpointError) as error:
+      look()
     assert "saving step 2 in " in str(error.value)
     assert "No space left on device; the newest whole checkpoint is step 1" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
