@@ -12,7 +12,6 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from mm1_jax.config import RunConfig
 from tests.drill.core import Expected, Lab, Scene
 from tests.drill.process import Ended, Process
 
@@ -176,17 +175,6 @@ def saves_in_work(workdir: pathlib.Path) -> list[str]:
   """Returns the names of the checkpoints that are being written, or were when it was killed."""
   folder = workdir / "checkpoints"
   return sorted(n for n in os.listdir(folder) if "tmp" in n) if folder.exists() else []
-
-
-def known(overrides: Overrides) -> dict[str, Any]:
-  """Returns the overrides whose settings there are."""
-  values: Any = RunConfig(name="drill").to_dict()
-  found = {}
-  for name, value in overrides.items():
-    group, _, field = name.partition(".")
-    if field in values[group]:
-      found[name] = value
-  return found
 
 
 def _train(lab: Lab, folder: pathlib.Path) -> pathlib.Path:

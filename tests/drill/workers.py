@@ -122,7 +122,7 @@ def no_shared_memory(scene: Scene) -> None:
 def _with_workers(scene: Scene) -> tuple[Process, list[int]]:
   """Returns a run that has taken four steps, and its workers."""
   runs.reference(scene.lab)
-  process = runs.start(scene, {**TWO, **runs.known({"train.stall_seconds": STALL})})
+  process = runs.start(scene, {**TWO, "train.stall_seconds": STALL})
   process.wait_for(r"^step +4/")
   ids = [pid for pid in process.children() if PIECE in _command(pid)]
   if len(ids) != TWO["data.num_workers"]:
