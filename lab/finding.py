@@ -40,6 +40,7 @@ class Finding:
     decide: from the table to a verdict.
     charts: panels of the picture.
     seeds: that are trained where none are asked for.
+    remark: a guess why it came out so, written after the runs.
   """
 
   title: str
@@ -51,3 +52,4 @@ class Finding:
   decide: Callable[[Table], Verdict]
   charts: tuple[Chart, ...]
   seeds: int = 3
+  remark: str = ""

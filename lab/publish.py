@@ -76,6 +76,7 @@ def section(name: str, of: results.Results) -> list[str]:
     *wrapped(f"- Here: {of['why']}."),
     *wrapped(f"- MM1: {of['paper']}"),
     *wrapped(f"- Rule: {of['rule']}"),
+    *(wrapped(f"- Our guess: {remark}") if (remark := load(name).remark) else ()),
     "",
     f"![{of['title']}: {of['verdict']}](findings/{name}.png)",
     "",

@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from mm1_jax.drawing import INK, MUTED, PADDING, as_html, color, img, page, to_p
 
 Results = dict[str, Any]
 WIDTH, HEIGHT = 4.6, 3.4  # inches of a panel
+LABEL = 11  # characters of a line below a panel
 
 
 def judge(finding: Finding, table: Table) -> Verdict:
@@ -88,7 +90,8 @@ def _panel(ax, chart: Chart, results: Results) -> None:
     ax.axhline(chart.chance, color=MUTED, lw=1, ls=":")
     ax.annotate("chance", (-0.45, chart.chance), color=MUTED, fontsize=8, va="bottom")
     ax.set_ylim(bottom=0.0)
-  ax.set_xticks(at, [cell.replace(" ", "\n", 1) for cell in chart.cells], fontsize=8)
+  labels = [textwrap.fill(cell.replace("_", " "), LABEL) for cell in chart.cells]
+  ax.set_xticks(at, labels, fontsize=8)
   ax.set_ylabel(chart.label, color=INK, fontsize=9)
   ax.set_xlim(-0.5, len(at) - 0.5)
   ax.grid(axis="y", color=PADDING, lw=0.6)
