@@ -134,9 +134,9 @@ def names_that_differ(
 
 def final_state(workdir: pathlib.Path) -> dict[str, str]:
   """Returns hashes of the last step's params, optimizer and data, and the metrics of all steps."""
-  import numpy as np
-  import orbax.checkpoint as ocp
+  from etils import epath
 
+  from mm1_jax import checkpoint
   from mm1_jax.metrics import read_metrics
 
   step = workdir / "checkpoints" / str(NUM_STEPS)
@@ -144,10 +144,11 @@ def final_state(workdir: pathlib.Path) -> dict[str, str]:
     return {"step": f"{newest(workdir)} of {NUM_STEPS}"}
   state = {}
   for item in ("params", "train"):
-    with _reading, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      arrays = checkpointer.restore(step / item)
-    for name, array in arrays.items():
-      state[f"{item} {name}"] = hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
+    folder = epath.Path(step / item)
+    with _reading:
+      for name in checkpoint.saved_shapes(folder):  # of any number of processes
+        array = checkpoint.open_array(folder, name).read().result()
+        state[f"{item} {name}"] = hashlib.sha256(array.tobytes()).hexdigest()
   state["data"] = (step / "data" / "metadata").read_text()
   for name, values in read_metrics(workdir).items():
     if not name.startswith(OF_THE_MACHINE):
