@@ -11,14 +11,13 @@ they are read: what is between (copies, network, disk, time) cannot change a bit
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -252,6 +251,8 @@ class Checkpointer:
       wanted = to_names(tree)
       try:
         check_match(saved_shapes(where / item), wanted, where / item)
+      except DamagedError:
+        raise
       except CheckpointError as e:
         saved = recorded[ARRAYS].get(item, {}) if recorded else {}
         if not saved or _differences({n: x.shape for n, x in saved.items()}, _shapes(wanted)):
@@ -555,9 +556,9 @@ def saved_shapes(item: epath.Path) -> dict[str, tuple[int, ...]]:
     CheckpointError: the item is missing or damaged.
   """
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _quiet_once_failed(), ocp.StandardCheckpointer() as checkpointer:
       metadata = checkpointer.metadata(item).item_metadata
-    return {name: tuple(array.shape) for name, array in metadata.items()}
+      return {name: tuple(array.shape) for name, array in metadata.items()}
   except Exception as e:
     raise damaged(item, e) from e
 
@@ -656,27 +657,40 @@ def _read_arrays(where: epath.Path, like: Mapping[str, Any]) -> dict[str, Any]:
     restore_args=ocp.checkpoint_utils.construct_restore_args(like),
     partial_restore=True,
   )
-  print_failure = sys.unraisablehook
-  sys.unraisablehook = functools.partial(_print_unless_abandoned, print_failure)
   try:
-    # The handler alone: a checkpointer would wait here for processes that could not read.
-    arrays = ocp.PyTreeCheckpointHandler().restore(where, args=args)
+    with _quiet_once_failed():
+      # The handler alone: a checkpointer would wait here for processes that could not read.
+      arrays = ocp.PyTreeCheckpointHandler().restore(where, args=args)
   except Exception as e:
-    error = str(damaged(where, e.__cause__ or e))  # the hook stays: other reads fail later
-  else:
-    sys.unraisablehook = print_failure
+    error = str(damaged(where, e.__cause__ or e))
   _agree(error)
   return arrays
 
 
-def _print_unless_abandoned(print_failure: Callable[[Any], Any], failure: Any) -> None:
-  """Prints a failure that no code can catch, unless it is of a read after one that failed.
+@contextlib.contextmanager
+def _quiet_once_failed() -> Iterator[None]:
+  """After a read that failed in the block, prints no failures of those that Orbax began with it.
 
-  Orbax reads all arrays at once, and leaves the other reads to the garbage collector.
+  Orbax reads all arrays at once, and leaves the other reads to the garbage collector and to threads
+  of TensorStore: their failures, which no code can catch, come later. So the hooks stay.
   """
-  is_read = "_read_array" in getattr(failure.object, "__qualname__", "")
-  if not is_read and "Event loop is closed" not in str(failure.exc_value):
-    print_failure(failure)
+  hooks = sys.unraisablehook, sys.excepthook
+
+  def unraisable(failure: Any) -> None:
+    is_read = "_read_array" in getattr(failure.object, "__qualname__", "")
+    if not is_read and _LOOP_CLOSED not in str(failure.exc_value):
+      hooks[0](failure)
+
+  def uncaught(kind: Any, error: BaseException, traceback: Any) -> None:
+    if _LOOP_CLOSED not in str(error):
+      hooks[1](kind, error, traceback)
+
+  sys.unraisablehook, sys.excepthook = unraisable, uncaught
+  yield
+  sys.unraisablehook, sys.excepthook = hooks
+
+
+_LOOP_CLOSED = "Event loop is closed"
 
 
 def _compare(where: epath.Path, arrays: Mapping[str, Any], saved: Mapping[str, "_Array"]) -> None:

@@ -768,3 +768,24 @@ def test_an_entry_without_its_name_is_refused():
     ConfigError, match=r"data\.sources\[0\]\.name is not given; it has no default"
   ):
     RunConfig.from_dict({"data": {"sources": [{"path": "x"}]}})
+
+
+@pytest.mark.parametrize(
+  ("group", "values"),
+  [
+    (("data",), {"batch_size": 2_000_000_000}),
+    (("data",), {"seq_len": 2_000_000_000_000}),
+    (("model", "decoder"), {"width": 2_000_000_000}),
+    (("model", "decoder"), {"depth": 10_000_000_000}),
+    (("model", "decoder"), {"vocab_size": 10_000_000_000_000}),
+    (("model", "vision"), {"mlp_dim": 2_000_000_000_000}),
+  ],
+)
+def test_sizes_that_nothing_has_room_for_are_refused(group, values):
+  whole = RunConfig().to_dict()
+  inner = whole
+  for name in group:
+    inner = inner[name]
+  inner.update(values)
+  with pytest.raises(ConfigError, match=rf"{'.'.join(group)}.*{next(iter(values))}"):
+    RunConfig.from_dict(whole)

@@ -60,4 +60,8 @@ FINDING = Finding(
     Chart("digits", tuple(BEFORE), "digits read before", chance=0.1),
     Chart("answers", tuple(f"{n}, tuned" for n in BEFORE), "digits in answers, tuned", chance=0.1),
   ),
+  remark=(
+    "Both contrasts keep their sign after fine-tuning, and resolution keeps its size; that of the "
+    "encoder is within two standard errors at three seeds."
+  ),
 )

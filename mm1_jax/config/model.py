@@ -11,6 +11,7 @@ from mm1_jax.config.mesh import FSDP_AXES, divides
 from mm1_jax.ranges import Count, CountOrZero, NormEps, Positive, PositiveOrZero, Range
 
 LORA_MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
+MOST_PARAMS = 10**13  # 20 times those of MM1's largest; a mistyped size would be compiled for hours
 REMAT_NAMES = (
   "qkv",  # queries, keys and values, rotated
   "attention",  # its heads' outputs, with the softmax's normaliser
@@ -240,6 +241,7 @@ class ModelConfig(Group, where="model."):
       divides("model.decoder.mlp_dim", decoder.mlp_dim, "tensor x fsdp x sequence", split)
 
   def _check(self) -> None:
+    self._check_size()
     whole = self.remat in ("none", "dots", "full")
     for name in () if whole else self.remat.split("+"):
       require(
@@ -264,3 +266,21 @@ class ModelConfig(Group, where="model."):
       f"model.image_token_id {self.image_token_id} must lie in [0, vocab_size = "
       f"{self.decoder.vocab_size}).",
     )
+
+  def _check_size(self) -> None:
+    """Refuses what nothing has room for, by the largest matrices of each part."""
+    decoder, vision = self.decoder, self.vision
+    experts = decoder.moe.num_experts if decoder.moe else 1
+    sizes = {
+      "model.vision depth, width and mlp_dim": vision.depth * vision.width * vision.mlp_dim,
+      "model.connector hidden": self.connector.hidden**2,
+      "model.decoder depth, width, mlp_dim and experts": (
+        decoder.depth * decoder.width * decoder.mlp_dim * experts
+      ),
+      "model.decoder depth, width, num_heads and head_dim": (
+        decoder.depth * decoder.width * decoder.num_heads * decoder.head_dim
+      ),
+      "model.decoder vocab_size and width": decoder.vocab_size * decoder.width,
+    }
+    for names, num in sizes.items():
+      require(num <= MOST_PARAMS, f"{names} would make over {MOST_PARAMS:.0e} params ({num:.1e}).")

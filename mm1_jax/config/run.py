@@ -14,6 +14,8 @@ from mm1_jax.config.mesh import BATCH_AXES, MESH_AXES, MeshConfig, divides
 from mm1_jax.config.model import ModelConfig
 from mm1_jax.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 
+MOST_BATCH_BYTES = 2**40  # of all rows of all hosts
+
 
 @dataclasses.dataclass(frozen=True)
 class InputSpec:
@@ -77,6 +79,14 @@ class RunConfig(Group, where=""):
 
   def _check(self) -> None:
     data, train = self.data, self.train
+    height, width = self.model.vision.image_size
+    num_bytes = data.batch_size * (24 * data.seq_len + 3 * height * width * data.images_per_row)
+    require(
+      num_bytes <= MOST_BATCH_BYTES,
+      f"data.batch_size {data.batch_size} rows of data.seq_len {data.seq_len} positions and "
+      f"data.images_per_row {data.images_per_row} pictures are {num_bytes / 2**40:.1e} TiB a batch; "
+      f"at most {MOST_BATCH_BYTES / 2**40:g} TiB is possible.",
+    )
     names = [task.name for task in self.eval_tasks]
     require(len(set(names)) == len(names), f"eval_tasks has names {names}; each must be another.")
     require(

@@ -12,6 +12,7 @@ to OUT/drill.txt and OUT/drill.json; the files of faults that harmed stay in OUT
 
 import argparse
 import concurrent.futures
+import logging
 import os
 import pathlib
 import shutil
@@ -134,4 +135,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is at work must not stay
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, and so in all that is started
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's, on reading states
   sys.exit(main())
