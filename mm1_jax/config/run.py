@@ -84,8 +84,8 @@ class RunConfig(Group, where=""):
     require(
       num_bytes <= MOST_BATCH_BYTES,
       f"data.batch_size {data.batch_size} rows of data.seq_len {data.seq_len} positions and "
-      f"data.images_per_row {data.images_per_row} pictures are {num_bytes / 2**40:.1e} TiB a batch; "
-      f"at most {MOST_BATCH_BYTES / 2**40:g} TiB is possible.",
+      f"data.images_per_row {data.images_per_row} pictures are {num_bytes / 2**40:.1e} TiB a "
+      f"batch; at most {MOST_BATCH_BYTES / 2**40:g} TiB is possible.",
     )
     names = [task.name for task in self.eval_tasks]
     require(len(set(names)) == len(names), f"eval_tasks has names {names}; each must be another.")
