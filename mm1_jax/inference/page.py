@@ -28,6 +28,23 @@ import gradio as gr
 from gradio import themes
 
 SECONDS_OF_AN_ERROR = 20
+# Gradio loads the page anew once a lost connection is back: what was typed, and a question whose
+# answer was awaited, are in the box again. Kept by the browser, for this tab alone.
+KEEP_WORDS = """() => {
+  const key = 'mm1-words', kept = sessionStorage.getItem(key);
+  sessionStorage.removeItem(key);
+  const box = () => document.querySelector('#question textarea');
+  if (kept && box()) {
+    box().value = kept;
+    box().dispatchEvent(new Event('input', {bubbles: true}));
+  }
+  window.addEventListener('pagehide', () => {
+    const asked = [...document.querySelectorAll('#chat [data-testid=user]')].pop();
+    const awaited = document.querySelector('#question .stop-button') && asked?.innerText.trim();
+    const words = [awaited, box()?.value].filter(Boolean).join('\\n\\n');
+    if (words) sessionStorage.setItem(key, words);
+  });
+}"""
 # System fonts: Gradio's own would be fetched.
 THEME = themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 
@@ -286,6 +303,7 @@ class Page:
         )
         settings = self._settings()
       self._connect(visit, chatbot, box, new, system, settings)
+      page.load(None, js=KEEP_WORDS)
     return page.queue(max_size=self._bounds.waiting, default_concurrency_limit=1)
 
   def _settings(self) -> list[Any]:
