@@ -515,7 +515,7 @@ def test_models_differ_in_their_digests(workdir, copy):
 
 @pytest.mark.parametrize("size", ["2", 1.5, True, None])
 def test_a_number_of_devices_is_one(workdir, size):
-  with pytest.raises(ConfigError, match=r"fsdp is .*; it must be a whole number of devices"):
+  with pytest.raises(ConfigError, match=r"mesh.fsdp is .*; it must be of type int"):
     Model.load(workdir, fsdp=size)
 
 
