@@ -257,7 +257,7 @@ class Page:
 
     It goes in front of what was typed since; if it was answered, the box is left as it is.
     """
-    buttons = {"submit_btn": True, "stop_btn": False}
+    buttons: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
     with visit.lock:
       unanswered = None if visit.answering else visit.question
       (text, files), visit.typed = _box(visit.typed), None

@@ -181,8 +181,7 @@ def _count(number: int, noun: str) -> str:
 def _turn(turn: Any) -> dict[str, Any]:
   """Returns a turn with its content as a list of items."""
   role, content = (turn.get(k) if isinstance(turn, Mapping) else None for k in ("role", "content"))
-  listed = isinstance(content, Sequence) and not isinstance(content, bytes)
-  if role not in ROLES or not listed:
+  if role not in ROLES or isinstance(content, bytes) or not isinstance(content, Sequence):
     raise PromptError(
       f"a turn is {untrusted.shown(turn)}; it must be {{'role': one of {ROLES}, 'content': a "
       f"text, or a list of texts and images}}."

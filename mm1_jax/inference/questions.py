@@ -31,7 +31,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from etils import epath
 
@@ -304,7 +304,7 @@ def _keep_answers(
   hashes = _hashes(questions, folder) if rows else {}
   kept, done, replaced, reasons = [], set(), [], collections.Counter()
   for row in rows:
-    asked = row.get("asked")
+    asked: Any = row.get("asked")
     known = hashes.get(str(asked.get(QUESTION))) if isinstance(asked, dict) else None
     if known is not None and known not in done and asked == {**how, QUESTION: asked[QUESTION]}:
       done.add(known)
@@ -384,7 +384,7 @@ def _append(output: epath.Path):
     raise UserError(f"'{output}' cannot be written ({type(e).__name__}).") from e
 
 
-def _write(file: TextIO, row: dict[str, Any]) -> None:
+def _write(file: IO[Any], row: dict[str, Any]) -> None:
   """Writes a line at once; halves of characters, as ids and errors may have, as `\\ud800`."""
   line = json.dumps(row, ensure_ascii=False)
   file.write(f"{line if untrusted.is_text(line) else json.dumps(row)}\n")

@@ -45,7 +45,7 @@ def sampling(how: Any) -> Sampling | BeamSearch:
   if isinstance(how, BeamSearch):
     return BeamSearch(
       whole("num_beams", how.num_beams, 2, MOST_BEAMS),
-      _number("length_penalty", how.length_penalty, lambda x: bool(np.isfinite(x)), "finite"),
+      _number("length_penalty", how.length_penalty, np.isfinite, "finite"),
     )
   if not isinstance(how, Sampling):
     how = untrusted.shown(how)
@@ -128,7 +128,7 @@ def integer(name: str, value: Any) -> int:
   return int(value)
 
 
-def _number(name: str, value: Any, fits: Callable[[np.float32], bool], rule: str) -> float:
+def _number(name: str, value: Any, fits: Callable[[np.float32], Any], rule: str) -> float:
   """Returns a number that fits as the float32 that it becomes."""
   value = _plain(value)
   if not isinstance(value, int | float) or isinstance(value, bool):
