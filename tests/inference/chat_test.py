@@ -79,7 +79,7 @@ def test_system_turn_and_a_new_beginning(chat, conversation):
     ("<image> what?", "has 1 <image> slot, but there are 0 images"),
     ("word " * 300, "but the model was trained on 192"),
     ("/image a\0.png", "cannot be read: ValueError: embedded null byte"),
-    ("/image ~no_such_user/a.png", "RuntimeError: Can't get home directory"),
+    ("/image ~no_such_user/a.png", "user/a.png' cannot be read: No such file"),
     ("/image " + "x" * 5000, "File name too long"),
   ],
 )
@@ -91,11 +91,10 @@ def test_a_mistake_is_told_and_changes_nothing(chat, conversation, line, message
   assert chat("", "Hi") == expected
 
 
-def test_halves_of_characters_are_mended_and_end_nothing(chat, conversation):
+def test_halves_of_characters_are_mended_and_end_nothing(chat):
   """What a terminal of Latin-1 sends, where UTF-8 is expected."""
   expected = chat("/system café", "café?")
   assert chat("/system caf\udce9", "caf\udce9?") == expected
-  assert conversation.turns[-2]["content"] == ["café?"]
   chat("\ud800", "/history")
 
 
