@@ -159,6 +159,8 @@ def fill_slots(text: str, images: Sequence[Item]) -> list[Item]:
   """
   if not isinstance(text, str):
     raise PromptError(f"the text is {untrusted.shown(text)}; it must be a str.")
+  if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+    raise PromptError(f"images is {untrusted.shown(images)}; it must be a list of images.")
   first, *others = text.split(IMAGE)
   if not others:
     return [*images, text] if text.strip() else [*images]

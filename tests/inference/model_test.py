@@ -422,6 +422,11 @@ def test_slots_are_filled_in_order_or_the_mistake_is_named():
   assert fill_slots("", [a]) == [a]
   assert fill_slots("<image>\nWhat?", [a]) == [a, "What?"]
   assert fill_slots("One: <image> two: <image>", [a, b]) == ["One: ", a, " two: ", b]
+  for images in ("a.jpg", b"GIF89a", a):
+    with pytest.raises(PromptError, match="it must be a list of images"):
+      fill_slots("What?", images)
+  with pytest.raises(PromptError, match="the text is 3; it must be a str"):
+    fill_slots(3, [])
   with pytest.raises(PromptError, match="has 1 <image> slot, but there are 0 images; give one"):
     fill_slots("<image>\nWhat?", [])
   with pytest.raises(PromptError, match="has 2 <image> slots, but there is 1 image; give one"):
