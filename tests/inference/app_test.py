@@ -385,7 +385,12 @@ def test_a_visitors_words_stay_until_they_are_answered(visitor, pictures):
   page.press("#question textarea", "Enter")
   visitor.error()
   assert page.evaluate(IN_THE_BOX) == ["And this?\n\nLater", 0]
-  page.context.set_offline(False)
+  page.evaluate("() => { window.before = true; }")
+  page.context.set_offline(False)  # Gradio notices, and loads the page anew
+  page.wait_for_function(
+    "() => !window.before && document.querySelector('#question textarea')?.value"
+  )
+  assert page.evaluate(IN_THE_BOX) == ["And this?\n\nLater", 0]
   page.press("#question textarea", "Enter")
   visitor.wait_for("And this? Later")
   assert page.evaluate(IN_THE_BOX) == ["", 0]
