@@ -41,7 +41,10 @@ def app():
 
 
 @pytest.fixture
-def page(app, model):
+def page(app, model, monkeypatch):
+  monkeypatch.setattr(
+    model, "run", model.run
+  )  # a page bounds pictures; other tests' model must not
   return app.Page(model, max_new_tokens=9, sampling=Sampling())
 
 
