@@ -42,9 +42,7 @@ def app():
 
 @pytest.fixture
 def page(app, model, monkeypatch):
-  monkeypatch.setattr(
-    model, "run", model.run
-  )  # a page bounds pictures; other tests' model must not
+  monkeypatch.setattr(model, "run", model.run)  # which a page bounds
   return app.Page(model, max_new_tokens=9, sampling=Sampling())
 
 
