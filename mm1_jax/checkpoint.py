@@ -375,10 +375,17 @@ def restore_params(path: epath.PathLike, like: Any) -> Any:
   """Returns the params of a run's newest step, or of the step at `path`, placed like `like`.
 
   Raises:
-    CheckpointError: missing, damaged, or of another model.
+    CheckpointError: missing, damaged, of another model, or of a part of one.
   """
   step = find_step(path)
-  check_match(saved_shapes(step / PARAMS), to_names(like), step / PARAMS)
+  saved, wanted = saved_shapes(step / PARAMS), to_names(like)
+  if missing := sorted({*map(_part, wanted)} - {*map(_part, saved)}):
+    raise CheckpointError(
+      f"'{step / PARAMS}' has no {' and no '.join(missing)}: it is of a part of a model, as "
+      f"an import is without --fill. Import it with --fill for a whole model, random where nothing "
+      f"was imported; or train one from it, with --config.train.init_from={step.parent.parent}."
+    )
+  check_match(saved, wanted, step / PARAMS)
   params = from_names(like, _restore(step / PARAMS, to_names(like), read_checksums(step)))
   logging.info("read the params of step %s of '%s'", step.name, step.parent.parent)
   return params

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import errno
 import faulthandler
+import io
 import logging as std_logging
 import os
 import pathlib
@@ -191,6 +192,7 @@ def at_least(least: int) -> Callable[[str], int]:
 def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
   """Runs a program; what its user can mend ends it with one line, and the code above."""
   interrupts.watch()
+  _read_and_print_all()
   show_story()
   if not faulthandler.is_enabled():
     faulthandler.enable()  # where a crash in native code was
@@ -210,6 +212,20 @@ def run(program: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     if message := _of_the_disk(e):
       _end(f"error: {message}", 1)
     raise
+
+
+def _read_and_print_all() -> None:
+  """Lets a terminal of any encoding be read and written: what it cannot show is written out.
+
+  What is not in the encoding of stdin is kept, as in arguments, for `untrusted.mended`.
+  """
+  for stream, errors in (
+    (sys.stdin, "surrogateescape"),
+    (sys.stdout, "backslashreplace"),
+    (sys.stderr, "backslashreplace"),
+  ):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors=errors)
 
 
 # What a user can mend at a file or a disk, and how. Other errors of the system are bugs, or tell

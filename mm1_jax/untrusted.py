@@ -37,6 +37,9 @@ _SHOWN_CHARS = 200
 # A terminal obeys the control characters, and the marks of direction reorder what is beside them.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_KEPT_BYTE = re.compile("[\udc80-\udcff]")
+_HALF = re.compile("[\ud800-\udfff]")
+
 
 class Malformed(ValueError):
   """Bytes that are no JSON within the bounds; `reason` is the same for all of a kind."""
@@ -204,6 +207,22 @@ def visible(text: str) -> str:
   Line breaks and tabs stay. A file's name, a caption and a model's answer may hold such characters.
   """
   return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def mended(text: str) -> str:
+  r"""Returns a text without halves of characters: all of it can be written as UTF-8.
+
+  Two halves of one character side by side become it. Bytes that Python kept as `\udc80` to `\udcff`
+  because a terminal's or a file system's were not in the encoding that it expected are read as
+  UTF-8 where they are, else as Latin-1. Any other half becomes U+FFFD.
+  """
+  if is_text(text):
+    return text
+  with contextlib.suppress(UnicodeError):
+    return text.encode("utf-8", "surrogateescape").decode()
+  text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+  text = _KEPT_BYTE.sub(lambda match: chr(ord(match[0]) - 0xDC00), text)
+  return _HALF.sub("\ufffd", text)
 
 
 def is_text(value: Any) -> bool:

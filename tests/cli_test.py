@@ -332,6 +332,20 @@ def test_help_imports_nothing_slow_and_spells_the_command(args):
   assert not done.stderr
 
 
+def test_a_terminal_of_another_encoding_ends_nothing():
+  """Latin-1 is typed where ASCII is expected, and what ASCII cannot show is printed."""
+  code = "from mm1_jax import cli; cli.run(lambda: print(ascii(input()), '\U0001f600'))"
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    input=b"caf\xe9\n",
+    capture_output=True,
+    check=True,
+    cwd=ROOT,
+    env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+  )
+  assert done.stdout == b"'caf\\udce9' \\U0001f600\n"
+
+
 def test_a_reader_that_ends_early_is_no_traceback():
   """As in `mm1 --help | head -1`."""
   read, write = os.pipe()

@@ -125,6 +125,24 @@ def test_what_a_terminal_would_obey_is_written_out():
   assert untrusted.visible("Zürich\t東京 👩\u200d🚀\n") == "Zürich\t東京 👩\u200d🚀\n"
 
 
+@pytest.mark.parametrize(
+  ("text", "mended"),
+  [
+    ("Zürich 東京 👩\u200d🚀\0", "Zürich 東京 👩\u200d🚀\0"),
+    ("caf\udce9", "café"),  # Latin-1
+    ("caf\udcc3\udca9", "café"),  # UTF-8 where ASCII was expected
+    ("\ud83d\ude00", "😀"),
+    ("\ud83d \ude00", "\ufffd \ufffd"),
+    ("\ude00\ud83d caf\udce9", "\ufffd\ufffd café"),
+    ("\ud800" * 3, "\ufffd" * 3),
+    ("", ""),
+  ],
+)
+def test_halves_of_characters_are_mended(text, mended):
+  assert untrusted.mended(text) == mended
+  assert untrusted.is_text(untrusted.mended(text))
+
+
 def test_values_in_messages_are_short():
   deep: list = []
   for _ in range(5000):

@@ -98,6 +98,8 @@ def continuations(
   Raises:
     PromptError: a picture cannot be read, a text has no ids, or context and text do not fit.
   """
+  if isinstance(texts, str):
+    raise PromptError(f"texts is {texts[:80]!r}; it must be a list of texts.")
   chat = model.chat if chat is None else chat
   encoder = model.encoder
   if chat:

@@ -215,8 +215,12 @@ class _Read(NamedTuple):
 def _encoded(model: Model, asking: Asking, item: Item) -> _Read:
   try:
     return _Read(*asking.encode(model, item), "")
+  except EvalError:
+    raise
   except PromptError as e:
     return _Read((), None, str(e))
+  except Exception as e:  # whatever reading one item raises is that item's
+    return _Read((), None, untrusted.why(e))
 
 
 def _answer_chunk(

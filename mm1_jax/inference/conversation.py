@@ -8,6 +8,7 @@ from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.model import Model
 from mm1_jax.inference.prompts import Image, Item, check_image, fill_slots
 from mm1_jax.inference.sampler import GREEDY, Sampling
+from mm1_jax.inference.settings import integer, whole
 
 
 class Conversation:
@@ -55,9 +56,17 @@ class Conversation:
     Raises:
       PromptError: it cannot be used.
     """
-    size = check_image(image, self._model.run)
+    size = self.look(image)
     self.images.append(image)
     return size
+
+  def look(self, image: Image) -> tuple[int, int]:
+    """Returns the height and width of a picture that can be asked about.
+
+    Raises:
+      PromptError: it cannot be used.
+    """
+    return check_image(image, self._model.run)
 
   def ask(self, text: str) -> Generator[str]:
     """Yields the answer to a question as it grows.
@@ -71,10 +80,12 @@ class Conversation:
     request = self._model.encode([*self.turns, question])
     answers = self._model.stream(
       request,
-      max_new_tokens=min(self.max_new_tokens, self._model.room(request)),
+      max_new_tokens=min(
+        whole("max_new_tokens", self.max_new_tokens, 1), self._model.room(request)
+      ),
       sampling=self.sampling,
       stop=self._stop,
-      seed=self._seed + len(self.turns),
+      seed=integer("seed", self._seed) + len(self.turns),
     )
     return self._listen(question, answers)
 

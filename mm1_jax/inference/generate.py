@@ -85,7 +85,7 @@ def add_answer_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int | N
     type=int,
     default=max_new_tokens,
     metavar="N",
-    help=f"longest answer ({max_new_tokens or '128, or half of a row if that is shorter'})",
+    help=f"longest answer ({max_new_tokens or '128, half of a row, or what room is left'})",
   )
   add("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest")
   add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens")
@@ -164,8 +164,9 @@ def how(args: argparse.Namespace) -> dict[str, Any]:
   """Returns what `add_answer_flags` say, the seed aside, as `Model.generate` takes it.
 
   Raises:
-    PromptError: flags that do not go together.
+    PromptError: flags that do not go together, or are out of range.
   """
+  from mm1_jax.inference import settings
   from mm1_jax.inference.beam import BeamSearch
   from mm1_jax.inference.prompts import PromptError
   from mm1_jax.inference.sampler import GREEDY, Sampling
@@ -178,7 +179,13 @@ def how(args: argparse.Namespace) -> dict[str, Any]:
     if sampling != GREEDY:
       raise PromptError("--num-beams searches and draws nothing; leave out --temperature, --top-*.")
     sampling = BeamSearch(args.num_beams, 1.0 if penalty is None else penalty)
-  return {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
+  if args.max_new_tokens is not None:
+    settings.whole("max_new_tokens", args.max_new_tokens, 1)
+  return {
+    "max_new_tokens": args.max_new_tokens,
+    "sampling": settings.sampling(sampling),
+    "stop": settings.stop(args.stop),
+  }
 
 
 def content_of(items: "Sequence[Item]") -> "Sequence[Item]":

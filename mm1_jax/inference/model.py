@@ -6,21 +6,25 @@ model.generate([[pathlib.Path("a.jpg"), "What is this?"]])  # ["A cat."]
 """
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from mm1_jax import checkpoint
+from mm1_jax import checkpoint, untrusted
 from mm1_jax.config import ConfigError, MeshConfig, RunConfig
 from mm1_jax.data.examples import make_encoder
 from mm1_jax.data.tokenizer import Tokenizer
-from mm1_jax.inference import beam, sampler
+from mm1_jax.inference import beam, sampler, settings
 from mm1_jax.inference import quantize as quantization
 from mm1_jax.inference.answers import answers
 from mm1_jax.inference.beam import BeamSearch, Search
@@ -32,8 +36,8 @@ from mm1_jax.sharding import LAYOUT, abstract_state, fetch, make_params_mesh, nu
 SHORTEST = 32  # positions that any prompt gets room for
 # Tokens between two reads by the host, which checks stop strings, streams, and notices Ctrl-C.
 TOKENS_AT_ONCE = 8
-MOST_BEAMS = 64
 LONGEST_ANSWER = 128  # tokens, where none are asked for
+SECONDS_BETWEEN_NEWS = 10.0
 
 
 class Model:
@@ -46,9 +50,11 @@ class Model:
 
   Attributes:
     answers: tokens that may be drawn, and those that end an answer.
+    digest: a hash that differs between models that were loaded; "" for one that was not.
   """
 
-  def __init__(self, params: MM1, run: RunConfig, mesh: Mesh):
+  def __init__(self, params: MM1, run: RunConfig, mesh: Mesh, *, digest: str = ""):
+    self.digest = digest
     self.run = run
     self.mesh = mesh
     self.params = params
@@ -102,7 +108,9 @@ class Model:
     params = checkpoint.restore_params(path, abstract_params(run, mesh))
     if quantize is not None:
       params = quantization.quantize(params, quantize, mesh)
-    return cls(params, run, mesh)
+    made_of = [checkpoint.digest(path), quantize, sorted((tiling or {}).items())]
+    digest = hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()[:16]
+    return cls(params, run, mesh, digest=digest)
 
   def generate(
     self,
@@ -122,38 +130,37 @@ class Model:
     and the seed, not on the other prompts.
 
     Args:
-      prompts: texts and pictures in order, or turns of a conversation, for each prompt; or what
-        `encode` made of it.
-      max_new_tokens: tokens after which an answer is cut off; None is `answer_length`.
+      prompts: a text, texts and pictures in order, or turns of a conversation, for each prompt; or
+        what `encode` made of it.
+      max_new_tokens: tokens after which an answer is cut off; None is `answer_length`, or, where a
+        prompt leaves less room, all of that; it is logged.
       sampling: how tokens are drawn, or how the likeliest answer is searched for.
       stop: texts that end an answer where they first appear; they are not part of it.
       chat: whether a prompt of texts and pictures is a user's turn that the assistant answers, or
         the beginning of a document to continue; None goes by what the run was trained on,
         `data.chat`.
-      seed: of what is drawn; or one for each prompt: then its place does not matter.
+      seed: of what is drawn, a whole number of any size; or one for each prompt: then its place
+        does not matter.
       batch_size: prompts that are read at once.
       tell: is given how many have been answered, after each batch; what it raises ends the call.
 
     Raises:
-      PromptError: a picture cannot be read, a prompt does not fit the model, or a setting is
-        out of range.
+      PromptError: a picture cannot be read, a prompt does not fit the model, or a setting is of
+        another type or out of range.
     """
-    max_new_tokens = self.answer_length if max_new_tokens is None else max_new_tokens
-    _check(max_new_tokens, sampling, stop, batch_size)
-    requests = [self.encode(p, chat=chat, max_new_tokens=max_new_tokens) for p in prompts]
-    # Prompts of like shape go together: less padding, and fewer programs.
-    order = sorted(
-      range(len(requests)), key=lambda i: (len(requests[i].images), len(requests[i].ids))
-    )
-    keys = _keys(seed, len(requests))
-    answers = [""] * len(requests)
-    for start in range(0, len(order), batch_size):
-      rows = order[start : start + batch_size]
+    sampling, stop = settings.sampling(sampling), settings.stop(stop)
+    batch_size = settings.whole("batch_size", batch_size, 1)
+    requests = [self.encode(p, chat=chat, max_new_tokens=max_new_tokens) for p in _listed(prompts)]
+    limits = self._limits(requests, max_new_tokens)
+    keys = settings.keys(seed, len(requests))
+    answers, done = [""] * len(requests), 0
+    for rows in _batches(requests, limits, batch_size):
       group = [requests[i] for i in rows]
-      for texts in self._answer(group, keys[rows], max_new_tokens, sampling, stop):
+      for texts in self._answer(group, keys[rows], limits[rows[0]], sampling, stop):
         for i, text in zip(rows, texts, strict=True):
           answers[i] = text
-      tell(min(start + batch_size, len(order)))
+      done += len(rows)
+      tell(done)
     return answers
 
   def stream(
@@ -174,20 +181,24 @@ class Model:
     Raises:
       PromptError: as in `generate`; at once, not with the first token.
     """
-    max_new_tokens = self.answer_length if max_new_tokens is None else max_new_tokens
-    _check(max_new_tokens, sampling, stop, 1)
+    sampling, stop = settings.sampling(sampling), settings.stop(stop)
     request = self.encode(prompt, chat=chat, max_new_tokens=max_new_tokens)
-    answers = self._answer([request], _keys(seed, 1), max_new_tokens, sampling, stop)
+    (limit,) = self._limits([request], max_new_tokens)
+    answers = self._answer([request], settings.keys(seed, 1), limit, sampling, stop)
     return (text for (text,) in answers)
 
   def encode(
-    self, prompt: Prompt | Request, *, chat: bool | None = None, max_new_tokens: int = 1
+    self, prompt: Prompt | Request, *, chat: bool | None = None, max_new_tokens: int | None = None
   ) -> Request:
     """Returns a prompt's ids and pixels, as training would have made them.
 
     Raises:
-      PromptError: a picture cannot be read, or the prompt leaves no room for `max_new_tokens`.
+      PromptError: a picture cannot be read, or the prompt leaves no room for `max_new_tokens`; for
+        a single one, where that is None.
     """
+    chat = settings.chat(chat)
+    max_new_tokens = 1 if max_new_tokens is None else max_new_tokens
+    max_new_tokens = settings.whole("max_new_tokens", max_new_tokens, 1)
     if isinstance(prompt, Request):
       check_room(len(prompt.ids), len(prompt.images), self.run, max_new_tokens)
       return prompt
@@ -198,6 +209,21 @@ class Model:
   def answer_length(self) -> int:
     """Tokens of an answer where none are asked for: a short row has room for a prompt, too."""
     return min(LONGEST_ANSWER, self.run.data.seq_len // 2)
+
+  def _limits(self, requests: list[Request], max_new_tokens: int | None) -> list[int]:
+    """Returns after how many tokens each answer is cut off; says so where it is room that cuts."""
+    if max_new_tokens is not None:
+      return [settings.whole("max_new_tokens", max_new_tokens, 1)] * len(requests)
+    rooms = [self.room(request) for request in requests]
+    if short := [room for room in rooms if room < self.answer_length]:
+      logging.log_every_n_seconds(
+        logging.INFO,
+        "answers to %d of %d prompts may have %d new tokens at the least, not %d: the model was "
+        "trained on %d positions, and the prompts take the others",
+        SECONDS_BETWEEN_NEWS,
+        *(len(short), len(rooms), min(short), self.answer_length, self.run.data.seq_len),
+      )
+    return [min(self.answer_length, room) for room in rooms]
 
   def room(self, request: Request) -> int:
     """Returns how many new tokens fit after a prompt; not above 0 if none do."""
@@ -226,8 +252,6 @@ class Model:
       yield self._search(rows, says, num_slots, max_new_tokens, sampling)
       return
     with jax.set_mesh(self.mesh):
-      # Of fixed types: a 1 for a 1.0 would compile anew.
-      sampling = Sampling(float(sampling.temperature), int(sampling.top_k), float(sampling.top_p))
       draw = Draw(
         sampling,
         jnp.asarray(self.answers.allowed),
@@ -292,6 +316,40 @@ class Model:
     ]
 
 
+def _listed(prompts: Any) -> list[Prompt | Request]:
+  """Returns the prompts of a call.
+
+  Raises:
+    PromptError: it is one prompt, and not a list of them.
+  """
+  one = isinstance(prompts, str | bytes | Mapping | Request | np.ndarray)
+  if one or not isinstance(prompts, Iterable):
+    prompts = untrusted.shown(prompts)
+    raise PromptError(
+      f"prompts is {prompts}; it must be a list of prompts, such as [[image, 'What is this?']]."
+    )
+  prompts = list(prompts)
+  if prompts and isinstance(prompts[0], Mapping):
+    raise PromptError("prompts is a list of turns; it must be a list of prompts, such as [turns].")
+  return prompts
+
+
+def _batches(requests: list[Request], limits: list[int], size: int) -> Iterator[list[int]]:
+  """Yields the places of requests that are answered together: of one limit, and of like shape.
+
+  So there is less padding, and fewer programs.
+  """
+
+  def shape(i: int) -> tuple[int, ...]:
+    return limits[i], len(requests[i].images), len(requests[i].ids)
+
+  order = sorted(range(len(requests)), key=shape)
+  for _, group in itertools.groupby(order, lambda i: limits[i]):
+    rows = [*group]
+    for start in range(0, len(rows), size):
+      yield rows[start : start + size]
+
+
 class _Says:
   """One answer in the making: tokens to text, up to the first of its stop texts."""
 
@@ -343,6 +401,9 @@ def abstract_params(run: RunConfig, mesh: Mesh) -> MM1:
 def _with_tiling(run: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
   if run.data.tiling is None:
     raise ConfigError(f"this run has no data.tiling, so pictures are not cut: {dict(changes)}.")
+  known = [field.name for field in dataclasses.fields(run.data.tiling)]
+  if unknown := sorted({*map(str, changes)} - {*known}):
+    raise ConfigError(f"tiling has {unknown}; there are only {known}.")
   tiling = dataclasses.replace(run.data.tiling, **changes)
   # Answering has as many image slots as it needs.
   slots = max(run.data.images_per_row, tiling.max_slots)
@@ -358,41 +419,6 @@ def _make_mesh(run: RunConfig, sizes: MeshConfig) -> Mesh:
     asked = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size != 1)
     raise ConfigError(f"{asked} needs {num} devices; there are {len(here)}.")
   return make_params_mesh(run.model, sizes, here[:num])  # rows are made to fit
-
-
-def _check(
-  max_new_tokens: int, sampling: Sampling | BeamSearch, stop: Sequence[str], batch_size: int
-) -> None:
-  """Raises PromptError for the first setting that is out of range."""
-  rules = [
-    ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-    ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-    ("stop", stop, not isinstance(stop, str) and all(stop), "a list of texts, none of them empty"),
-  ]
-  if isinstance(sampling, BeamSearch):
-    num, penalty = sampling
-    rules += [
-      ("num_beams", num, 2 <= num <= MOST_BEAMS, f"from 2 to {MOST_BEAMS}"),
-      ("length_penalty", penalty, math.isfinite(penalty), "finite"),
-    ]
-  else:
-    rules += [
-      ("temperature", sampling.temperature, 0 <= sampling.temperature < math.inf, "at least 0"),
-      ("top_k", sampling.top_k, sampling.top_k >= 0, "at least 0"),
-      ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1"),
-    ]
-  for name, value, fits, rule in rules:
-    if not fits:
-      raise PromptError(f"{name} is {value!r}; it must be {rule}.")
-
-
-def _keys(seed: int | Sequence[int], num: int) -> np.ndarray:
-  """Returns the data of a random key for each of `num` prompts."""
-  if isinstance(seed, int):
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num))
-  else:
-    keys = jax.vmap(jax.random.key)(jnp.array(seed, jnp.uint32))
-  return np.asarray(jax.random.key_data(keys))
 
 
 def bucket(length: int) -> int:

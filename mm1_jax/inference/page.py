@@ -13,8 +13,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
+from mm1_jax import untrusted
 from mm1_jax.config import UserError
 from mm1_jax.inference.beam import BeamSearch
 from mm1_jax.inference.conversation import Conversation
@@ -27,6 +29,23 @@ import gradio as gr
 from gradio import themes
 
 SECONDS_OF_AN_ERROR = 20
+# Gradio loads the page anew once a lost connection is back: what was typed, and a question whose
+# answer was awaited, are in the box again. Kept by the browser, for this tab alone.
+KEEP_WORDS = """() => {
+  const key = 'mm1-words', kept = sessionStorage.getItem(key);
+  sessionStorage.removeItem(key);
+  const box = () => document.querySelector('#question textarea');
+  if (kept && box()) {
+    box().value = kept;
+    box().dispatchEvent(new Event('input', {bubbles: true}));
+  }
+  window.addEventListener('pagehide', () => {
+    const asked = [...document.querySelectorAll('#chat [data-testid=user]')].pop();
+    const awaited = document.querySelector('#question .stop-button') && asked?.innerText.trim();
+    const words = [awaited, box()?.value].filter(Boolean).join('\\n\\n');
+    if (words) sessionStorage.setItem(key, words);
+  });
+}"""
 # System fonts: Gradio's own would be fetched.
 THEME = themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 
@@ -44,11 +63,17 @@ class PageBounds:
 
 @dataclasses.dataclass
 class Visit:
-  """One open page: its conversation, and the question that waits for an answer."""
+  """One open page: its conversation, and the question that waits for an answer.
+
+  Words that a visitor sent are either in the conversation, in `question`, or still in the box.
+  """
 
   conversation: Conversation
   question: str | None = None
+  typed: dict[str, Any] | None = None  # in the box, when an answer failed or was stopped
+  answering: bool = False  # an answer is growing
   stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
+  lock: Any = dataclasses.field(default_factory=threading.Lock)  # of question and answering
 
   def messages(self, answer: str = "") -> list[dict[str, Any]]:
     """Returns what a chatbot shows: all turns, the question, and its answer so far."""
@@ -105,35 +130,50 @@ class Page:
   def begin(self, visit: Visit | None, message: dict[str, Any], system: str) -> Visit:
     """Takes a message, and looks at its pictures.
 
+    A message that comes while the one before it waits for its turn is added to it.
+
     Raises:
-      gr.Error: there is nothing in it, or a picture of it cannot be used; nothing has changed.
+      gr.Error: there is nothing in it, a picture of it cannot be used, or an answer is growing;
+        nothing has changed, and the box keeps the message.
     """
     visit = self.new(None)[0] if visit is None else visit
-    conversation = visit.conversation
-    try:
-      self._check(conversation, message, system)
-    except UserError as e:
-      raise _error(e, message["files"]) from e
-    if not any(turn["role"] == "user" for turn in conversation.turns):
-      conversation.clear(system.strip())
-    conversation.images = []
-    text = message["text"].strip()
-    try:
-      if not text and not message["files"]:
-        raise PromptError("there is nothing to answer; type a question, or add a picture.")
-      for name in message["files"]:
-        conversation.show(epath.Path(name))
-    except UserError as e:
-      conversation.images = []
-      raise _error(e, message["files"]) from e
-    visit.question = text
-    visit.stopped.clear()
+    text, files = _box(message)
+    with _told(files), visit.lock:
+      self._take(visit, text, files, untrusted.mended(system or ""))
     return visit
 
-  def _check(self, conversation: Conversation, message: dict[str, Any], system: str) -> None:
+  def _take(self, visit: Visit, text: str, files: Sequence[str], system: str) -> None:
+    """Makes a message the question of a visit, or a part of it.
+
+    Raises:
+      PromptError: see `begin`.
+    """
+    conversation = visit.conversation
+    if visit.answering:
+      raise PromptError(
+        "an answer is still growing; send your message when it has ended, or stop it. The message "
+        "stays in the box."
+      )
+    text, system = text.strip(), system.strip()
+    if not text and not files:
+      raise PromptError("there is nothing to answer; type a question, or add a picture.")
+    waiting = [] if visit.question is None else [*conversation.images]
+    text = "\n\n".join(filter(None, [visit.question, text]))
+    self._check(conversation, text, [*waiting, *files], system)
+    for file in files:
+      conversation.look(epath.Path(file))
+    if not any(turn["role"] == "user" for turn in conversation.turns):
+      conversation.clear(system)
+    conversation.images = [*waiting, *map(epath.Path, files)]
+    visit.question = text
+    visit.stopped.clear()
+
+  def _check(
+    self, conversation: Conversation, question: str, files: Sequence[Any], system: str
+  ) -> None:
     """Raises a PromptError where a message is above a bound; no picture is decoded for it."""
     bounds = self._bounds
-    for what, text in (("question has", message["text"]), ("instructions have", system)):
+    for what, text in (("question has", question), ("instructions have", system)):
       if len(text) > bounds.characters:
         most = f"{bounds.characters:,}"
         raise PromptError(f"the {what} {len(text):,} characters; at most {most} are read.")
@@ -143,12 +183,12 @@ class Page:
       for item in turn["content"]
       if isinstance(item, os.PathLike)
     ]
-    if (number := len(earlier) + len(message["files"])) > bounds.images:
+    if (number := len(earlier) + len(files)) > bounds.images:
       raise PromptError(
         f"the conversation would have {number} images; at most {bounds.images} are looked at. "
         f"Begin a new one."
       )
-    pixels = sum(count_pixels(epath.Path(file)) for file in (*earlier, *message["files"]))
+    pixels = sum(count_pixels(epath.Path(file)) for file in (*earlier, *files))
     if pixels > bounds.total_pixels:
       raise PromptError(
         f"the images of the conversation would have {pixels / 1e6:.1f} million pixels together; at "
@@ -163,35 +203,73 @@ class Page:
     Raises:
       gr.Error: the question cannot be answered; the conversation is as before.
     """
-    conversation, question = visit.conversation, visit.question
-    if question is None or visit.stopped.is_set():
-      return
-    conversation.max_new_tokens = int(max_new_tokens)
+    conversation = visit.conversation
+    with visit.lock:
+      question = visit.question
+      if question is None or visit.answering or visit.stopped.is_set():
+        return
+      visit.answering = True
+    whole = isinstance(max_new_tokens, float) and max_new_tokens.is_integer()  # as sliders may say
+    conversation.max_new_tokens = int(max_new_tokens) if whole else max_new_tokens
     if isinstance(conversation.sampling, Sampling):
       conversation.sampling = conversation.sampling._replace(temperature=temperature, top_p=top_p)
     num_turns = len(conversation.turns)
     try:
       # Closed, so that the text so far is in the conversation before the page continues.
-      with contextlib.closing(conversation.ask(question)) as answers:
+      with (
+        _told(conversation.images),
+        contextlib.closing(conversation.ask(question)) as answers,
+      ):
         for text in answers:
           if visit.stopped.is_set():
             return
           yield visit.messages(text)
-    except UserError as e:
-      raise _error(e, conversation.images) from e
     finally:
-      if len(conversation.turns) > num_turns:
-        visit.question = None
+      with visit.lock:
+        visit.answering = False
+        if len(conversation.turns) > num_turns:
+          visit.question = None
     if visit.question is not None:
       raise _error(PromptError("the model said nothing."))
 
+  def show(self, visit: Visit, box: dict[str, Any] | None) -> tuple[list[dict[str, Any]], Any]:
+    """Shows the question that was taken, and empties the box of it.
+
+    What was typed since then stays.
+    """
+    text, files = _box(box)
+    question, shown = visit.question or "", [str(image) for image in visit.conversation.images]
+    if text.strip() and question.endswith(text.strip()):
+      text = ""
+    value = {"text": text, "files": [file for file in files if file not in shown]}
+    return visit.messages(), gr.MultimodalTextbox(value=value, submit_btn=False, stop_btn=True)
+
+  def stop(self, visit: Visit, box: dict[str, Any] | None) -> None:
+    """Ends an answer at its next part; it may not have begun."""
+    self.note(visit, box)
+    visit.stopped.set()
+
+  def note(self, visit: Visit, box: dict[str, Any] | None) -> None:
+    """Notes what is in the box, for `end` to give back more than that."""
+    visit.typed = box
+
   def end(self, visit: Visit) -> tuple[list[dict[str, Any]], Any]:
-    """Shows the conversation, and gives back a question that was not answered."""
-    unanswered, visit.question = visit.question, None
-    files = [str(image) for image in visit.conversation.images] if unanswered else []
-    visit.conversation.images = []
-    value = {"text": unanswered or "", "files": files}
-    return visit.messages(), gr.MultimodalTextbox(value=value, submit_btn=True, stop_btn=False)
+    """Shows the conversation, and gives back a question that was not answered.
+
+    It goes in front of what was typed since; if it was answered, the box is left as it is.
+    """
+    buttons: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
+    with visit.lock:
+      unanswered = None if visit.answering else visit.question
+      (text, files), visit.typed = _box(visit.typed), None
+      if unanswered is None:
+        return visit.messages(), gr.MultimodalTextbox(**buttons)
+      visit.question = None
+      files = [*map(str, visit.conversation.images), *files]
+      visit.conversation.images = []
+    text = "\n\n".join(filter(None, [unanswered, text]))
+    value = {"text": text, "files": [*dict.fromkeys(files)]}
+    return visit.messages(), gr.MultimodalTextbox(value=value, **buttons)
 
   def build(self, title: str) -> gr.Blocks:
     """Returns the page, to be launched."""
@@ -226,6 +304,7 @@ class Page:
         )
         settings = self._settings()
       self._connect(visit, chatbot, box, new, system, settings)
+      page.load(None, js=KEEP_WORDS)
     return page.queue(max_size=self._bounds.waiting, default_concurrency_limit=1)
 
   def _settings(self) -> list[Any]:
@@ -252,21 +331,36 @@ class Page:
     # A badge of progress, or of an error, would cover the conversation.
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     taken = box.submit(self.begin, [visit, box, system], visit, **private)
-    shown = taken.success(
-      lambda visit: (
-        visit.messages(),
-        gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True),
-      ),
-      visit,
-      [chatbot, box],
-      queue=False,
-      **private,
-    )
+    shown = taken.success(self.show, [visit, box], [chatbot, box], queue=False, **private)
     answered = shown.then(self.answer, [visit, *settings], chatbot, **private)
     answered.success(self.end, visit, [chatbot, box], queue=False, **private)
-    answered.failure(self.end, visit, [chatbot, box], queue=False, **private)
-    box.stop(lambda visit: visit.stopped.set(), visit, None, queue=False, **private)
+    failed = answered.failure(self.note, [visit, box], None, queue=False, **private)
+    failed.then(self.end, visit, [chatbot, box], queue=False, **private)
+    box.stop(self.stop, [visit, box], None, queue=False, **private)
     new.click(self.new, visit, [visit, chatbot], queue=False, **private)
+
+
+@contextlib.contextmanager
+def _told(files: Sequence[Any]) -> Iterator[None]:
+  """Turns whatever goes wrong into what the visitor is told.
+
+  Raises:
+    gr.Error: a mistake is told in its words; of a fault of ours, the log has the traceback.
+  """
+  try:
+    yield
+  except UserError as e:
+    raise _error(e, files) from e
+  except Exception as e:
+    logging.exception("a question was not answered")
+    reason = "something went wrong at the server, and is in its log; nothing that you sent is lost."
+    raise _error(UserError(reason)) from e
+
+
+def _box(value: dict[str, Any] | None) -> tuple[str, list[str]]:
+  """Returns the text of what is in the box, and its files."""
+  value = value or {}
+  return untrusted.mended(value.get("text") or ""), [*map(str, value.get("files") or [])]
 
 
 def _parts(content: Any) -> list[Any]:

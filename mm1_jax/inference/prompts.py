@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users ask becomes what a model reads: ids and pixels, as training would have made them.
 
-A prompt is a list of texts and pictures in order, or of turns, as a conversation has them:
+A prompt is a list of texts and pictures in order, or of turns, as a conversation has them; a text
+alone is a list of one:
 
   [pathlib.Path("a.jpg"), "What is this?"]
   [{"role": "user", "content": [pathlib.Path("a.jpg"), "What is this?"]},
    {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "What colour?"}]
 """
 
+import dataclasses
 import functools
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +30,23 @@ from mm1_jax.data.sources import ROLES
 from mm1_jax.data.tiling import Tile, decode_pictures
 from mm1_jax.data.tokenizer import IMAGE
 
-# A picture: a file, an encoded file's bytes, a PIL image, or pixels uint8[H, W, 3].
-Image = os.PathLike | bytes | PIL.Image.Image | np.ndarray
+MAX_PICTURE_BYTES = 1 << 28  # of an encoded file
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """An encoded picture that has been read."""
+
+  name: str  # for messages
+  data: bytes
+
+
+# A picture: a file, an encoded file's bytes, a PIL image, pixels uint8[H, W, 3], or one of those
+# that `read_picture` has read.
+Image = os.PathLike | bytes | PIL.Image.Image | np.ndarray | Picture
 Item = str | Image  # a str is always text
 Turn = Mapping[str, Any]  # {"role": a str, "content": a str or a sequence of items}
-Prompt = Sequence[Item] | Sequence[Turn]
+Prompt = str | Sequence[Item] | Sequence[Turn]
 
 
 class PromptError(UserError):
@@ -68,6 +82,12 @@ def read_prompt(
     PromptError: it is empty, not a conversation that waits for an answer, too long, or a picture of
       it cannot be read.
   """
+  prompt = [prompt] if isinstance(prompt, str) else prompt
+  if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+    raise PromptError(
+      f"a prompt is {untrusted.shown(prompt)}; it must be a text, a list of texts and images, or a "
+      f"list of turns."
+    )
   if prompt and isinstance(prompt[0], Mapping):
     turns, chat = [_turn(turn) for turn in prompt], True
     if turns[-1]["role"] != "user":
@@ -79,15 +99,13 @@ def read_prompt(
       item.strip() if isinstance(item, str) else True for item in turn["content"]
     ):
       raise PromptError("the prompt is empty; give it a text or an image.")
-  files: list[_File] = []
+  files: list[Picture] = []
   for turn in turns:
     for i, item in enumerate(turn["content"]):
       if isinstance(item, str):
-        if not untrusted.is_text(item):
-          raise PromptError(f"the text {untrusted.shown(item)} has half of a character in it.")
-        turn["content"][i] = {"text": item}
+        turn["content"][i] = {"text": untrusted.mended(item)}
       else:
-        files.append(_read(item))
+        files.append(read_picture(item))
         turn["content"][i] = {"image": files[-1].data}
   encoded = encoder.encode_prompt(turns) if chat else encoder.encode_prefix(turns[0]["content"])
   check_room(len(encoded.ids), len(encoded.images), run, max_new_tokens)  # decoding takes longer
@@ -113,7 +131,7 @@ def check_image(image: Image, run: RunConfig) -> tuple[int, int]:
   Raises:
     PromptError: it cannot be.
   """
-  file = _read(image)
+  file = read_picture(image)
   _decode([file.data], [file], run)
   return read_header(file.data)[0]
 
@@ -124,7 +142,7 @@ def count_pixels(image: Image) -> int:
   Raises:
     PromptError: it cannot be read, or has no header.
   """
-  file = _read(image)
+  file = read_picture(image)
   try:
     return pixels.count_pixels(file.data)
   except ImageError as e:
@@ -139,6 +157,10 @@ def fill_slots(text: str, images: Sequence[Item]) -> list[Item]:
   Raises:
     PromptError: there are slots, but not as many as pictures.
   """
+  if not isinstance(text, str):
+    raise PromptError(f"the text is {untrusted.shown(text)}; it must be a str.")
+  if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+    raise PromptError(f"images is {untrusted.shown(images)}; it must be a list of images.")
   first, *others = text.split(IMAGE)
   if not others:
     return [*images, text] if text.strip() else [*images]
@@ -161,7 +183,7 @@ def _count(number: int, noun: str) -> str:
 def _turn(turn: Any) -> dict[str, Any]:
   """Returns a turn with its content as a list of items."""
   role, content = (turn.get(k) if isinstance(turn, Mapping) else None for k in ("role", "content"))
-  if role not in ROLES or not isinstance(content, str | Iterable):
+  if role not in ROLES or isinstance(content, bytes) or not isinstance(content, Sequence):
     raise PromptError(
       f"a turn is {untrusted.shown(turn)}; it must be {{'role': one of {ROLES}, 'content': a "
       f"text, or a list of texts and images}}."
@@ -169,28 +191,32 @@ def _turn(turn: Any) -> dict[str, Any]:
   return {"role": role, "content": [content] if isinstance(content, str) else list(content)}
 
 
-class _File(NamedTuple):
-  name: str  # for messages
-  data: bytes
-
-
-def _read(image: Image) -> _File:
+def read_picture(image: Image) -> Picture:
   """Returns an encoded image, from any of the forms that one may have.
 
   Raises:
     PromptError: naming the file, if it is one.
   """
+  if isinstance(image, Picture):
+    return image
   name = f"image '{os.fspath(image)}'" if isinstance(image, os.PathLike) else "an image"
   try:
-    return _File(name, _encoded(image))
+    data = _encoded(image)
+  except UserError:
+    raise
   except OSError as e:
     raise PromptError(f"{name} cannot be read: {e.strerror or e}.") from e
   except ImageError as e:
     raise PromptError(f"{name} cannot be used: {e.reason}.") from e
+  except untrusted.STRAY as e:  # a path with a NUL, an image that Pillow stumbles over
+    raise PromptError(f"{name} cannot be read: {untrusted.why(e)}.") from e
+  if len(data) > MAX_PICTURE_BYTES:
+    raise PromptError(f"{name} has more than the {MAX_PICTURE_BYTES:,} bytes that are read.")
+  return Picture(name, data)
 
 
 def _decode(
-  images: Sequence[bytes | Tile], files: Sequence[_File], run: RunConfig
+  images: Sequence[bytes | Tile], files: Sequence[Picture], run: RunConfig
 ) -> list[np.ndarray]:
   """Returns uint8[H, W, 3] as training has them, of pictures or parts of them.
 
@@ -216,7 +242,8 @@ def _decode(
 def _encoded(image: Image) -> bytes:
   """Returns an encoded image; pixels are encoded without loss, so that all forms take one way."""
   if isinstance(image, os.PathLike):
-    return epath.Path(image).read_bytes()
+    with epath.Path(image).open("rb") as file:
+      return file.read(MAX_PICTURE_BYTES + 1)
   if isinstance(image, bytes):
     return image
   if isinstance(image, np.ndarray):

@@ -51,10 +51,15 @@ class Chat:
       elif line:
         self._ask(line)
     except UserError as e:
-      print(untrusted.visible(f"error: {e}"))
-      if num := len(self._conversation.images):
-        print(f"[{num} image{'s'[: num > 1]} for the next question; /drop lets go of them]")
+      self._tell(str(e))
+    except Exception as e:  # a fault of one line ends no conversation
+      self._tell(untrusted.why(e))
     return True
+
+  def _tell(self, mistake: str) -> None:
+    print(untrusted.visible(f"error: {mistake}"))
+    if num := len(self._conversation.images):
+      print(f"[{num} image{'s'[: num > 1]} for the next question; /drop lets go of them]")
 
   def _command(self, name: str, rest: str) -> None:
     if name not in self._commands:

@@ -163,6 +163,11 @@ def test_a_text_of_any_length_is_predicted_once(model):
   assert sum(s.num_tokens for s in scores) == len(ids)
 
 
+def test_a_text_is_no_list_of_texts(model):
+  with pytest.raises(PromptError, match="texts is ' is'; it must be a list of texts"):
+    continuations(model, ["What"], " is")
+
+
 @pytest.mark.parametrize(
   ("context", "text", "message"),
   [

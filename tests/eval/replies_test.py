@@ -134,6 +134,20 @@ def test_an_item_that_cannot_be_asked_is_reported_with_its_reason(dense_model, p
   assert found[1].reply is found[2].reply is None
 
 
+def test_whatever_reading_an_item_raises_is_that_items_problem(dense_model, pictures):
+  items = make_items(pictures, 4)
+  items[1] = dataclasses.replace(items[1], pictures=(epath.Path("a\0.jpg"),))
+  items[2] = dataclasses.replace(items[2], question="half \ud800")
+  items[3] = dataclasses.replace(items[3], answers=())  # no first one for the form to take
+  form = dataclasses.replace(GENERATE, prompt=lambda item: [*item.pictures, item.question])
+  strange = dataclasses.replace(form, prompt=lambda item: [*form.prompt(item), item.answers[0]])
+  found = ask(dense_model, items, Asking(strange))
+  assert "embedded null byte" in found[1].problem
+  assert found[2].reply is not None
+  assert "IndexError" in found[3].problem
+  assert found[0].reply == ask(dense_model, items[:1], Asking(strange))[0].reply
+
+
 def test_more_demonstrations_than_fit_say_how_many_do(dense_model, pictures):
   pool = Demonstrations(make_items([b"1", pictures[1]], 100)[1::2])
   item = make_items(pictures, 1)[0]

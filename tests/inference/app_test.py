@@ -41,7 +41,8 @@ def app():
 
 
 @pytest.fixture
-def page(app, model):
+def page(app, model, monkeypatch):
+  monkeypatch.setattr(model, "run", model.run)  # which a page bounds
   return app.Page(model, max_new_tokens=9, sampling=Sampling())
 
 
@@ -144,6 +145,111 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(page, model):
   assert box.value["text"] == "Later"
 
 
+class TestWordsAreNotLost:
+  """Each is in the conversation, waits for its answer, or is in the box."""
+
+  def test_enter_again_while_an_answer_grows_is_refused(self, app, page, pictures):
+    """The second question took the place of the first, and vanished with its end."""
+    visit = page.begin(None, {"text": "First", "files": []}, "")
+    answers = page.answer(visit, 0.0, 1.0, 100)
+    growing = next(answers)
+    second = {"text": "Second", "files": [str(pictures[0])]}
+    with pytest.raises(app.gr.Error, match="an answer is still growing; send your message when"):
+      page.begin(visit, second, "")
+    *_, last = [growing, *answers]
+    assert [message["role"] for message in last] == ["user", "assistant"]
+    shown, box = page.end(visit)
+    assert shown == last
+    assert "value" not in box.constructor_args  # the box is left as it is: "Second" is in it
+    visit = page.begin(visit, second, "")
+    *_, last = page.answer(visit, 0.0, 1.0, 3)
+    assert [m["content"] for m in last if m["role"] == "user"] == [
+      *("First", {"path": str(pictures[0])}, "Second"),
+    ]
+
+  def test_a_message_is_added_to_one_that_waits(self, page, pictures):
+    """Other visitors are answered first, or the connection was lost after it was sent."""
+    a, b = pictures
+    visit = page.begin(None, {"text": "First", "files": [str(a)]}, "")
+    visit = page.begin(visit, {"text": "Second", "files": [str(b)]}, "")
+    *_, last = page.answer(visit, 0.0, 1.0, 3)
+    users = [{"path": str(a)}, {"path": str(b)}, "First\n\nSecond"]
+    assert [m["content"] for m in last if m["role"] == "user"] == users
+    assert [*page.answer(visit, 0.0, 1.0, 3)] == []  # the second one's own event
+    assert page.end(visit)[0] == last
+
+  def test_a_fault_of_ours_gives_the_question_back(self, app, page, model, pictures, monkeypatch):
+    """With what was typed since."""
+
+    def fail(*_, **__):
+      raise RuntimeError("RESOURCE_EXHAUSTED at 0x7f00")
+
+    visit = page.begin(None, {"text": "First", "files": [str(pictures[0])]}, "")
+    with monkeypatch.context() as patch:
+      patch.setattr(model, "stream", fail)
+      with pytest.raises(app.gr.Error, match="something went wrong at the server"):
+        [*page.answer(visit, 0.0, 1.0, 3)]
+    page.note(visit, {"text": "Second", "files": [str(pictures[1])]})
+    shown, box = page.end(visit)
+    assert shown == []
+    assert box.value["text"] == "First\n\nSecond"
+    given_back = json.dumps([str(file) for file in box.constructor_args["value"]["files"]])
+    assert given_back == json.dumps([str(picture) for picture in pictures])
+    visit, shown = say(page, visit, box.value["text"])
+    assert shown[-1][-1]["role"] == "assistant"
+
+  def test_a_lost_connection_blocks_nothing(self, page, model):
+    visit = page.begin(None, {"text": "First", "files": []}, "")
+    page.answer(visit, 0.0, 1.0, 100).close()  # before it began
+    visit = page.begin(visit, {"text": "Second", "files": []}, "")
+    answers = page.answer(visit, 0.0, 1.0, 100)
+    next(answers)
+    answers.close()  # as Gradio does where a visitor has left
+    assert not visit.answering
+    visit, shown = say(page, visit, "Third")
+    users = [message["content"] for message in shown[-1] if message["role"] == "user"]
+    assert users == ["First\n\nSecond", "Third"]
+
+  def test_what_is_typed_while_a_question_is_taken_stays(self, page, pictures):
+    a, b = map(str, pictures)
+    visit = page.begin(None, {"text": " First ", "files": [a]}, "")
+    for typed, left in (
+      ({"text": " First ", "files": [a]}, {"text": "", "files": []}),
+      ({"text": "Another", "files": [a, b]}, {"text": "Another", "files": [b]}),
+      (None, {"text": "", "files": []}),
+    ):
+      shown, box = page.show(visit, typed)
+      assert shown == visit.messages()
+      assert box.constructor_args["value"] == left
+
+  @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+      ((None, 1.0, 9), "temperature is None; it must be a number"),
+      ((0.0, None, 9), "top_p is None; it must be a number"),
+      ((0.0, 1.0, None), "max_new_tokens is None; it must be a whole number"),
+      ((0.0, 1.0, 2.5), "max_new_tokens is 2.5"),
+      ((float("nan"), 1.0, 9), "temperature is nan"),
+      ((0.0, 1.0, "9"), "max_new_tokens is '9'"),
+    ],
+  )
+  def test_a_setting_that_is_none_is_told_and_gives_the_question_back(
+    self, app, page, settings, message
+  ):
+    """An emptied field of the page sends null."""
+    visit = page.begin(None, {"text": "Hi", "files": []}, "")
+    with pytest.raises(app.gr.Error) as error:
+      [*page.answer(visit, *settings)]
+    assert message in error.value.message.replace("&#x27;", "'")
+    assert page.end(visit)[1].value["text"] == "Hi"
+    assert [*page.answer(page.begin(visit, {"text": "Hi", "files": []}, ""), 0.0, 1.0, 3.0)]
+
+  def test_halves_of_characters_are_mended(self, page):
+    _, shown = say(page, None, "caf\udce9 \ud800", system="\ud800")
+    assert shown[-1][0]["content"] == "café \ufffd"
+    json.dumps(shown, ensure_ascii=False).encode()
+
+
 def test_pixels_are_bounded_before_they_are_decoded(app, workdir, tmp_path, monkeypatch):
   """50 million pixels in a file of some thousand bytes."""
   from mm1_jax.inference.model import Model
@@ -242,6 +348,53 @@ def visitor(address, tmp_path):
 def words(text: str) -> str:
   """Returns a text's letters and digits: browsers have their own ways with all others."""
   return re.sub(r"[^A-Za-z0-9]+", " ", text).strip()
+
+
+IN_THE_BOX = """() => [
+  document.querySelector('#question textarea').value,
+  document.querySelectorAll('#question .thumbnail-item').length
+]"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt-get install chromium")
+def test_a_visitors_words_stay_until_they_are_answered(visitor, pictures):
+  """Enter again while an answer grows, and a connection that is lost within one and before one."""
+  page = visitor.page
+  page.click("text=Settings")
+  page.fill("#length input[type=number]", "3900")
+  visitor.ask("Tell me everything.")
+  page.wait_for_selector("#chat [data-testid=bot]")
+  page.set_input_files("#question input[type=file]", [str(pictures[0])])
+  page.wait_for_selector("#question .thumbnail-item")
+  page.fill("#question textarea", "And this?")
+  page.press("#question textarea", "Enter")
+  assert "an answer is still growing" in visitor.error()
+  assert page.evaluate(IN_THE_BOX) == ["And this?", 1]
+  page.dispatch_event("#question .stop-button", "click")
+  visitor.wait_for("Tell me everything.")
+  assert page.evaluate(IN_THE_BOX) == ["And this?", 1]
+
+  page.press("#question textarea", "Enter")
+  page.wait_for_function("() => document.querySelectorAll('#chat [data-testid=bot]').length > 1")
+  assert page.evaluate(IN_THE_BOX) == ["", 0]
+  page.fill("#question textarea", "Later")
+  page.reload()  # as Gradio does when a lost connection is back
+  page.wait_for_function("() => document.querySelector('#question textarea')?.value")
+  assert page.evaluate(IN_THE_BOX) == ["And this?\n\nLater", 0]
+  page.context.set_offline(True)
+  page.press("#question textarea", "Enter")
+  visitor.error()
+  assert page.evaluate(IN_THE_BOX) == ["And this?\n\nLater", 0]
+  page.evaluate("() => { window.before = true; }")
+  page.context.set_offline(False)  # Gradio notices, and loads the page anew
+  page.wait_for_function(
+    "() => !window.before && document.querySelector('#question textarea')?.value"
+  )
+  assert page.evaluate(IN_THE_BOX) == ["And this?\n\nLater", 0]
+  page.press("#question textarea", "Enter")
+  visitor.wait_for("And this? Later")
+  assert page.evaluate(IN_THE_BOX) == ["", 0]
 
 
 @pytest.mark.long

@@ -18,6 +18,7 @@ import pytest
 
 from mm1_jax.inference import sampler
 from mm1_jax.inference.conversation import Conversation
+from mm1_jax.inference.prompts import PromptError
 from mm1_jax.inference.terminal import Chat
 
 pytestmark = pytest.mark.compiles
@@ -77,6 +78,9 @@ def test_system_turn_and_a_new_beginning(chat, conversation):
     ("/imgae x", "there is no /imgae; /help lists"),
     ("<image> what?", "has 1 <image> slot, but there are 0 images"),
     ("word " * 300, "but the model was trained on 192"),
+    ("/image a\0.png", "cannot be read: ValueError: embedded null byte"),
+    ("/image ~no_such_user/a.png", "user/a.png' cannot be read: No such file"),
+    ("/image " + "x" * 5000, "File name too long"),
   ],
 )
 def test_a_mistake_is_told_and_changes_nothing(chat, conversation, line, message):
@@ -85,6 +89,27 @@ def test_a_mistake_is_told_and_changes_nothing(chat, conversation, line, message
   assert message in chat(line)
   assert conversation.turns == conversation.images == []
   assert chat("", "Hi") == expected
+
+
+def test_halves_of_characters_are_mended_and_end_nothing(chat):
+  """What a terminal of Latin-1 sends, where UTF-8 is expected."""
+  expected = chat("/system café", "café?")
+  assert chat("/system caf\udce9", "caf\udce9?") == expected
+  chat("\ud800", "/history")
+
+
+def test_a_fault_of_ours_is_told_and_changes_nothing(chat, conversation, model, monkeypatch):
+  expected = chat("Hi")
+  chat("/clear")
+
+  def fail(*_, **__):
+    raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(model, "stream", fail)
+    assert chat("Hi") == "error: RuntimeError: RESOURCE_EXHAUSTED: out of memory\n"
+  assert conversation.turns == []
+  assert chat("Hi") == expected
 
 
 def test_pictures_that_do_not_fit_can_be_let_go(chat, conversation, pictures):
@@ -145,6 +170,12 @@ def test_answers_get_as_much_room_as_there_is(model):
   conversation = Conversation(model, max_new_tokens=10_000)
   assert len(model.tokenizer.encode([*conversation.ask("Hi")][-1])) > 150
   assert len(conversation.turns) == 2
+
+
+@pytest.mark.parametrize("changes", [{"max_new_tokens": "9"}, {"seed": 1.5}])
+def test_settings_of_another_type_are_refused(model, changes):
+  with pytest.raises(PromptError, match="it must be a whole number"):
+    Conversation(model, **changes).ask("Hi")
 
 
 class Terminal:

@@ -100,6 +100,28 @@ def test_a_model_of_short_rows_answers_without_being_told_how_long(model):
   assert [*short.stream(prompt[0])][-1] == short.generate(prompt)[0]
 
 
+def test_an_answer_gets_what_room_a_prompt_leaves_and_it_is_said(model, caplog):
+  """Where no length was asked for, a prompt of more than half of a row failed."""
+  long = ["word " * 110]
+  room = model.room(model.encode(long))
+  assert 0 < room < model.answer_length
+  with caplog.at_level("INFO", logger="absl"):
+    both = model.generate([long, ["Hi"]], sampling=Sampling(1.0), seed=[1, 2])
+  assert f"answers to 1 of 2 prompts may have {room} new tokens at the least, not 96" in caplog.text
+  how = {"sampling": Sampling(1.0)}
+  assert both[:1] == model.generate([long], max_new_tokens=room, seed=[1], **how)
+  assert both[1:] == model.generate([["Hi"]], max_new_tokens=96, seed=[2], **how)
+  assert [*model.stream(long, seed=1)][-1] == model.generate([long], max_new_tokens=room)[0]
+  with pytest.raises(PromptError, match=f"at most {room} new tokens would fit"):
+    model.generate([long], max_new_tokens=room + 1)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, np.int64(-5), [2**40], [-1], np.array([7])])
+def test_seeds_of_any_size(model, seed):
+  how = {"sampling": Sampling(1.0, top_k=2**40), "max_new_tokens": np.int32(3)}
+  assert model.generate(["Hi"], seed=seed, **how) == model.generate(["Hi"], seed=seed, **how)
+
+
 def test_rooms_are_few_and_not_wasteful():
   lengths = range(1, 4097)
   rooms = [bucket(length) for length in lengths]
@@ -314,6 +336,65 @@ def test_a_prompt_of_another_kind_is_refused(model, prompt, message):
     model.generate([prompt])
 
 
+def test_a_text_alone_is_a_prompt(model):
+  """Its letters were taken for turns."""
+  ask = {"max_new_tokens": 4}
+  expected = model.generate([["What?"]], **ask)
+  assert model.generate(["What?"], **ask) == expected
+  assert [*model.stream("What?", **ask)][-1] == expected[0]
+  assert model.encode("What?") == model.encode(["What?"])
+
+
+@pytest.mark.parametrize(
+  ("prompts", "message"),
+  [
+    ("What?", "prompts is 'What?'; it must be a list of prompts"),
+    (b"GIF89a", "prompts is b'GIF89a'; it must be a list of prompts"),
+    (3, "prompts is 3; it must be a list"),
+    ({"role": "user", "content": "Hi"}, "it must be a list of prompts"),
+    (
+      [{"role": "user", "content": "Hi"}],
+      "prompts is a list of turns; it must be a list of prompts",
+    ),
+    ([3], "a prompt is 3; it must be a text, a list of texts and images, or a list of turns"),
+    ([None], "a prompt is None"),
+    ([b"GIF89a"], "a prompt is b'GIF89a'"),
+    ([pathlib.Path("a.png"), "What?"], "a.png'); it must be a text, a list"),
+    ([np.zeros((2, 2, 3), np.uint8)], "a prompt is array"),
+    ([[{"role": "user", "content": {"text": "Hi"}}]], "or a list of texts and images"),
+    ([[{"role": "user", "content": b"Hi"}]], "or a list of texts and images"),
+    ([[{"role": ["user"], "content": "Hi"}]], "it must be {'role': one of"),
+    ([["Hi", {"role": "user"}]], "a dict is neither text nor an image"),
+    ([[["Hi"]]], "a list is neither text nor an image"),
+  ],
+)
+def test_what_is_no_list_of_prompts_is_refused(model, prompts, message):
+  with pytest.raises(PromptError, match=re.escape(message)):
+    model.generate(prompts)
+
+
+def test_halves_of_characters_are_mended(model):
+  """As a terminal of Latin-1 and the escapes of JSON bring them."""
+  expected = model.encode(["café 😀 \ufffd"])
+  for text in ("caf\udce9 😀 \ufffd", "café \ud83d\ude00 \ud800", "caf\udce9 😀 \udfff"):
+    assert model.encode([text]) == expected
+  assert model.generate(["\ud800", "\udfff\udfff"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("a\0b.png", "cannot be read: ValueError: embedded null byte"),
+    ("\ud800.png", "cannot be read: UnicodeEncodeError"),
+    (".", "cannot be read: Is a directory"),
+    ("x" * 5000, "cannot be read: File name too long"),
+  ],
+)
+def test_a_path_that_is_none_is_a_mistake_of_the_prompt(model, tmp_path, name, message):
+  with pytest.raises(PromptError, match=message):
+    model.generate([[pathlib.Path(tmp_path, name), "Hi"]])
+
+
 def test_hostile_requests_leave_the_model_as_it_was(model, pictures):
   """Each ends in a message, and the next is answered as ever."""
   ask = {"max_new_tokens": 4}
@@ -341,6 +422,11 @@ def test_slots_are_filled_in_order_or_the_mistake_is_named():
   assert fill_slots("", [a]) == [a]
   assert fill_slots("<image>\nWhat?", [a]) == [a, "What?"]
   assert fill_slots("One: <image> two: <image>", [a, b]) == ["One: ", a, " two: ", b]
+  for images in ("a.jpg", b"GIF89a", a):
+    with pytest.raises(PromptError, match="it must be a list of images"):
+      fill_slots("What?", images)
+  with pytest.raises(PromptError, match="the text is 3; it must be a str"):
+    fill_slots(3, [])
   with pytest.raises(PromptError, match="has 1 <image> slot, but there are 0 images; give one"):
     fill_slots("<image>\nWhat?", [])
   with pytest.raises(PromptError, match="has 2 <image> slots, but there is 1 image; give one"):
@@ -384,6 +470,16 @@ def test_a_prompt_that_is_too_long_says_by_how_much(model, pictures):
     ({"sampling": Sampling(top_k=-1)}, "top_k is -1"),
     ({"sampling": Sampling(top_p=0)}, "top_p is 0; it must be above 0 and at most 1"),
     ({"sampling": Sampling(top_p=float("nan"))}, "top_p is nan"),
+    ({"sampling": Sampling(temperature=float("nan"))}, "temperature is nan"),
+    ({"sampling": Sampling(temperature="hot")}, "temperature is 'hot'; it must be a number"),
+    ({"sampling": 0.7}, "sampling is 0.7; it must be a Sampling or a BeamSearch"),
+    ({"max_new_tokens": "4"}, "max_new_tokens is '4'; it must be a whole number"),
+    ({"max_new_tokens": True}, "max_new_tokens is True"),
+    ({"batch_size": 2.5}, "batch_size is 2.5; it must be a whole number"),
+    ({"seed": 1.5}, "seed is 1.5"),
+    ({"seed": [1, 2]}, "there are 2 seeds for 1 prompts"),
+    ({"chat": "no"}, "chat is 'no'"),
+    ({"stop": [3]}, r"stop is \[3\]"),
     ({"stop": "text"}, "stop is 'text'; it must be a list of texts, none of them empty"),
     ({"stop": [""]}, r"stop is \[''\]"),
   ],
@@ -391,6 +487,41 @@ def test_a_prompt_that_is_too_long_says_by_how_much(model, pictures):
 def test_settings_out_of_range(model, settings: dict, message: str):
   with pytest.raises(PromptError, match=message):
     model.generate([["Hello"]], **settings)
+
+
+@pytest.mark.parametrize(
+  ("missing", "says"),
+  [(("connector",), "no connector"), (("vit", "connector"), "no connector and no vit")],
+)
+def test_an_import_of_parts_says_what_makes_it_a_model(dense, tmp_path, missing, says):
+  """As `convert import` without --fill leaves it."""
+  from tests.helpers.runs import run_config
+
+  checkpoint.write_run_files(tmp_path, run_config())
+  params = checkpoint.to_names(dense)
+  params = {name: x for name, x in params.items() if name.split(".")[0] not in missing}
+  checkpoint.save_params(tmp_path, 0, params)
+  with pytest.raises(CheckpointError, match=says) as error:
+    Model.load(tmp_path)
+  assert "Import it with --fill" in str(error.value)
+  assert f"--config.train.init_from={tmp_path}" in str(error.value)
+
+
+def test_models_differ_in_their_digests(workdir, copy):
+  loaded = Model.load(workdir)
+  assert loaded.digest == Model.load(copy).digest
+  assert loaded.digest != Model.load(workdir / "checkpoints" / "1").digest
+  change_config(copy, "data", tiling={"max_tiles": 6}, images_per_row=7)
+  cut = Model.load(copy)
+  assert len({loaded.digest, cut.digest, Model.load(copy, tiling={"max_tiles": 4}).digest}) == 3
+  with pytest.raises(ConfigError, match=r"tiling has \['tiles'\]; there are only"):
+    Model.load(copy, tiling={"tiles": 3})
+
+
+@pytest.mark.parametrize("size", ["2", 1.5, True, None])
+def test_a_number_of_devices_is_one(workdir, size):
+  with pytest.raises(ConfigError, match=r"mesh.fsdp is .*; it must be of type int"):
+    Model.load(workdir, fsdp=size)
 
 
 def test_a_folder_that_is_no_run(tmp_path):
