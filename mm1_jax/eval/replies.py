@@ -271,10 +271,11 @@ def _name(asked: Sequence[Request | list[Continuation]], asking: Asking, digest:
 def _load(path: epath.Path) -> list[Any] | None:
   if not path.exists():
     return None
-  rows = untrusted.read_json(path, EvalError, most=MAX_REPLIES_BYTES)
+  data = untrusted.read_bytes(path, EvalError, most=MAX_REPLIES_BYTES)
   with untrusted.of_form(
     f"'{path}' is damaged; remove it, and its items are asked again", EvalError
   ):
+    rows = untrusted.loads(data)
     return [r if isinstance(r, str) else tuple(Likelihood(*x) for x in r) for r in rows]
 
 

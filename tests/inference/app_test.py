@@ -178,7 +178,7 @@ class TestWordsAreNotLost:
     assert [*page.answer(visit, 0.0, 1.0, 3)] == []  # the second one's own event
     assert page.end(visit)[0] == last
 
-  def test_a_fault_of_ours_gives_the_question_back(self, app, page, model, pictures, monkeypatch):
+  def test_a_fault_of_ours_gives_the_question_back(self, app, page, pictures, monkeypatch):
     """With what was typed since."""
 
     def fail(*_, **__):
@@ -186,7 +186,7 @@ class TestWordsAreNotLost:
 
     visit = page.begin(None, {"text": "First", "files": [str(pictures[0])]}, "")
     with monkeypatch.context() as patch:
-      patch.setattr(model, "stream", fail)
+      patch.setattr(page._model, "stream", fail)
       with pytest.raises(app.gr.Error, match="something went wrong at the server"):
         [*page.answer(visit, 0.0, 1.0, 3)]
     page.note(visit, {"text": "Second", "files": [str(pictures[1])]})
