@@ -58,9 +58,9 @@ def translate(program: str, bos: str, eos: str) -> tuple[ChatTemplate | None, st
 
 
 def _written(template: ChatTemplate, name: str, bos: str) -> tuple[str, str]:
-  """Returns a probe's text, without and with what comes after its last answer."""
-  text = written(template, *PROBES[name], bos)
-  return text.removesuffix(template.assistant.after), text
+  """Returns a probe's text, without and with what may be left out at its end."""
+  text, ask = written(template, *PROBES[name], bos), PROBES[name][1]
+  return text.removesuffix(" " if ask else template.assistant.after), text
 
 
 def written(template: ChatTemplate, turns: Turns, ask: bool, bos: str) -> str:
@@ -81,10 +81,12 @@ def _read(texts: Mapping[str, str | None], bos: str, eos: str) -> ChatTemplate:
     raise ValueError("it refuses plain turns of user and assistant")
   head, question = _split(asked, USER)
   user_after = _split(said, USER)[1]
-  if not question.startswith(user_after):
+  around, tail = _split(answered, ANSWER)
+  around = _split(around, USER)[1]
+  # Without the space that is tokenised with an answer, perhaps.
+  if question not in (around, around.removesuffix(" ")) or not around.startswith(user_after):
     raise ValueError("a question is written otherwise where an answer is asked for")
-  before_answer = question.removeprefix(user_after)
-  tail = _split(answered, ANSWER)[1]
+  before_answer = around.removeprefix(user_after)
   between = _split(_split(long, ANSWER)[1], MORE)[0]
   if not tail or not between.startswith(tail):
     raise ValueError("nothing ends an answer, or something else than before the next question")
@@ -108,8 +110,9 @@ def _system(text: str | None, head: str, before_user: str, bos: str) -> tuple[Ma
     before, rest = _split(text, SYSTEM)
     before = before.removeprefix(bos)
     after = _split(rest, USER)[0].removesuffix(before_user)
-  elif head:
-    raise ValueError("it begins conversations with a text, but knows no system turn")
+  elif head.strip():
+    begins = head.rstrip()
+    return Markup("", after=head[len(begins) :]), begins
   else:
     after = "\n\n"
   if not head:

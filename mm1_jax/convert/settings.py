@@ -84,7 +84,7 @@ _ANY = {
   "id2label": _free(),
   "is_encoder_decoder": _free(False),
   "label2id": _free(),
-  "output_attentions": _free(False, OUTPUTS),
+  "output_attentions": _free(None, OUTPUTS),
   "output_hidden_states": _free(False, OUTPUTS),
   "problem_type": _free(),
   "return_dict": _free(True, OUTPUTS),

@@ -58,6 +58,7 @@ def round_up(size: int) -> int:
 
 def _extend_json(file: pathlib.Path, data: bytes) -> Vocabulary:
   own, beside = TOKENIZERS[".json"]
+  values = untrusted.parse_json(data, f"'{file}'", ConvertError)
   if not (file.parent / beside).exists():
     raise ConvertError(f"'{file}' has no {beside} beside it, which says how texts end.")
   config = untrusted.read_object(file.parent / beside, ConvertError)
@@ -67,7 +68,7 @@ def _extend_json(file: pathlib.Path, data: bytes) -> Vocabulary:
     listed = list(_listed(config))
   if not tokens["eos_token"]:
     raise ConvertError(f"'{file.parent / beside}' names no eos_token.")
-  tokenizer = _load_json(file, data, listed)
+  tokenizer = _load_json(file, values, listed)
   size = tokenizer.get_vocab_size()
   chat = _chat_template(file.parent, config)
   ends = tokens["bos_token"], tokens["eos_token"]
@@ -104,13 +105,12 @@ def _listed(config: Mapping[str, Any]) -> Iterator[_Added]:
     yield _Added(int(index), token_text({"token": token}, "token"), bool(token.get("special")))
 
 
-def _load_json(file: pathlib.Path, data: bytes, listed: list[_Added]) -> tokenizers.Tokenizer:
+def _load_json(file: pathlib.Path, values: Any, listed: list[_Added]) -> tokenizers.Tokenizer:
   """Returns a tokenizer whose ids are those of the file, and have no holes.
 
   Holes are filled with texts that nothing is encoded to. The library takes the number of words for
   the next free id, and numbers added tokens anew: an id after a hole would be given out twice.
   """
-  values = untrusted.parse_json(data, f"'{file}'", ConvertError)
   with untrusted.of_form(f"'{file}' is not of its form", ConvertError):
     words, added = values["model"]["vocab"], values.setdefault("added_tokens", [])
     known = set(words) if isinstance(words, dict) else {word for word, _ in words}
