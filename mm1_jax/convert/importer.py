@@ -40,7 +40,6 @@ from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
 
 OPEN_CLIP, HF = "open_clip_config.json", "config.json"
-OWN_JSON = checkpoint.TOKENIZERS[".json"][0]
 
 
 class PartWeights(NamedTuple):
@@ -271,7 +270,7 @@ def _vocabulary(decoder: pathlib.Path | None, tokenizer: pathlib.Path | None) ->
     if decoder is None:
       return None
     tokenizer = decoder if decoder.is_dir() else decoder.parent
-  return vocabulary.extend(find(tokenizer) if tokenizer.name != OWN_JSON else tokenizer)
+  return vocabulary.extend(tokenizer)
 
 
 def _run_config(

@@ -16,6 +16,8 @@ from mm1_jax.data.tokenizer import IMAGE, IMAGE_END, IMAGE_START, is_json, token
 
 PAD = "<pad>"
 SYMBOLS = (IMAGE, IMAGE_START, IMAGE_END)
+# Files of a tokenizer's folder that are not the tokenizer.
+BESIDE = ("added_tokens.json", "config.json", "special_tokens_map.json", "tokenizer_config.json")
 ROWS = 128  # a vocabulary is rounded up to a multiple of this, so that it splits over devices
 
 
@@ -42,6 +44,8 @@ def extend(path: pathlib.Path) -> Vocabulary:
     ConvertError: there is no tokenizer, or it cannot be read.
   """
   names = ("tokenizer.json", "tokenizer.model")
+  if path.is_file() and path.name in BESIDE:
+    path = path.parent
   files = [path] if path.is_file() else [path / name for name in names]
   file = next((file for file in files if file.exists()), None)
   if file is None:

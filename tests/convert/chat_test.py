@@ -17,8 +17,9 @@ QWEN = (
   "{%- for message in messages %}\n{{- " + TURN + " }}\n{%- endfor %}\n" + ASK
 )
 LLAMA3 = (
-  "{{ bos_token }}{% for m in messages %}{{ '<|h|>' + m.role + '<|e|>\\n\\n' + m.content | trim + "
-  "'<|eot|>' }}{% endfor %}{% if add_generation_prompt %}<|h|>assistant<|e|>{{ '\\n\\n' }}{% endif %}"
+  "{{ bos_token }}{% for m in messages %}"
+  "{{ '<|h|>' + m.role + '<|e|>\\n\\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
+  "{% if add_generation_prompt %}<|h|>assistant<|e|>{{ '\\n\\n' }}{% endif %}"
 )
 LLAMA31 = (
   "{{- bos_token }}{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}"
@@ -33,8 +34,9 @@ MISTRAL = (
   "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 LLAMA2 = (
-  "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]'"
-  " }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+  "{% for m in messages %}{% if m.role == 'user' %}"
+  "{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}"
+  "{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 THINK = (
   "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if loop.last and m.role == "

@@ -125,8 +125,8 @@ def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, 
     for at in range(1, len(piece)):
       left, right = piece[:at], piece[at:]
       if left in vocabulary and right in vocabulary:
-        # SentencePiece takes the leftmost of equal scores, which has made the longer left part.
-        order = (-scores[index], index, -len(left))
+        # Of equal scores SentencePiece takes the leftmost pair, whose left part has grown already.
+        order = (-scores[index], -len(left), index)
         found.append((order, (left, right)))
   return [pair for _, pair in sorted(found)]
 
