@@ -33,6 +33,7 @@ from mm1_jax.convert.export import folder as export
 from mm1_jax.convert.export import run_reader
 from mm1_jax.convert.load import Report, load
 from mm1_jax.convert.placement import params_mesh
+from mm1_jax.convert.settings import Settings
 from mm1_jax.convert.tensors import Tensors, find
 from mm1_jax.convert.vocabulary import Vocabulary
 from mm1_jax.data.template import ChatTemplate
@@ -45,7 +46,7 @@ OPEN_CLIP, HF = "open_clip_config.json", "config.json"
 class PartWeights(NamedTuple):
   """Weights of an encoder or a decoder, with the config that comes with them."""
 
-  settings: settings.Settings
+  settings: Settings
   tensors: Tensors
 
   @property

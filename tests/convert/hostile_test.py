@@ -190,8 +190,8 @@ def test_tables_of_angles_may_be_left_over(llama):
 def test_a_tensor_of_an_encoder_that_is_left_over(weights, tmp_path, kind):
   folder = shutil.copytree(weights / kind, tmp_path / kind)
   (file,) = folder.glob("*.safetensors")
-  root = "visual.transformer.resblocks" if kind == "open_clip" else "encoder.layers"
-  root = next(name for name in load_file(file) if f"{root}.0." in name).split(".0.")[0]
+  roots = {"clip": "vision_model.encoder.layers", "siglip": "encoder.layers"}
+  root = roots.get(kind, "visual.transformer.resblocks")
   # What a block past the feature layer has is of no use, nor what is after the blocks.
   edit(file, {f"{root}.2.scale": np.ones(4, np.float32)})
   import_weights(vit=folder, feature_layer=-2)

@@ -35,9 +35,16 @@ def test_a_signal_to_end_leaves_nothing(number, tmp_path):
 
 def test_an_error_leaves_nothing_and_handlers_are_as_before(tmp_path):
   before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(ValueError, match="no"), unfinished.folder(tmp_path / "out"):
-    assert signal.getsignal(signal.SIGTERM) != before
-    raise ValueError("no")
+  during = []
+
+  def fail() -> None:
+    with unfinished.folder(tmp_path / "out"):
+      during.append(signal.getsignal(signal.SIGTERM))
+      raise ValueError("no")
+
+  with pytest.raises(ValueError, match="no"):
+    fail()
+  assert during != [before]
   assert signal.getsignal(signal.SIGTERM) == before
   assert list(tmp_path.iterdir()) == []
 

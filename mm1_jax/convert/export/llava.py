@@ -134,6 +134,8 @@ def config(run: RunConfig, dtype: str) -> dict[str, Any]:
     scaling = vars(decoder.rope_scaling).copy()
     original = scaling.pop("original_positions")
     rope |= {"rope_type": "llama3", "original_max_position_embeddings": original, **scaling}
+  # Under the names of transformers 4 as well, which knows no others and would take its defaults.
+  older = {"rope_theta": decoder.rope_theta, "rope_scaling": rope if decoder.rope_scaling else None}
   return {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
@@ -168,6 +170,7 @@ def config(run: RunConfig, dtype: str) -> dict[str, Any]:
       "intermediate_size": decoder.mlp_dim,
       "rms_norm_eps": decoder.norm_eps,
       "rope_parameters": rope,
+      **older,
       "max_position_embeddings": run.data.seq_len,
       "tie_word_embeddings": decoder.tie_embeddings,
     },

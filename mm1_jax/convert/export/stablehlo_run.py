@@ -96,7 +96,7 @@ class Exported:
       for stop in self.about["stop"]:
         if stop in answer:
           return answer[: answer.index(stop)]
-      if len(said) == max_new_tokens:
+      if len(said) >= max_new_tokens:
         break
     return self._tokenizer.decode(said).removeprefix(self.about["space_before_answer"])
 
