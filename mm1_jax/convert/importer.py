@@ -137,7 +137,7 @@ def import_export(folder: pathlib.Path, *, dtype: str = "float32", fsdp: int = -
   Raises:
     CheckpointError, ConvertError: the folder is no such export, or damaged.
   """
-  folder = find(folder)
+  folder = folder.parent if folder.is_file() else folder
   run = checkpoint.read_run(folder)
   mesh = params_mesh(run, fsdp)
   model = abstract_state(lambda: MM1(jax.random.key(0), run.model), mesh)

@@ -351,3 +351,20 @@ def test_the_folder_says_which_transformers_it_needs(version, hub, tmp_path):
   assert "transformers>=5" in (hub / "requirements.txt").read_text().splitlines()
   assert "`transformers>=5`" in (hub / "README.md").read_text()
   assert json.loads((hub / "config.json").read_text())["transformers_version"] == "5.24.0"
+
+
+def test_llava_says_its_positions_as_transformers_4_and_5_read_them():
+  """Version 4 knows nothing of `rope_parameters`, and would take its defaults without a word."""
+  from mm1_jax.config import RopeScaling
+  from mm1_jax.convert import settings
+  from mm1_jax.convert.export import llava
+  from tests.helpers.exports import run_config
+
+  run = run_config("llava")
+  for scaling in (None, RopeScaling()):
+    decoder = dataclasses.replace(run.model.decoder, rope_theta=3e4, rope_scaling=scaling)
+    model = dataclasses.replace(run.model, decoder=decoder)
+    text = llava.config(dataclasses.replace(run, model=model), "float32")["text_config"]
+    assert settings.rope("llama", settings.read("llama", text)) == (3e4, scaling)
+    del text["rope_parameters"]
+    assert settings.rope("llama", settings.read("llama", text)) == (3e4, scaling)
