@@ -34,7 +34,7 @@ from mm1_jax.convert.export import run_reader
 from mm1_jax.convert.load import Report, load
 from mm1_jax.convert.placement import params_mesh
 from mm1_jax.convert.settings import Settings
-from mm1_jax.convert.tensors import Tensors, find
+from mm1_jax.convert.tensors import Tensors, find, shorten
 from mm1_jax.convert.vocabulary import Vocabulary
 from mm1_jax.data.template import ChatTemplate
 from mm1_jax.models.mm1 import MM1
@@ -242,7 +242,7 @@ def _notes(parts: dict[str, PartWeights], words: Vocabulary | None) -> Iterator[
       continue
     unread = settings.unread(*settings.of_vision(part.kind, part.settings))
     if unread:
-      yield f"{HF} of --{name} has keys that transformers does not know, not read: {unread}."
+      yield f"{HF} of --{name} has keys that transformers 5 does not know: {shorten(unread)}."
   if words is not None and "decoder" in parts:
     rows = families.vocab_size(parts["decoder"].tensors)
     if words.own > rows:
