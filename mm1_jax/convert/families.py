@@ -297,9 +297,10 @@ def vision_config(given: settings.Settings, tensors: Tensors, feature_layer: int
     return _open_clip_config(given, feature_layer)
   said = settings.read(*settings.of_vision(kind, given))
   class_token = not kind.startswith("siglip")
-  side, patch = _side(said["image_size"]), _side(said["patch_size"])
+  patch = _side(said["patch_size"])
+  grid = _side(said["image_size"]) // patch  # a convolution leaves out the rest, too
   return VisionConfig(
-    image_size=(side // patch * patch,) * 2,  # a convolution leaves out the rest, too
+    image_size=(grid * patch, grid * patch),
     patch_size=patch,
     width=said["hidden_size"],
     depth=said["num_hidden_layers"],
@@ -309,7 +310,7 @@ def vision_config(given: settings.Settings, tensors: Tensors, feature_layer: int
     class_token=class_token,
     pre_norm=class_token,
     norm_eps=said["layer_norm_eps"],
-    position_grid=(side // patch,) * 2,
+    position_grid=(grid, grid),
     feature_layer=feature_layer,
   )
 

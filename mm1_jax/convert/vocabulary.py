@@ -190,17 +190,18 @@ def _extend_sentencepiece(file: pathlib.Path, data: bytes) -> Vocabulary:
   data += b"".join(_piece(piece, CONTROL) for piece in missing)
   extended = sentencepiece.SentencePieceProcessor(model_proto=data)
   new = tuple(range(size, extended.vocab_size()))
-  ends = [
+  bos, eos = (
     processor.id_to_piece(index) if index >= 0 else ""
     for index in (processor.bos_id(), processor.eos_id())
-  ]
+  )
   return Vocabulary(
     {own: data},
     extended.vocab_size(),
     extended.piece_to_id(IMAGE),
     size,
     new,
-    *ends,
+    bos,
+    eos,
     _chat_template(file.parent, config),
   )
 
