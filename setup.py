@@ -37,7 +37,7 @@ REQUIRES = [
   "tensorstore",
 ]
 
-CONVERT = ["safetensors", "tokenizers"]
+CONVERT = ["jinja2", "safetensors", "tokenizers"]
 DATA = ["apache-beam", "pyarrow", "zstandard"]
 DOCS = ["mkdocs", "mkdocs-material"]
 DRAW = ["matplotlib"]

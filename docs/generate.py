@@ -6,6 +6,7 @@
 - `reference/metrics.md`: what a run logs, from `mm1_jax/legend.py`;
 - `reference/cli.md`: commands and flags, from the parsers that answer --help;
 - `reference/tasks.md`: benchmarks, from `mm1_jax/eval/tasks/`;
+- `reference/imports.md`: the settings of open weights, from `mm1_jax/convert/settings.py`;
 - `reference/api.md`: the classes that Python programs use, from their docstrings;
 - in `reference/architecture.md` the fields of a batch, and the tree, from the first sentence of
   each file.
@@ -19,6 +20,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import json
 import pathlib
 import re
 import sys
@@ -32,6 +34,7 @@ from typing import Annotated, Any, Literal
 from mm1_jax import __main__ as front_door
 from mm1_jax import cli, config, legend
 from mm1_jax.batch import Batch
+from mm1_jax.convert import settings
 from mm1_jax.eval import tasks
 from mm1_jax.eval.task import Task
 from mm1_jax.eval.tasks import own
@@ -56,6 +59,7 @@ def pages() -> dict[pathlib.Path, str]:
     REFERENCE / "metrics.md": metrics_page(),
     REFERENCE / "cli.md": cli_page(),
     REFERENCE / "tasks.md": tasks_page(),
+    REFERENCE / "imports.md": imports_page(),
     REFERENCE / "api.md": api_page(),
     architecture: _fill(architecture.read_text(), {"batch": batch_table(), "tree": tree()}),
   }
@@ -257,6 +261,29 @@ def tasks_page() -> str:
     name = kind.__name__.split(".")[-1]
     parts.append(f"## {KINDS[name]}\n\n{''.join(map(_task, kind.TASKS))}")
   parts.append(f"## Your own\n\n{_code_blocks(str(inspect.getdoc(own)))}")
+  return "\n".join(parts)
+
+
+def imports_page() -> str:
+  """Returns the page of the settings of open weights, family by family."""
+  parts = [
+    NOTICE,
+    "# Settings of open weights\n",
+    "What `mm1 convert import` makes of each key of a `config.json`, for all keys of the config\n"
+    "classes of `transformers`, and some that older files have. A value of another type, or one\n"
+    "that our modules cannot express, is refused by the key's name. A key that is left out has its\n"
+    "default. Keys that are not here are not read, and named.\n",
+  ]
+  for kind, keys in settings.TABLES.items():
+    rows = [
+      (
+        f"`{key}`",
+        "" if setting.default is None else f"`{json.dumps(setting.default)}`",
+        setting.use,
+      )
+      for key, setting in sorted(keys.items())
+    ]
+    parts.append(f"## {kind}\n\n{table(('key', 'default', 'what becomes of it'), rows)}")
   return "\n".join(parts)
 
 

@@ -37,6 +37,7 @@ GOOD = "good.json"  # the newest step whose params a step of training was accept
 # Suffixes of steps that were set aside: no longer taken for checkpoints.
 REFUSED, DAMAGED = ".refused", ".damaged"
 TEMPLATE = "chat_template.json"
+IMPORT = "import.json"  # of imported weights: what became of them
 # A tokenizer's files by the suffix of its own, which comes first.
 TOKENIZERS = {
   ".model": ("tokenizer.model",),

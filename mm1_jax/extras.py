@@ -7,7 +7,10 @@ from mm1_jax.config import UserError
 
 # By extra of setup.py: what needs it, and the packages that are imported for that.
 EXTRAS = {
-  "convert": ("converting weights or reading a tokenizer.json", ("safetensors", "tokenizers")),
+  "convert": (
+    "converting weights or reading a tokenizer.json",
+    ("jinja2", "safetensors", "tokenizers"),
+  ),
   "data": ("building shards", ("apache_beam", "pyarrow", "zstandard")),
   "draw": ("drawing", ("matplotlib",)),
   "eval": ("reading Parquet files", ("pyarrow",)),

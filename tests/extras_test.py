@@ -194,7 +194,7 @@ def test_the_base_imports_without_extras(tmp_path):
     ),
     ("inspect --config=mm1_debug", "draw", "matplotlib"),
     ("plan --config=mm1_debug --topology=v5e-4 --picture=plan.png", "draw", "matplotlib"),
-    ("convert import --vit=x --out=y", "convert", "safetensors and tokenizers"),
+    ("convert import --vit=x --out=y", "convert", "jinja2 and safetensors and tokenizers"),
     ("serve --checkpoint=x", "serve", "gradio and starlette"),
     ("ask --checkpoint=x --image=y --prompt=z --quantize=int8", "quant", "qwix"),
   ],

@@ -25,7 +25,9 @@ def made() -> dict[pathlib.Path, str]:
   return generate.pages()
 
 
-@pytest.mark.parametrize("name", ["config", "metrics", "cli", "tasks", "api", "architecture"])
+@pytest.mark.parametrize(
+  "name", ["config", "metrics", "cli", "tasks", "imports", "api", "architecture"]
+)
 def test_pages_made_of_the_code_are_current(name):
   path = generate.REFERENCE / f"{name}.md"
   assert path.read_text() == made()[path], "run `python -m docs.generate`, and commit"

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each family of open weights calls its tensors, and which config of ours it needs.
 
-A config.json is read strictly: a setting that our modules cannot express is refused by its name.
+`settings.py` has what becomes of each key of a config.json.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from mm1_jax import untrusted
-from mm1_jax.config import DecoderConfig, MoEConfig, RopeScaling, VisionConfig
-from mm1_jax.convert import ConvertError
+import numpy as np
+
+from mm1_jax.config import DecoderConfig, MoEConfig, VisionConfig
+from mm1_jax.convert import ConvertError, settings
 from mm1_jax.convert.layouts import (
   FLAT,
   FROM_HEADS,
@@ -38,7 +40,6 @@ class WeightPiece(NamedTuple):
   layout: WeightLayout
 
 
-Settings = Mapping[str, Any]
 # Our name in a block or layer: their name in it, and the layout.
 Table = Mapping[str, tuple[str, WeightLayout]]
 
@@ -124,6 +125,9 @@ OPEN_CLIP_BLOCK: Table = {
   "mlp.down": ("mlp.c_proj.weight", LINEAR),
   "mlp.down_bias": ("mlp.c_proj.bias", SAME),
 }
+VISION_PATCH = "embeddings.patch_embedding.weight"
+# Of an encoder: what comes after the blocks, and numbers that are computed.
+AFTER_FEATURES = re.compile(r"(ln_post|proj|attn_pool|post_layernorm|head)(\.|$)|.*position_ids$")
 ENCODERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "open_clip")
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -132,6 +136,15 @@ ACTIVATIONS: dict[str, Any] = {
   "gelu": "gelu",
   "gelu_pytorch_tanh": "gelu_tanh",
 }
+# Of a decoder: tables of angles, which are computed from theta, as in the first Llamas' files.
+BUFFERS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|(cos|sin)_cached)$")
+
+
+class Words(NamedTuple):
+  """Which rows of an embedding have a meaning."""
+
+  own: int  # the first so many are ids of the tokenizer
+  new: tuple[int, ...]  # ids that were added to it: their rows were padding, or are not there
 
 
 def vocab_size(tensors: Tensors) -> int:
@@ -139,62 +152,88 @@ def vocab_size(tensors: Tensors) -> int:
   return _rows(tensors, f"{_root(tensors, EMBEDDING)}{EMBEDDING}")
 
 
-def decoder_config(settings: Settings, tensors: Tensors, vocab_size: int) -> DecoderConfig:
-  """Returns the decoder that a config.json describes, with a vocabulary of `vocab_size` rows.
+def decoder_config(given: settings.Settings, tensors: Tensors, num_rows: int) -> DecoderConfig:
+  """Returns the decoder that a config.json describes, with a vocabulary of `num_rows` rows.
 
   Raises:
     ConvertError: it is of another family, or has what our decoder has not.
   """
-  kind = settings["model_type"]
+  kind = given["model_type"]
   if kind not in DECODERS:
     raise ConvertError(f"model_type '{kind}' is no decoder that can be imported: {list(DECODERS)}.")
-  heads = _get(settings, "num_attention_heads")
-  width = _get(settings, "hidden_size")
-  _refuse(
-    settings,
-    hidden_act=("silu",),
-    attention_bias=(False,),
-    mlp_bias=(False,),
-    partial_rotary_factor=(1, 1.0),
-    use_sliding_window=(False,),
-    decoder_sparse_step=(1,),
-    mlp_only_layers=([],),
-  )
-  theta, scaling = _rope(settings, kind)
+  said = settings.read(kind, given)
+  if given.get("vocab_size") is not None and said["vocab_size"] != vocab_size(tensors):
+    raise ConvertError(
+      f"vocab_size is {said['vocab_size']}, but the embedding has {vocab_size(tensors)} rows."
+    )
+  heads, width = said["num_attention_heads"], said["hidden_size"]
+  theta, scaling = settings.rope(kind, said)
   moe = None
   if kind in ("mixtral", "qwen3_moe"):
-    # `transformers` calls it num_local_experts in all families since its version 5.
-    old = settings.get("num_experts")
-    experts = old if old is not None else _get(settings, "num_local_experts")
-    top_k = _get(settings, "num_experts_per_tok")
-    _check_router(settings, kind, top_k)
     # Nothing was dropped when they were trained.
-    moe = MoEConfig(experts, 1, top_k, capacity_factor=None)
+    moe = MoEConfig(_num_experts(given, said), 1, said["num_experts_per_tok"], capacity_factor=None)
+    _check_router(said, kind, moe.top_k)
   return DecoderConfig(
-    vocab_size=vocab_size,
+    vocab_size=num_rows,
     width=width,
-    depth=_get(settings, "num_hidden_layers"),
+    depth=said["num_hidden_layers"],
     num_heads=heads,
-    num_kv_heads=settings.get("num_key_value_heads") or heads,
-    head_dim=settings.get("head_dim") or width // heads,
-    mlp_dim=_get(settings, "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
+    num_kv_heads=said["num_key_value_heads"] or heads,
+    head_dim=said["head_dim"] or width // heads,
+    mlp_dim=said["moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"],
     rope_theta=theta,
     rope_scaling=scaling,
-    norm_eps=_get(settings, "rms_norm_eps"),
+    norm_eps=said["rms_norm_eps"],
     qk_norm=kind in ("qwen3", "qwen3_moe"),
     qkv_bias=kind == "qwen2",
-    tie_embeddings=bool(settings.get("tie_word_embeddings")) or not _find(tensors, HEAD),
+    tie_embeddings=_is_tied(said, tensors),
     moe=moe,
   )
 
 
-def _check_router(settings: Settings, kind: str, top_k: int) -> None:
+def _num_experts(given: settings.Settings, said: settings.Settings) -> int:
+  """Returns the experts: a key of two names, the older one in files of Qwen's."""
+  names = [name for name in ("num_experts", "num_local_experts") if given.get(name) is not None]
+  numbers = {given[name] for name in names}
+  if len(numbers) > 1:
+    raise ConvertError(
+      f"num_experts is {given['num_experts']}, and num_local_experts {given['num_local_experts']}; "
+      "they are one setting: make them equal."
+    )
+  return said[names[0]] if names else said.get("num_experts") or said["num_local_experts"]
+
+
+def _is_tied(said: settings.Settings, tensors: Tensors) -> bool:
+  """Returns whether the head is the embedding.
+
+  Raises:
+    ConvertError: the config and the tensors do not agree about it.
+  """
+  heads = _find(tensors, HEAD)
+  if not said["tie_word_embeddings"]:
+    if not heads:
+      raise ConvertError(
+        f"tie_word_embeddings is not true, but '{tensors.path}' has no '{HEAD}'. Where the head is "
+        "the embedding, set tie_word_embeddings to true; a model without a head makes no text."
+      )
+    return False
+  embedding = f"{_root(tensors, EMBEDDING)}{EMBEDDING}"
+  for head in heads:
+    if not np.array_equal(tensors.read(head), tensors.read(embedding)):
+      raise ConvertError(
+        f"tie_word_embeddings is true, but '{head}' differs from '{embedding}'. Where the head was "
+        "trained by itself, set tie_word_embeddings to false, as transformers 5 reads it; else "
+        "remove the tensor."
+      )
+  return True
+
+
+def _check_router(said: settings.Settings, kind: str, top_k: int) -> None:
   """Refuses experts that are weighted otherwise than by our router, see `models.moe`.
 
   Mixtral renormalises the weights of any `top_k`, Qwen 3 MoE as `norm_topk_prob` says.
   """
-  # Its absence means False.
-  sums_to_1 = kind == "mixtral" or _get(settings, "norm_topk_prob")
+  sums_to_1 = kind == "mixtral" or said["norm_topk_prob"]
   if sums_to_1 and top_k == 1:
     raise ConvertError(
       f"num_experts_per_tok 1 of a {kind} whose weights are renormalised: its one expert counts in "
@@ -208,13 +247,17 @@ def _check_router(settings: Settings, kind: str, top_k: int) -> None:
     )
 
 
-def decoder_pieces(kind: str, cfg: DecoderConfig, tensors: Tensors) -> Iterator[WeightPiece]:
-  """Yields the pieces of a decoder of a family."""
+def decoder_pieces(
+  kind: str, cfg: DecoderConfig, tensors: Tensors, words: Words | None = None
+) -> Iterator[WeightPiece]:
+  """Yields the pieces of a decoder of a family; without `words`, all rows have a meaning."""
   root = _root(tensors, EMBEDDING)
-  yield WeightPiece("decoder.embedding", (), (f"{root}{EMBEDDING}",), Rows(vocab_size(tensors)))
+  num = vocab_size(tensors)
+  own, new = words or Words(num, ())
+  layout = Rows(num, min(own, num), tuple(index for index in new if index < num))
+  yield WeightPiece("decoder.embedding", (), (f"{root}{EMBEDDING}",), layout)
   if not cfg.tie_embeddings:
-    head = _find(tensors, HEAD)[0]
-    yield WeightPiece("decoder.head", (), (head,), Rows(_rows(tensors, head)))
+    yield WeightPiece("decoder.head", (), (_find(tensors, HEAD)[0],), layout)
   yield WeightPiece("decoder.norm.scale", (), (f"{root}norm.weight",), SAME)
   num_experts = cfg.moe.num_experts if cfg.moe else 0
   for layer in range(cfg.depth):
@@ -224,50 +267,60 @@ def decoder_pieces(kind: str, cfg: DecoderConfig, tensors: Tensors) -> Iterator[
       yield WeightPiece(f"decoder.units.layers.0.{ours}", (layer,), tuple(names), layout)
 
 
-def vision_config(settings: Settings, tensors: Tensors, feature_layer: int) -> VisionConfig:
+def without_effect(
+  kind: str, cfg: DecoderConfig | VisionConfig, tensors: Tensors, name: str
+) -> bool:
+  """Returns whether our features or logits are right without a tensor that nothing is made of."""
+  if isinstance(cfg, DecoderConfig):
+    return BUFFERS.search(name) is not None or (cfg.tie_embeddings and name in _find(tensors, HEAD))
+  root = _root(tensors, "conv1.weight" if kind == "open_clip" else VISION_PATCH)
+  inner = name.removeprefix(root)
+  if not name.startswith(root):
+    return True  # of the model of texts, or between the two
+  if block := re.match(r"(?:transformer\.resblocks|encoder\.layers)\.(\d+)\.", inner):
+    return cfg.num_blocks <= int(block[1]) < cfg.depth
+  if kind == "open_clip" and not root:
+    return True
+  return AFTER_FEATURES.match(inner) is not None
+
+
+def vision_config(given: settings.Settings, tensors: Tensors, feature_layer: int) -> VisionConfig:
   """Returns the encoder that a config.json or an open_clip_config.json describes.
 
   Raises:
     ConvertError: it is of another family, or has what our ViT has not.
   """
-  kind = settings["model_type"]
+  kind = given["model_type"]
   if kind not in ENCODERS:
     raise ConvertError(f"model_type '{kind}' is no encoder that can be imported: {ENCODERS}.")
   if kind == "open_clip":
-    return _open_clip_config(settings, feature_layer)
-  settings = settings.get("vision_config", settings)
-  siglip = kind.startswith("siglip")
-  # Sizes that a config.json may leave out, as `transformers` has them.
-  settings = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "image_size": 224,
-    "patch_size": 16 if siglip else 32,
-    "hidden_act": "gelu_pytorch_tanh" if siglip else "quick_gelu",
-    "layer_norm_eps": 1e-6 if siglip else 1e-5,
-  } | dict(settings)
-  _refuse(settings, hidden_act=tuple(ACTIVATIONS), num_channels=(3,))
-  side, patch = settings["image_size"], settings["patch_size"]
+    return _open_clip_config(given, feature_layer)
+  said = settings.read(*settings.of_vision(kind, given))
+  class_token = not kind.startswith("siglip")
+  patch = _side(said["patch_size"])
+  grid = _side(said["image_size"]) // patch  # a convolution leaves out the rest, too
   return VisionConfig(
-    image_size=(side // patch * patch,) * 2,  # a convolution leaves out the rest, too
+    image_size=(grid * patch, grid * patch),
     patch_size=patch,
-    width=settings["hidden_size"],
-    depth=settings["num_hidden_layers"],
-    num_heads=settings["num_attention_heads"],
-    mlp_dim=settings["intermediate_size"],
-    activation=ACTIVATIONS[settings["hidden_act"]],
-    class_token=not siglip,
-    pre_norm=not siglip,
-    norm_eps=settings["layer_norm_eps"],
-    position_grid=(side // patch,) * 2,
+    width=said["hidden_size"],
+    depth=said["num_hidden_layers"],
+    num_heads=said["num_attention_heads"],
+    mlp_dim=said["intermediate_size"],
+    activation=ACTIVATIONS[said["hidden_act"]],
+    class_token=class_token,
+    pre_norm=class_token,
+    norm_eps=said["layer_norm_eps"],
+    position_grid=(grid, grid),
     feature_layer=feature_layer,
   )
 
 
-def _open_clip_config(settings: Settings, feature_layer: int) -> VisionConfig:
-  model = _get(settings, "model_cfg")
+def _side(value: int | list[int]) -> int:
+  return value[0] if isinstance(value, list) else int(value)
+
+
+def _open_clip_config(given: settings.Settings, feature_layer: int) -> VisionConfig:
+  model = _get(given, "model_cfg")
   vision = dict(_get(model, "vision_cfg"))
   known = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
   strange = sorted(vision.keys() - known - {"output_tokens", "patch_dropout"})
@@ -298,8 +351,8 @@ def vision_pieces(kind: str, cfg: VisionConfig, tensors: Tensors) -> Iterator[We
     norm, token = f"{root}ln_pre", f"{root}class_embedding"
     block_root, blocks = f"{root}transformer.resblocks", OPEN_CLIP_BLOCK
   else:
-    root = _root(tensors, "embeddings.patch_embedding.weight")
-    patch = f"{root}embeddings.patch_embedding.weight"
+    root = _root(tensors, VISION_PATCH)
+    patch = f"{root}{VISION_PATCH}"
     table = f"{root}embeddings.position_embedding.weight"
     norm, token = f"{root}pre_layrnorm", f"{root}embeddings.class_embedding"
     block_root, blocks = f"{root}encoder.layers", HF_BLOCK
@@ -321,42 +374,10 @@ def vision_pieces(kind: str, cfg: VisionConfig, tensors: Tensors) -> Iterator[We
       yield WeightPiece(f"vit.blocks.{ours}", (block,), (f"{block_root}.{block}.{theirs}",), layout)
 
 
-def _rope(settings: Settings, kind: str) -> tuple[float, RopeScaling | None]:
-  """Returns theta and the scaling, from either place where `transformers` writes them."""
-  rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-  theta = rope.get("rope_theta") or settings.get("rope_theta")
-  if theta is None:
-    if kind != "llama":
-      raise ConvertError("config.json has no 'rope_theta'.")
-    theta = 1e4  # the first Llamas' configs do not say it
-  how = rope.get("rope_type", rope.get("type", "default"))
-  if how == "default":
-    return float(theta), None
-  if how != "llama3":
-    raise ConvertError(f"RoPE of type '{how}' is not supported; 'default' and 'llama3' are.")
-  scaling = RopeScaling(
-    float(_get(rope, "factor")),
-    float(_get(rope, "low_freq_factor")),
-    float(_get(rope, "high_freq_factor")),
-    _get(rope, "original_max_position_embeddings"),
-  )
-  return float(theta), scaling
-
-
-def _get(settings: Settings, key: str) -> Any:
-  if settings.get(key) is None:
+def _get(given: settings.Settings, key: str) -> Any:
+  if given.get(key) is None:
     raise ConvertError(f"the weights' config has no '{key}'.")
-  return settings[key]
-
-
-def _refuse(settings: Settings, **allowed: tuple) -> None:
-  """Raises ConvertError for the first setting that has another than its allowed values."""
-  for key, values in allowed.items():
-    if settings.get(key) is not None and settings[key] not in values:
-      given = untrusted.shown(settings[key])
-      raise ConvertError(
-        f"{key} is {given}; only {' or '.join(map(repr, values))} can be imported."
-      )
+  return given[key]
 
 
 def _find(tensors: Tensors, suffix: str) -> list[str]:

@@ -197,20 +197,25 @@ class FusedThird:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """[num, D] as the first rows of [V, D]; each of the others is their mean.
+  """[num, D] as the first rows of [V, D]; rows of new ids, and those after `num`, are a mean.
 
-  A mean is safer than random rows: as an output it is no likelier than the other rows.
+  It is the mean of the first `own` rows, which the tokenizer has. It is safer than random rows, or
+  the padding that was there: as an output it is no likelier than the other rows.
   """
 
   num: int
+  own: int
+  new: tuple[int, ...] = ()  # below `num`
 
   def shapes(self, ours):
     return [(self.num, ours[1])]
 
   def load(self, theirs, ours):
     rows = theirs[0]
-    mean = rows.mean(axis=0, keepdims=True, dtype=np.float32).astype(rows.dtype)
-    return np.concatenate([rows, np.repeat(mean, ours[0] - self.num, axis=0)])
+    mean = rows[: self.own].mean(axis=0, keepdims=True, dtype=np.float32).astype(rows.dtype)
+    whole = np.concatenate([rows, np.repeat(mean, ours[0] - self.num, axis=0)])
+    whole[list(self.new)] = mean
+    return whole
 
 
 SAME, FLAT, LINEAR, FROM_HEADS = Same(), Flat(), Transposed(), Transposed(2)

@@ -8,7 +8,7 @@ written into its place of the stacked array there. Only one tensor is whole in h
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -42,16 +42,30 @@ class Report:
 
 
 def load(
-  tensors: Tensors, pieces: Iterable[WeightPiece], abstract: Mapping[str, jax.ShapeDtypeStruct]
+  tensors: Tensors,
+  pieces: Iterable[WeightPiece],
+  abstract: Mapping[str, jax.ShapeDtypeStruct],
+  without_effect: Callable[[str], bool] = lambda name: False,
 ) -> tuple[dict[str, jax.Array], Report]:
   """Reads params by name onto the shardings and in the dtypes of `abstract`.
 
+  Args:
+    without_effect: whether a tensor may be left over.
+
   Raises:
-    ConvertError: a tensor is missing, or has another shape than the config says; or a param is
-      left without a source. All of them are looked for before any is read.
+    ConvertError: a tensor is missing, has another shape than the config says, or is left over
+      though it would change what is computed. All of them are looked for before any is read.
   """
   pieces = list(pieces)
   _check(tensors, pieces, abstract)
+  used = {name for piece in pieces for name in piece.theirs}
+  left_over = [name for name in tensors if name not in used and not without_effect(name)]
+  if left_over:
+    raise ConvertError(
+      f"'{tensors.path}' has {len(left_over)} tensors that the config has no place for, so that "
+      f"something else would be computed without them: {shorten(left_over)}. Correct the config, "
+      "or save the weights without them if they are of no use."
+    )
   # By file: once all of its tensors are read, a shard's pages may leave the memory.
   order = {file: i for i, file in enumerate(dict.fromkeys(map(tensors.file, tensors)))}
   pieces.sort(key=lambda piece: order[tensors.file(piece.theirs[0])])

@@ -6,11 +6,13 @@ token, can be exported, and can start another stage.
 """
 
 import dataclasses
+import pathlib
 
 import jax
 from etils import epath
 
 from mm1_jax import checkpoint
+from mm1_jax.convert import unfinished
 from mm1_jax.convert.placement import params_mesh
 from mm1_jax.models import lora
 from mm1_jax.models.mm1 import MM1
@@ -41,7 +43,8 @@ def merge_run(path: epath.PathLike, out: epath.PathLike, *, fsdp: int = -1) -> N
     like = abstract_state(lambda: MM1(jax.random.key(0), run.model), mesh)
     params = jax.jit(merge)(checkpoint.restore_params(path, like))
   step = int(checkpoint.find_step(path).name)
-  checkpoint.save_params(out, step, checkpoint.to_names(params))
   decoder = dataclasses.replace(run.model.decoder, lora=None)
   model = dataclasses.replace(run.model, decoder=decoder)
-  checkpoint.write_run_files(out, dataclasses.replace(run, model=model))
+  with unfinished.folder(pathlib.Path(out)) as working:
+    checkpoint.save_params(working, step, checkpoint.to_names(params))
+    checkpoint.write_run_files(working, dataclasses.replace(run, model=model))

@@ -11,6 +11,7 @@ import safetensors
 from mm1_jax import untrusted
 from mm1_jax.convert import ConvertError
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
 INT8_SCALE = ".int8_scale"
@@ -33,12 +34,11 @@ class Tensors:
     self._files: dict[str, pathlib.Path] = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
     listed = None
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if path.is_dir() and (path / INDEX).exists():
+    if path.is_dir() and not (path / SINGLE).exists() and (path / INDEX).exists():
       listed = _read_index(path / INDEX)
       files = sorted({path / file for file in listed.values()})
-    elif len(files) != 1:
-      raise _no_weights(path, files)
+    else:
+      files = _files(path)
     for file in files:
       with _open(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118, not a mapping
@@ -93,6 +93,30 @@ class Tensors:
         )
 
 
+def find(path: pathlib.Path) -> pathlib.Path:
+  """Returns what was meant by a path: of a shard, or of a file that describes, the folder."""
+  if path.suffix == ".json" and path.is_file():
+    return path.parent
+  index = path.parent / INDEX
+  if path.is_file() and index.exists() and path.name in _read_index(index).values():
+    return path.parent
+  return path
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the one file of weights: of several, the one that `transformers` reads."""
+  if path.is_file():
+    if path.suffix == ".gguf":
+      raise ConvertError(f"'{path}' is a GGUF file. {_GGUF}")
+    return [path]
+  files = sorted(path.glob("*.safetensors"))
+  if path / SINGLE in files:
+    return [path / SINGLE]
+  if len(files) != 1:
+    raise _no_weights(path, files)
+  return files
+
+
 def _read_index(path: pathlib.Path) -> Mapping[str, str]:
   """Returns the file of each tensor, all of them there."""
   index = untrusted.read_object(path, ConvertError, most=MAX_INDEX_BYTES)
@@ -134,12 +158,20 @@ _CONVERT = (
 )
 
 
+_GGUF = "docs/reference/exports.md says how transformers makes a folder of safetensors of it."
+
+
 def _no_weights(path: pathlib.Path, files: list[pathlib.Path]) -> ConvertError:
   if files:
     names = shorten([file.name for file in files])
     return ConvertError(f"'{path}' has several .safetensors files and no {INDEX}: {names}.")
   if not path.exists():
     return ConvertError(f"'{path}' does not exist; download the weights' folder first.")
+  snapshots = sorted(path.glob("snapshots/*/"))
+  if snapshots:
+    return ConvertError(f"'{path}' is a cache of downloads; give the folder '{snapshots[-1]}'.")
+  if list(path.glob("*.gguf")):
+    return ConvertError(f"'{path}' has weights as GGUF only. {_GGUF}")
   pickles = sorted(file.name for file in path.glob("*") if file.suffix in PICKLES)
   if pickles:
     return ConvertError(f"'{path}' has weights as pickles only: {shorten(pickles)}. {_CONVERT}")

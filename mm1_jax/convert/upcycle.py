@@ -7,6 +7,7 @@ sparse model begins with the dense one's loss, unless tokens are dropped for wan
 """
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from etils import epath
 
 from mm1_jax import checkpoint
 from mm1_jax.config import ModelConfig, MoEConfig, RunConfig
-from mm1_jax.convert import ConvertError
+from mm1_jax.convert import ConvertError, unfinished
 from mm1_jax.convert.placement import params_mesh
 from mm1_jax.models.mm1 import MM1
 from mm1_jax.sharding import abstract_state
@@ -54,9 +55,10 @@ def upcycle_run(
       raise ConvertError(f"'{path}' has no decoder, so there is nothing to make experts of.")
     like = checkpoint.to_names(_abstract(sparse.model, mesh))
     params = upcycle(params, like, moe, seed=sparse.train.seed)
-  checkpoint.save_params(out, int(checkpoint.find_step(path).name), params)
   data = dataclasses.replace(sparse.data, tokenizer=dense.data.tokenizer)
-  checkpoint.write_run_files(out, dataclasses.replace(sparse, data=data))
+  with unfinished.folder(pathlib.Path(out)) as working:
+    checkpoint.save_params(working, int(checkpoint.find_step(path).name), params)
+    checkpoint.write_run_files(working, dataclasses.replace(sparse, data=data))
   if moe.capacity_factor is not None:
     logging.info(
       "capacity_factor %g: where experts are chosen more often than that, tokens are dropped, and "

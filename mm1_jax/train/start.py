@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mm1_jax import checkpoint
+from mm1_jax import checkpoint, untrusted
 from mm1_jax.checkpoint import CheckpointError
 from mm1_jax.config import PARTS, ConfigError, RunConfig
 from mm1_jax.data.tokenizer import TOKENIZER_CONFIG, Tokenizer
@@ -106,6 +106,19 @@ def check_init_from(run: RunConfig, model: Any) -> None:
       f"train.init_from '{path}' was trained with other settings, which change what its params "
       f"compute: {'; '.join(map(str, wrong))}. Set them as they were there; or, if that is meant, "
       f'--config.train.init_changes="{tuple(change.path for change in wrong)}".'
+    )
+  _warn_of_window(path, run.data.seq_len)
+
+
+def _warn_of_window(path: epath.PathLike, seq_len: int) -> None:
+  """Warns if rows are longer than the sliding window that the layers of imported params had."""
+  file = checkpoint.find_step(path).parent.parent / checkpoint.IMPORT
+  window = untrusted.read_object(file, CheckpointError).get("window") if file.exists() else None
+  if isinstance(window, int) and window < seq_len:
+    logging.warning(
+      "data.seq_len %d: the params of '%s' are of layers that see the last %d positions only, and "
+      "ours see all; longer rows are new to them",
+      *(seq_len, path, window),
     )
 
 

@@ -3,8 +3,11 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -329,3 +332,39 @@ def test_the_pytorch_model_computes_what_ours_does(name):
   wanted = golden["logits"]
   ours = np.asarray(logits)[0, ::24]
   assert np.abs(ours - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "4.0.0.dev0", "5.0.0", "5.24.0", "10.1"])
+def test_the_folder_says_which_transformers_it_needs(version, hub, tmp_path):
+  """Of an older one, each call fails in another place."""
+  (tmp_path / "transformers.py").write_text(
+    f'__version__ = "{version}"\nclass PretrainedConfig: pass\n'
+  )
+  command = [sys.executable, "-c", "import configuration_mm1"]
+  env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{hub}"}
+  ended = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+  if version.startswith("4."):
+    assert f"needs transformers 5 or later, but {version} is installed" in ended.stderr
+  assert (ended.returncode == 0) == (not version.startswith("4."))
+  for name in ("modeling_mm1.py", "processing_mm1.py"):
+    assert "from .configuration_mm1 import" in (hub / name).read_text()
+  assert "transformers>=5" in (hub / "requirements.txt").read_text().splitlines()
+  assert "`transformers>=5`" in (hub / "README.md").read_text()
+  assert json.loads((hub / "config.json").read_text())["transformers_version"] == "5.24.0"
+
+
+def test_llava_says_its_positions_as_transformers_4_and_5_read_them():
+  """Version 4 knows nothing of `rope_parameters`, and would take its defaults without a word."""
+  from mm1_jax.config import RopeScaling
+  from mm1_jax.convert import settings
+  from mm1_jax.convert.export import llava
+  from tests.helpers.exports import run_config
+
+  run = run_config("llava")
+  for scaling in (None, RopeScaling()):
+    decoder = dataclasses.replace(run.model.decoder, rope_theta=3e4, rope_scaling=scaling)
+    model = dataclasses.replace(run.model, decoder=decoder)
+    text = llava.config(dataclasses.replace(run, model=model), "float32")["text_config"]
+    assert settings.rope("llama", settings.read("llama", text)) == (3e4, scaling)
+    del text["rope_parameters"]
+    assert settings.rope("llama", settings.read("llama", text)) == (3e4, scaling)

@@ -93,6 +93,12 @@ def test_programs_answer_as_the_model_does(settings, tmp_path):
   assert not any("mm1_jax" in path.read_text() for path in moved.glob("*.py"))
   (expected,) = Model.load(run_folder).generate([[*pictures, QUESTION]], max_new_tokens=8)
   assert ended.stdout.rstrip("\n") == expected
+  assert f"jax=={jax.__version__}" in (moved / "requirements.txt").read_text().splitlines()
+  for program in (moved / "programs").iterdir():
+    program.write_bytes(program.read_bytes()[:100])
+  ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+  assert ended.returncode == 1
+  assert f"was made by jax {jax.__version__} and cannot be read" in ended.stderr
 
 
 @pytest.mark.parametrize("template", [None, "default", "vicuna", "chatml"])
@@ -110,6 +116,28 @@ def test_a_question_is_read_as_in_training(template, num_images, run_folder, tmp
   turn = {"role": "user", "content": items}
   expected = encoder.encode_prompt([turn]) if template else encoder.encode_prefix(items)
   assert stablehlo_run.Exported(tmp_path).prompt(num_images, QUESTION) == expected.ids
+
+
+@pytest.mark.parametrize(
+  ("name", "data"),
+  [("missing", None), ("text", b"text"), ("cut.png", photo("PNG")[:200]), (".", None)],
+)
+def test_a_picture_that_cannot_be_read_is_one_line(name, data, tmp_path):
+  if data is not None:
+    (tmp_path / name).write_bytes(data)
+  exported = object.__new__(stablehlo_run.Exported)
+  exported.about = {"image_size": [16, 16], "image_fit": "squash", "max_pixels": 10**6}
+  with pytest.raises(SystemExit, match=r"error: the picture '.*' cannot be read"):
+    exported.pixels([tmp_path / name])
+
+
+@pytest.mark.parametrize("num", ["0", "-1", "x"])
+def test_no_new_tokens_are_refused(num, monkeypatch, capsys):
+  """They used to be without end."""
+  monkeypatch.setattr(sys, "argv", ["run.py", "--prompt=a", f"--max-new-tokens={num}"])
+  with pytest.raises(SystemExit):
+    stablehlo_run.main()
+  assert "--max-new-tokens" in capsys.readouterr().err
 
 
 def test_pictures_in_parts_are_refused(run_folder):

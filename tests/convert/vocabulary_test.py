@@ -4,12 +4,13 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from mm1_jax.checkpoint import TOKENIZERS
-from mm1_jax.convert import ConvertError, vocabulary
+from mm1_jax.convert import ConvertError, layouts, vocabulary
 from mm1_jax.data.sources import DataError
 from mm1_jax.data.tokenizer import IMAGE, IMAGE_END, IMAGE_START, Tokenizer
 
@@ -100,5 +101,108 @@ def test_what_is_missing_or_damaged_is_named(folder, tmp_path):
     vocabulary.extend(folder)
   (folder / "tokenizer.json").write_text("{")
   (folder / "tokenizer_config.json").write_text("{}")
-  with pytest.raises(ConvertError, match="cannot be read"):
+  with pytest.raises(ConvertError, match=r"tokenizer\.json' is not JSON"):
     vocabulary.extend(folder)
+  (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+  (folder / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+  with pytest.raises(ConvertError, match=r"tokenizer\.json' cannot be read"):
+    vocabulary.extend(folder)
+
+
+def written(words, out) -> Tokenizer:
+  """Returns the tokenizer of the files that an import writes."""
+  out.mkdir()
+  for name, data in words.files.items():
+    (out / name).write_bytes(data)
+  return Tokenizer(str(out / next(iter(words.files))))
+
+
+@pytest.mark.parametrize(
+  ("vocab", "added", "own"),
+  [
+    ({"llo": 300}, [], 301),  # a word after a hole: the library would give 258 out again
+    ({}, [(310, "<|end|>")], 311),  # a symbol after a hole, which it would number anew
+    ({"llo": 290}, [(280, "<|end|>"), (400, "<tool>")], 401),
+    ({}, [(258, "<|end|>"), (300, "<image>")], 301),  # one of ours, trained
+  ],
+)
+def test_ids_with_holes_are_given_once(folder, tmp_path, vocab, added, own):
+  file = folder / "tokenizer.json"
+  values = json.loads(file.read_text())
+  values["model"]["vocab"] |= vocab
+  flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+  if added:
+    values["added_tokens"] = [
+      {"id": index, "content": text, "special": True, **flags} for index, text in added
+    ]
+  else:
+    values["added_tokens"][0]["id"] = own
+    own += 1
+  file.write_text(json.dumps(values))
+  words = vocabulary.extend(folder)
+  ours = written(words, tmp_path / "out")
+  assert words.own == own
+  ids = {**values["model"]["vocab"], **{text: index for index, text in added}}
+  for text, index in ids.items():
+    assert ours._backend.piece_to_id(text) == index
+  has_image = "<image>" in ids
+  assert words.new == tuple(range(own, own + 4 - has_image))
+  assert words.image_id == (300 if has_image else own + 1)
+  assert ours.vocab_size == words.size == own + 4 - has_image
+  for text in (*TEXTS, "a<|end|>b", "<tool>", "\ue000 hole 259", "llo"):
+    encoded = ours.encode(text)
+    assert ours.decode(encoded) == text
+    assert not set(encoded) & ours.special_ids
+    assert not any("hole" in ours._backend.id_to_piece(i) for i in encoded)
+
+
+def test_an_id_that_is_given_twice_is_refused(folder):
+  file = folder / "tokenizer.json"
+  values = json.loads(file.read_text())
+  values["added_tokens"][0]["id"] = 5
+  file.write_text(json.dumps(values))
+  with pytest.raises(ConvertError, match="ids are given twice"):
+    vocabulary.extend(folder)
+
+
+def test_tokens_that_only_the_config_adds_have_their_ids(folder, tmp_path):
+  config = {"eos_token": "<|end|>", "added_tokens_decoder": {}}
+  config["added_tokens_decoder"]["270"] = {"content": "<tool>", "special": True}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  words = vocabulary.extend(folder)
+  ours = written(words, tmp_path / "out")
+  assert (ours.symbols["<tool>"], words.own, words.image_id) == (270, 271, 272)
+
+
+@pytest.mark.parametrize(
+  ("beside", "values"),
+  [
+    ("added_tokens.json", {"<tool>": 4098}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"4098": {"content": "<tool>"}}}),
+  ],
+)
+def test_tokens_beside_a_sentencepiece_model_have_their_ids(
+  beside, values, sample_tokenizer, tmp_path
+):
+  """The rows of their ids are trained; ours come after them."""
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in" / "tokenizer.model").write_bytes(sample_tokenizer.read_bytes())
+  (tmp_path / "in" / beside).write_text(json.dumps(values))
+  words = vocabulary.extend(tmp_path / "in")
+  ours, plain = written(words, tmp_path / "out"), Tokenizer(str(sample_tokenizer))
+  assert (words.own, ours.vocab_size) == (4099, 4099)  # the sample's has ours already
+  assert ours._backend.id_to_piece(4098) == "<tool>"
+  assert ours.encode("Hello <s> there") == plain.encode("Hello <s> there")
+
+
+def test_rows_of_new_symbols_are_the_mean_of_the_tokenizers(folder):
+  """Also where the embedding had padding in their place."""
+  table = np.arange(264 * 2, dtype=np.float32).reshape(264, 2)
+  words = vocabulary.extend(folder)
+  assert (words.own, words.new) == (259, (259, 260, 261, 262))
+  grown = layouts.Rows(264, words.own, words.new).load([table], (384, 2))
+  mean = table[:259].mean(axis=0)
+  np.testing.assert_array_equal(grown[:259], table[:259])
+  np.testing.assert_allclose(grown[259:263], [mean] * 4)
+  np.testing.assert_array_equal(grown[263], table[263])  # padding still
+  np.testing.assert_allclose(grown[264:], [mean] * 120)

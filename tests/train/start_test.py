@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import shutil
 
 import jax
 import pytest
@@ -252,3 +253,12 @@ def test_other_changes_are_logged_with_what_they_do_to_the_rate(tmp_path, caplog
   caplog.clear()
   start.log_resume(before, old, step=12, accepted=10)
   assert not caplog.records
+
+
+def test_rows_beyond_the_window_of_imported_params_are_warned_of(source, tmp_path, caplog):
+  copy = shutil.copytree(source, tmp_path / "run")
+  for window, warned in ((None, False), (10**6, False), (8, True)):
+    (copy / checkpoint.IMPORT).write_text(json.dumps({"window": window}))
+    caplog.clear()
+    check_init(run_config(), str(copy))
+    assert ("see the last 8 positions only" in caplog.text) == warned

@@ -5,18 +5,15 @@ The code of each format is in a module of its own, with the functions that `form
 """
 
 import pathlib
-import shutil
 import time
 
 from absl import logging
 from etils import epath
 
-from mm1_jax.convert import ConvertError
+from mm1_jax.convert import ConvertError, unfinished
 from mm1_jax.convert.export import folder, huggingface, llava, manifest, orbax, stablehlo
 from mm1_jax.convert.export.format import ExportFormat, ExportOptions
 from mm1_jax.convert.export.run_reader import RunReader
-
-UNFINISHED = ".unfinished"  # suffix of a folder's name until it is compared
 
 FORMATS: dict[str, ExportFormat] = {
   "safetensors": folder,
@@ -44,24 +41,12 @@ def export(path: epath.PathLike, out: pathlib.Path, name: str, options: ExportOp
     )
   if options.max_shard_gb <= 0:
     raise ConvertError(f"--max-shard-gb={options.max_shard_gb:g} must be positive.")
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise ConvertError(f"'{out}' is there already; name another --out.")
-  working = out.with_name(out.name + UNFINISHED)
-  if working.exists():
-    raise ConvertError(f"'{working}' is left of an export that was cut off; delete it.")
+  unfinished.refuse(out)
   reader = RunReader(path)
   form.check(reader, options)
   logging.info("exporting step %d, %.3g params, as %s", reader.step, reader.num_params, name)
-  working.mkdir(parents=True)
-  try:
-    compared = _write(reader, working, name, options)
-  except BaseException:
-    shutil.rmtree(working)
-    raise
-  if out.exists():
-    out.rmdir()
-  working.rename(out)
-  return compared
+  with unfinished.folder(out) as working:
+    return _write(reader, working, name, options)
 
 
 def _write(reader: RunReader, out: pathlib.Path, name: str, options: ExportOptions) -> str:

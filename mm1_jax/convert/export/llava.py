@@ -33,7 +33,8 @@ UNUSED_NORM = f"{names.VISION}.post_layernorm"  # it has one, after the features
 PROJECTOR = "model.multi_modal_projector.linear"
 
 USE = """\
-It needs torch, transformers (5.24.0 was tested) and pillow; nothing is downloaded.
+It needs torch, transformers 5 (`transformers>=5`, 5.24.0 was tested) and pillow; nothing is
+downloaded.
 
 ```python
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -76,6 +77,7 @@ def write(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> None:
     (out / name).write_bytes(data)
   picture = f"{IMAGE_START}{IMAGE}{IMAGE_END}" if run.data.image_delimiters else IMAGE
   (out / "chat_template.jinja").write_text(to_jinja(template, picture))
+  (out / "requirements.txt").write_text("\n".join(huggingface.REQUIREMENTS) + "\n")
   side = run.model.vision.image_size[0]
   pictures = {
     "image_processor_type": "CLIPImageProcessor",
@@ -132,9 +134,12 @@ def config(run: RunConfig, dtype: str) -> dict[str, Any]:
     scaling = vars(decoder.rope_scaling).copy()
     original = scaling.pop("original_positions")
     rope |= {"rope_type": "llama3", "original_max_position_embeddings": original, **scaling}
+  # Under the names of transformers 4 as well, which knows no others and would take its defaults.
+  older = {"rope_theta": decoder.rope_theta, "rope_scaling": rope if decoder.rope_scaling else None}
   return {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
+    "transformers_version": names.TESTED,
     "dtype": dtype,
     "image_token_index": run.model.image_token_id,
     "image_seq_length": run.model.connector.num_tokens,
@@ -165,6 +170,7 @@ def config(run: RunConfig, dtype: str) -> dict[str, Any]:
       "intermediate_size": decoder.mlp_dim,
       "rms_norm_eps": decoder.norm_eps,
       "rope_parameters": rope,
+      **older,
       "max_position_embeddings": run.data.seq_len,
       "tie_word_embeddings": decoder.tie_embeddings,
     },

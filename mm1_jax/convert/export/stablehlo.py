@@ -54,7 +54,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 NUM_DECODED = 3  # tokens of the comparison
 WORD = 8  # positions
 USE = """\
-Programs of `jax.export` for CPU, CUDA and TPU; nothing of mm1_jax is needed:
+Programs of `jax.export` for CPU, CUDA and TPU, made by the version of JAX in `requirements.txt`;
+nothing of mm1_jax is needed:
 
 ```
 pip install -r requirements.txt
@@ -63,7 +64,8 @@ python run.py --image=photo.jpg --prompt="..."
 
 `run.py` shows how the programs in `programs/` are called: prefill, then decode for each token.
 """
-REQUIREMENTS = ("flatbuffers", "jax", "numpy", "pillow", "safetensors")
+# Programs run for half a year in later versions of JAX, and in no earlier one.
+REQUIREMENTS = ("flatbuffers", f"jax=={jax.__version__}", "numpy", "pillow", "safetensors")
 
 Cache = list[tuple[Float[Array, "U 1 C K h"], Float[Array, "U 1 C K h"]]]
 
@@ -99,6 +101,7 @@ def write(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> None:
     "num_positions": programs.room,
     "prefill": programs.shapes,
     "tokenizer": own,
+    "jax": jax.__version__,
   }
   (out / stablehlo_run.DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
   library = "tokenizers" if own.endswith(".json") else "sentencepiece"

@@ -55,7 +55,7 @@ class Exported:
   def pixels(self, images: list[pathlib.Path]) -> np.ndarray:
     """Returns uint8[N, H, W, 3] of pictures, as training had them."""
     size, fit = tuple(self.about["image_size"]), self.about["image_fit"]
-    pixels = [Picture(path, self.about["max_pixels"]).decode(size, fit) for path in images]
+    pixels = [_read(path, self.about["max_pixels"]).decode(size, fit) for path in images]
     return np.array(pixels, np.uint8).reshape(-1, *size, 3)
 
   def logits(
@@ -84,7 +84,7 @@ class Exported:
       yield np.asarray(logits)
 
   def answer(self, text: str, images: list[pathlib.Path], max_new_tokens: int = 128) -> str:
-    """Returns what the model says to a question about pictures."""
+    """Returns what the model says to a question about pictures, in at least one token."""
     ids = self.prompt(len(images), text)
     said: list[int] = []
     for logits in self.logits(ids, self.pixels(images)):
@@ -96,7 +96,7 @@ class Exported:
       for stop in self.about["stop"]:
         if stop in answer:
           return answer[: answer.index(stop)]
-      if len(said) == max_new_tokens:
+      if len(said) >= max_new_tokens:
         break
     return self._tokenizer.decode(said).removeprefix(self.about["space_before_answer"])
 
@@ -114,12 +114,38 @@ class Exported:
   def _program(self, name: str):
     if name not in self._programs:
       platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-      data = (self._folder / "programs" / f"{name}.{platform}").read_bytes()
-      exported = jax.export.deserialize(bytearray(data))
+      exported = self._deserialize(self._folder / "programs" / f"{name}.{platform}")
       # The cache, which decode gets last and gives back, is used up.
       donated = (3,) if name == "decode" else ()
       self._programs[name] = jax.jit(exported.call, donate_argnums=donated)
     return self._programs[name]
+
+  def _deserialize(self, path: pathlib.Path) -> jax.export.Exported:
+    if not path.exists():
+      there = sorted({other.suffix[1:] for other in path.parent.iterdir()})
+      sys.exit(f"error: there are no programs for {path.suffix[1:]}, but for {', '.join(there)}.")
+    try:
+      return jax.export.deserialize(bytearray(path.read_bytes()))
+    except Exception as e:  # of several kinds
+      sys.exit(
+        f"error: '{path}' was made by jax {self.about['jax']} and cannot be read by jax "
+        f"{jax.__version__} ({type(e).__name__}: {e}); see requirements.txt."
+      )
+
+
+def _read(path: pathlib.Path, max_pixels: int) -> Picture:
+  try:
+    picture = Picture(path, max_pixels)
+    picture.decode((1, 1), "squash")  # all of its bytes
+  except Exception as e:  # what Pillow raises of damaged files is of many kinds
+    sys.exit(f"error: the picture '{path}' cannot be read ({type(e).__name__}: {e}).")
+  return picture
+
+
+def _at_least_1(text: str) -> int:
+  if int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+  return int(text)
 
 
 class _Tokenizer:
@@ -144,12 +170,14 @@ def main() -> None:
   )
   parser.add_argument("--image", action="append", default=[], type=pathlib.Path, metavar="FILE")
   parser.add_argument("--prompt", default="", metavar="TEXT")
-  parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+  parser.add_argument("--max-new-tokens", type=_at_least_1, default=128, metavar="N")
   args = parser.parse_args()
   if not args.image and not args.prompt:
     sys.exit("error: give --image=FILE, --prompt=TEXT, or both.")
   exported = Exported(pathlib.Path(__file__).parent)
-  print(exported.answer(args.prompt, args.image, args.max_new_tokens))
+  # Bytes of the command line that are no UTF-8 come as halves of characters.
+  prompt = args.prompt.encode(errors="replace").decode()
+  print(exported.answer(prompt, args.image, args.max_new_tokens))
 
 
 if __name__ == "__main__":

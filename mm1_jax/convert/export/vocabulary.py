@@ -28,6 +28,10 @@ PROBES = (
   "\x00\x07 control characters \ufffd",
   " ",
   "\n",
+  # Runs, which a vocabulary may have many pieces of: the order in which these are made shows.
+  *(f"a{' ' * num}b" for num in (*range(2, 72), 127, 128, 200)),
+  *(f"a{character * num}" for character in "-=*#_.~/\n\t0" for num in (7, 18, 23, 33, 47, 64, 81)),
+  *(f"{' ' * num}x = 1;\n{' ' * (num + 3)}return\n" for num in (3, 17, 19, 26, 39)),
 )
 
 
@@ -121,7 +125,8 @@ def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, 
     for at in range(1, len(piece)):
       left, right = piece[:at], piece[at:]
       if left in vocabulary and right in vocabulary:
-        order = (-scores[index], vocabulary[left], vocabulary[right])
+        # Of equal scores SentencePiece takes the leftmost pair, whose left part has grown already.
+        order = (-scores[index], -len(left), index)
         found.append((order, (left, right)))
   return [pair for _, pair in sorted(found)]
 

@@ -28,9 +28,11 @@ from mm1_jax.data.template import ChatTemplate
 from mm1_jax.data.tokenizer import TOKENIZER_CONFIG
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
+REQUIREMENTS = ("numpy", "pillow", "safetensors", "torch", "transformers>=5")
 CODE = ("configuration_mm1.py", "modeling_mm1.py", "pictures_mm1.py", "processing_mm1.py")
 USE = """\
-It needs torch, transformers (5.24.0 was tested) and pillow; nothing is downloaded.
+It needs torch, transformers 5 (`transformers>=5`, 5.24.0 was tested) and pillow; nothing is
+downloaded.
 
 ```python
 import torch
@@ -61,6 +63,7 @@ def write(reader: RunReader, out: pathlib.Path, options: ExportOptions) -> None:
   for name, data in tokenizer_files(reader).items():
     (out / name).write_bytes(data)
   (out / "chat_template.jinja").write_text(to_jinja(template))
+  (out / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n")
   _write_json(out / "config.json", names.config(reader.run, options.dtype))
   _write_json(out / "generation_config.json", generation_config(reader))
   _write_json(out / "processor_config.json", processor_config(reader, template))

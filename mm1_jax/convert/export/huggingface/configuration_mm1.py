@@ -1,7 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of an MM1 model: encoder, connector, decoder. Exporting writes all of them."""
 
+import sys
+
+import transformers
 from transformers import PretrainedConfig
+
+# All files here import this one, and what they need of transformers came with version 5.
+if int(transformers.__version__.split(".")[0]) < 5:
+  sys.modules.pop(__name__, None)  # transformers leaves it there, and the next import would pass
+  raise ImportError(
+    f"this model needs transformers 5 or later, but {transformers.__version__} is installed: "
+    "pip install 'transformers>=5'"
+  )
 
 
 class MM1VisionConfig(PretrainedConfig):

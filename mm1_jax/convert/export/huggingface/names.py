@@ -8,6 +8,7 @@ from mm1_jax.convert import families
 from mm1_jax.convert.export.run_reader import ParamPart
 from mm1_jax.convert.layouts import DEPTHWISE, LINEAR, PATCH, PER_EXPERT, SAME, Reversible
 
+TESTED = "5.24.0"  # of transformers
 VISION, TEXT, CONNECTOR = "model.vision_tower", "model.language_model", "model.connector"
 SPARSE: families.Table = {
   "mlp.router": ("mlp.router.weight", LINEAR),
@@ -84,6 +85,7 @@ def config(run: RunConfig, dtype: str) -> dict[str, Any]:
       "AutoModelForImageTextToText": "modeling_mm1.MM1ForConditionalGeneration",
     },
     "model_type": "mm1",
+    "transformers_version": TESTED,
     "dtype": dtype,
     "image_token_id": model.image_token_id,
     "tie_word_embeddings": decoder.tie_embeddings,

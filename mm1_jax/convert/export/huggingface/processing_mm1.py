@@ -18,6 +18,7 @@ from fractions import Fraction
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 
+from .configuration_mm1 import MM1Config  # noqa: F401, it refuses a transformers that is too old
 from .pictures_mm1 import Picture
 
 IMAGE = "<image>"
