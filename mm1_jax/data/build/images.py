@@ -13,7 +13,6 @@ or by URL:
 import errno
 import functools
 import hashlib
-import io
 import os
 import pathlib
 import posixpath
@@ -30,6 +29,7 @@ from absl import logging
 from apache_beam.io.filesystems import FileSystems
 
 from mm1_jax.data import image as pixels
+from mm1_jax.data import metadata
 from mm1_jax.data.build import files, tars
 from mm1_jax.data.build.bounds import BOUNDS, Bounds
 from mm1_jax.data.build.rows import BrokenFile, FilePart, Image, RowError
@@ -205,7 +205,7 @@ def _local_copy(path: str) -> str:
 
 
 def measure(data: bytes, *, decode: bool) -> tuple[int, int]:
-  """Returns width and height in pixels, of a picture that training will be able to decode.
+  """Returns height and width in pixels, upright, of a picture that training will be able to decode.
 
   Only its header is read, and whether its end is there; all of it if `decode` is set, or if the
   end is not where it should be.
@@ -213,19 +213,9 @@ def measure(data: bytes, *, decode: bool) -> tuple[int, int]:
   Raises:
     ImageError: it cannot be decoded, or has too many pixels.
   """
-  if not data:
-    raise ImageError(pixels.EMPTY)
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # we have our own bound
-      with PIL.Image.open(io.BytesIO(data), formats=pixels.FORMATS) as image:
-        size, kind = image.size, image.format or ""
-  except PIL.Image.DecompressionBombError as e:
-    raise ImageError(pixels.TOO_LARGE) from e
-  except MemoryError:
-    raise
-  except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-    raise ImageError(pixels.UNREADABLE) from e
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # we have our own bound
+    size, kind = pixels.look_at(data)
   if size[0] * size[1] > pixels.MAX_PIXELS:
     raise ImageError(pixels.TOO_LARGE)
   if decode or not _has_end(data, kind):
@@ -235,11 +225,11 @@ def measure(data: bytes, *, decode: bool) -> tuple[int, int]:
 
 def _has_end(data: bytes, kind: str) -> bool:
   """Returns whether a file that was cut off would look otherwise; False where we cannot tell."""
-  if kind in ("JPEG", "MPO"):
+  if kind == "JPEG":
     # Within a scan FF D9 marks nothing but the end; a thumbnail's end is before the last scan.
     return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
   if kind == "PNG":
-    return b"IEND" in data[-64:]
+    return metadata.is_whole_png(data)
   if kind == "WEBP":
     return len(data) >= 8 + int.from_bytes(data[4:8], "little")
   if kind == "GIF":
