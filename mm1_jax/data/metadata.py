@@ -47,7 +47,7 @@ _JPEG_EXIF, _JPEG_XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _WEBP_PIXELS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
 _WEBP_METADATA = 0x20 | 0x08 | 0x04  # flags of VP8X: ICCP, EXIF and XMP are there
 # In AVIF's list of items, an item's version, id and protection, and its kind.
-_AVIF_EXIF = re.compile(rb"(infe[\2\3]\0\0.(?:..){2,3})Exif", re.DOTALL)
+_AVIF_EXIF = re.compile(rb"(infe[\x02\x03]\x00\x00.(?:..){2,3})Exif", re.DOTALL)
 
 
 class Parts(NamedTuple):

@@ -30,10 +30,10 @@ _COMPRESSED = {
 }
 _KINDS = {
   PARQUET: re.compile(rb"PAR1"),
-  "a zip archive": re.compile(rb"PK(?:\3\4|\5\6)"),
+  "a zip archive": re.compile(rb"PK(?:\x03\x04|\x05\x06)"),
   "a 7-zip archive": re.compile(rb"7z\xbc\xaf\x27\x1c"),
-  "a RAR archive": re.compile(rb"Rar!\x1a\7"),
-  "an lz4 file": re.compile(rb"\4\x22\x4d\x18"),
+  "a RAR archive": re.compile(rb"Rar!\x1a\x07"),
+  "an lz4 file": re.compile(rb"\x04\x22\x4d\x18"),
   "a web page": re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html)", re.IGNORECASE),
   "a pointer of Git LFS": re.compile(rb"version https://git-lfs"),
   "text in UTF-16": re.compile(rb"\xff\xfe|\xfe\xff"),

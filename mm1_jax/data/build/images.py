@@ -30,10 +30,11 @@ from apache_beam.io.filesystems import FileSystems
 
 from mm1_jax.data import image as pixels
 from mm1_jax.data import metadata
-from mm1_jax.data.build import files, tars
+from mm1_jax.data.build import containers, files, tars
 from mm1_jax.data.build.bounds import BOUNDS, Bounds
 from mm1_jax.data.build.rows import BrokenFile, FilePart, Image, RowError
 from mm1_jax.data.image import ImageError
+from mm1_jax.data.sources import DataError
 
 MISSING = "image not found"
 OUTSIDE = "image name leaves the store"
@@ -134,7 +135,11 @@ def relative(name: str) -> str:
 
 
 def index_tars(store: Iterable[FilePart], path: str, bounds: Bounds = BOUNDS) -> list[str]:
-  """Writes the index of a store of tars; returns those that are broken."""
+  """Writes the index of a store of tars; returns those that are broken.
+
+  Raises:
+    DataError: one is compressed, or another archive: pictures are read from their places in it.
+  """
   broken = []
   with tempfile.TemporaryDirectory() as folder:
     local = os.path.join(folder, "index.sqlite")
@@ -142,6 +147,7 @@ def index_tars(store: Iterable[FilePart], path: str, bounds: Bounds = BOUNDS) ->
     index.execute("PRAGMA journal_mode = OFF")
     index.execute("CREATE TABLE images (key BLOB PRIMARY KEY, tar TEXT, start INT, size INT)")
     for tar in store:
+      _check_tar(tar.path, bounds)
       try:
         for row in _index_rows(tar.path, bounds):
           index.execute("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", row)
@@ -155,10 +161,23 @@ def index_tars(store: Iterable[FilePart], path: str, bounds: Bounds = BOUNDS) ->
   return broken
 
 
+def _check_tar(path: str, bounds: Bounds) -> None:
+  kind = files.kind_of(path, bounds)
+  if files.is_compressed(path):
+    kind = "compressed"
+  if kind not in (containers.TAR, ""):
+    raise DataError(
+      f"--images: {path} is {kind}. Pictures are read from their places in uncompressed tars; "
+      f"unpack it, or into a folder, and give that."
+    )
+
+
 def _index_rows(path: str, bounds: Bounds) -> Iterator[tuple[bytes, str, int, int]]:
   """Yields the index rows of a tar's pictures; a picture and its .json are neighbours."""
   stem, url, place = "", "", None
   for member, data in tars.tar_members(path, _is_small_json, bounds):
+    if containers.is_litter(member.name):
+      continue
     name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if os.path.splitext(name)[0] != stem:
       stem, url, place = os.path.splitext(name)[0], "", None

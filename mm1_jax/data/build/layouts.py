@@ -52,9 +52,8 @@ def detect(stream: Any, marks: Collection[str], bounds: Bounds) -> Layout:
   first, line_break, rest = text.partition(b"\n")
   whole = _is_json(first)
   cut = not line_break and len(head) == _HEAD  # within a long line
-  if not text.startswith(b"{") or not (
-    cut or (not rest.strip() if whole else _spread(first, rest))
-  ):
+  of_lines = bool(rest.strip()) if whole else not _spread(first, rest)
+  if not text.startswith(b"{") or (of_lines and not cut):
     return Layout(LINES)
   keys, lists = _scan(_Chained(head, stream), bounds)
   alone = Layout(LINES if whole or not line_break else VALUES)

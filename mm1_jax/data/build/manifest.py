@@ -48,7 +48,8 @@ def judge(options: BuildOptions, total: Stats) -> None:
   if num_bad > options.max_bad_fraction * total.rows:
     raise DataError(
       f"{num_bad} of {total.rows} rows cannot be used, more than --max-bad-fraction="
-      f"{options.max_bad_fraction} allows: {dict(total.bad.most_common(3))}.{_first(total)} The others are built; "
+      f"{options.max_bad_fraction} allows: {dict(total.bad.most_common(3))}."
+      f"{_first(total)} The others are built; "
       f"look at {dead_letters_path(options)}, repair the input, or raise it."
     )
 

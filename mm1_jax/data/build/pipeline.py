@@ -43,6 +43,7 @@ from mm1_jax.data.sources import DataError
 from mm1_jax.data.tokenizer import Tokenizer
 
 VERSION = 2  # raise it when the same input and options give other bytes
+_TAR_NAMES = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".zip")
 _READERS = 16  # sidecars at once, where each is a request
 _LIMITED_SHARDS = 8  # of a try: enough to see more than the first file
 
@@ -225,7 +226,12 @@ def _index_store(options: BuildOptions) -> str:
 
 
 def _is_tars(options: BuildOptions) -> bool:
-  return options.images.endswith(".tar")
+  """Returns whether the store is no folder: a glob, or a file by any name."""
+  if files.is_remote(options.images):
+    return options.images.endswith(_TAR_NAMES)
+  return not os.path.isdir(options.images) and (
+    os.path.isfile(options.images) or options.images.endswith(_TAR_NAMES)
+  )
 
 
 def _index_path(options: BuildOptions) -> str:

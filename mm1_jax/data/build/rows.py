@@ -165,7 +165,7 @@ def whole_number(value: Any) -> int | None:
 
 
 def text_of(value: Any) -> str | None:
-  """Returns the text that a cell is: also of a number, and of bytes; None of anything else."""
+  """Returns the text that a cell is, a number's too; None of anything else."""
   if isinstance(value, bool):
     return None
   return str(value) if isinstance(value, str | int | float) else None
