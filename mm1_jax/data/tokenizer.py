@@ -20,8 +20,8 @@ from mm1_jax.data.sources import DataError
 IMAGE, IMAGE_START, IMAGE_END = "<image>", "<image_start>", "<image_end>"
 # Beside a tokenizer.json: which of its tokens begin, end and pad a text.
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Text that a tokenizer must give back: indentation, runs of spaces, line breaks, and characters that
-# normalisation would change or that no vocabulary has. It is in NFC, which some tokenizers write.
+# Text that a tokenizer must give back: indentation, runs of spaces, line breaks, and characters
+# that normalisation would change or that no vocabulary has. It is in NFC, which some write.
 PROBE = (
   "  def f(x):\n\treturn x  # two  spaces \u00bd \ufb01 \u2460\r\n\n\u65e5\u672c\u8a9e "
   "\U0001f389 \U00012000 \U0010fffd   A "
@@ -48,8 +48,8 @@ class _Files(NamedTuple):
 class Tokenizer:
   """Text to ids and back, without loss: `decode(encode(text)) == text`.
 
-  One that loses something of `PROBE` is used as it is, with a warning that says what and why: models
-  that were trained with it need it.
+  One that loses something of `PROBE` is used as it is, with a warning that says what and why:
+  models that were trained with it need it.
 
   Args:
     path: a SentencePiece model trained as in `build/sample.py`, or a `tokenizer.json` with its
@@ -150,9 +150,9 @@ class Tokenizer:
     if index < 0:
       raise DataError(
         f"data.tokenizer '{self.path}' has no {what}. Train it with pad_id=0, bos_id=1, eos_id=2, "
-        f"unk_id=3, control_symbols=['{IMAGE}', '{IMAGE_START}', '{IMAGE_END}'], {_flags(LOSSLESS)}, "
-        f"as mm1_jax/data/build/sample.py does, or give another model's to `python -m "
-        f"mm1_jax.convert import`, which adds them."
+        f"unk_id=3, control_symbols=['{IMAGE}', '{IMAGE_START}', '{IMAGE_END}'], "
+        f"{_flags(LOSSLESS)}, as mm1_jax/data/build/sample.py does, or give another model's to "
+        f"`python -m mm1_jax.convert import`, which adds them."
       )
 
 
