@@ -12,9 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mm1_jax.config import TilingConfig
 from mm1_jax.convert.export.huggingface import pictures_mm1
-from mm1_jax.data import image, metadata, tiling
+from mm1_jax.data import image, metadata
 from mm1_jax.data.build import images
 from mm1_jax.data.image import ImageError
 from mm1_jax.inference import prompts
@@ -141,8 +140,6 @@ def check(data: bytes, number: int) -> None:
   assert image.count_pixels(data) == HEIGHT * WIDTH
   pixels = image.decode_image(data, size)
   np.testing.assert_allclose(pixels, expected, atol=6)
-  grids = TilingConfig(max_tiles=2)
-  assert tiling.choose_grid(image.read_header(data)[0], (WIDTH, WIDTH), grids) is not None
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "PNG, at its end", "WEBP"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files as people have them: what is unambiguous is read, an odd cell is lost alone, all is told."""
+"""Files as people have them: what is unambiguous is read, an odd cell is lost alone."""
 
 import bz2
 import collections
