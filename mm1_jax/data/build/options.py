@@ -130,7 +130,7 @@ FORMATS = {
     interleaved=True,
   ),
   "text": FormatFlags(
-    "plain text: .jsonl, .json, .txt (one document a file) or .parquet; also .gz and .zst",
+    "plain text: .jsonl, .json, .txt (one document a file), .parquet; also compressed",
     "--input='books/*.jsonl.zst' --output=data/books --license='public domain'",
     max_chars=10_000_000,
     images=False,
