@@ -7,6 +7,7 @@ wrapped  the elements of the only list of objects in an object: {"data": [...], 
 values   objects over several lines each, one after another; or one alone
 """
 
+import itertools
 import re
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
 # Between two objects. Within a value there is a comma, and in strings there are no line breaks.
 _BOUNDARY = re.compile(rb"\}[ \t\r]*\n\s*(?=\{)")
 _HEAD = 1 << 20  # bytes that tell lines from all else
+_TRIED = 20  # objects in them
 
 
 class Layout(NamedTuple):
@@ -52,7 +54,7 @@ def detect(stream: Any, marks: Collection[str], bounds: Bounds) -> Layout:
   first, line_break, rest = text.partition(b"\n")
   whole = _is_json(first)
   cut = not line_break and len(head) == _HEAD  # within a long line
-  of_lines = bool(rest.strip()) if whole else not _spread(first, rest)
+  of_lines = bool(rest.strip()) if whole else not _spread(text, whole_file=len(head) < _HEAD)
   if not text.startswith(b"{") or (of_lines and not cut):
     return Layout(LINES)
   keys, lists = _scan(_Chained(head, stream), bounds)
@@ -89,9 +91,20 @@ def _is_json(line: bytes) -> bool:
   return True
 
 
-def _spread(first: bytes, rest: bytes) -> bool:
-  """Returns whether an object whose first line this is has more, and no other begins after it."""
-  return first.rstrip().endswith((b"{", b"[", b",")) and rest.lstrip()[:1] not in (b"{", b"")
+def _spread(text: bytes, *, whole_file: bool) -> bool:
+  """Returns whether objects take several lines, of which none is a row of its own.
+
+  A file of lines may begin with one that is cut off: so one of the first objects must be JSON, if
+  there is a whole one.
+  """
+  first, _, rest = text.partition(b"\n")
+  if not first.rstrip().endswith((b"{", b"[", b",")) or rest.lstrip()[:1] in (b"{", b""):
+    return False
+  ends = [match.start() + 1 for match in itertools.islice(_BOUNDARY.finditer(text), _TRIED)]
+  if len(ends) < _TRIED and whole_file:
+    ends.append(len(text))
+  objects = [text[start:end].strip(BLANK) for start, end in itertools.pairwise([0, *ends])]
+  return not objects or any(b"\n" in value and _is_json(value) for value in objects)
 
 
 class _Chained:

@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from mm1_jax import untrusted
 from mm1_jax.data.build import containers, files, tables, tars
 from mm1_jax.data.build.images import SUFFIXES
 from mm1_jax.data.build.options import BuildOptions
@@ -117,7 +118,9 @@ def _of_members(sample: Sample, default_id: str, options: BuildOptions) -> Recor
   if images is None:
     raise RowError(NO_IMAGE, _found(sample, "a picture (.jpg, .png, ...)"))
   said = files.parse_json(facts.data or b"") if facts else {}
-  url = optional(said, "url", str) or ""
+  if not isinstance(said, dict):
+    raise RowError("not an object", untrusted.shown(said))
+  url = said.get("url") if isinstance(said.get("url"), str) else ""
   if texts is not None:
     text = files.parse_text(texts.data or b"")
   else:
@@ -125,7 +128,7 @@ def _of_members(sample: Sample, default_id: str, options: BuildOptions) -> Recor
     if text is None:
       raise RowError(NO_CAPTION, _found(sample, "a .txt, or 'caption' in a .json"))
   said = {**said, "id": default_id}  # img2dataset's keys are those of other sets too
-  image = Image(data=images.data, url=url)
+  image = Image(data=images.data, url=url or "")
   return {**header(said, default_id, options), "content": [{"image": image}, {"text": text}]}
 
 
