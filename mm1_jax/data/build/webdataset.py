@@ -214,8 +214,17 @@ def _sample_key(member: Member) -> str | None:
 
 def _is_whole(sample: Sample) -> bool:
   kinds = {member.kind for member in sample.values()}
-  # With a .json alone the caption is in it, unless a .txt follows elsewhere.
-  return "image" in kinds and ("text" in kinds or "json" in kinds)
+  return "image" in kinds and ("text" in kinds or any(map(_has_caption, sample.values())))
+
+
+def _has_caption(member: Member) -> bool:
+  """Returns whether a .json tells the caption; if not, a .txt may follow."""
+  if member.kind != "json":
+    return False
+  try:
+    return _caption(files.parse_json(member.data or b"")) is not None
+  except RowError:
+    return False
 
 
 class _Waiting:
