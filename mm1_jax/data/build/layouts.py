@@ -42,10 +42,7 @@ def detect(stream: Any, marks: Collection[str], bounds: Bounds) -> Layout:
     stream: of the file, from its beginning; read no further than the first object's end.
     marks: fields of which a row has at least one. An object with one of them is a row, and no
       wrapper of a list.
-    bounds: of a string.
-
-  Raises:
-    BrokenFile: a string is too long.
+    bounds: of a string; what has a longer one is no wrapper of a list.
   """
   head = stream.read(_HEAD)
   text = head.lstrip(BLANK)
@@ -57,7 +54,7 @@ def detect(stream: Any, marks: Collection[str], bounds: Bounds) -> Layout:
   of_lines = bool(rest.strip()) if whole else not _spread(text, whole_file=len(head) < _HEAD)
   if not text.startswith(b"{") or (of_lines and not cut):
     return Layout(LINES)
-  keys, lists = _scan(_Chained(head, stream), bounds)
+  keys, lists = _scan(_Chained(head, stream), bounds) or ([], [])
   alone = Layout(LINES if whole or not line_break else VALUES)
   if len(lists) != 1 or not {key.decode("utf-8", "replace") for key in keys}.isdisjoint(marks):
     return alone
@@ -119,8 +116,11 @@ class _Chained:
     return data or self._stream.read(size)
 
 
-def _scan(stream: Any, bounds: Bounds) -> tuple[list[bytes], list[int]]:
-  """Returns the keys of the first object, and where its lists of objects begin."""
+def _scan(stream: Any, bounds: Bounds) -> tuple[list[bytes], list[int]] | None:
+  """Returns the keys of the first object, and where its lists of objects begin.
+
+  None if it has no end, or a string above the bound.
+  """
   keys: list[bytes] = []
   lists: list[int] = []
   depth, is_key, opened = 0, False, -1
@@ -140,14 +140,14 @@ def _scan(stream: Any, bounds: Bounds) -> tuple[list[bytes], list[int]]:
     elif token in (b"}", b"]"):
       depth -= 1
       if depth <= 0:
-        break
+        return keys, lists
     else:
       is_key = depth == 1
-  return keys, lists
+  return (keys, lists) if lists else None
 
 
 def _tokens(stream: Any, bounds: Bounds) -> Iterator[tuple[int, bytes]]:
-  """Yields tokens with their place."""
+  """Yields tokens with their place, up to a string that is too long."""
   buffer, offset = b"", 0
   while chunk := stream.read(max(_HEAD, len(buffer))):
     buffer += chunk
@@ -159,4 +159,4 @@ def _tokens(stream: Any, bounds: Bounds) -> Iterator[tuple[int, bytes]]:
       done = match.end()
     buffer, offset = buffer[done:], offset + done
     if len(buffer) > bounds.row:
-      raise BrokenFile(ROW_TOO_LONG)
+      return

@@ -125,7 +125,7 @@ def picture(value: Any) -> Image:
   if isinstance(value, bytes):
     return Image(data=value)
   if isinstance(value, str):
-    if not value.strip():
+    if not value:
       raise RowError(NAMELESS)
     if value.startswith("data:"):
       return Image(data=_data_url(value))
