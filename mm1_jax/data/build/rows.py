@@ -185,6 +185,8 @@ def one_field(row: Any, names: tuple[str, ...], kind: Any) -> Any:
 
 def missing(row: dict[str, Any], names: tuple[str, ...]) -> str:
   """Returns what a row has, and what was looked for."""
+  if empty := [name for name in names if name in row]:
+    return f"'{empty[0]}' is null"
   wanted = " or ".join(f"'{name}'" for name in names)
   return f"its keys are {_keys(row)}; looked for {wanted}{_near(row, names)}"
 
@@ -231,7 +233,9 @@ def header(row: Any, default_id: str, options: Any) -> dict[str, str]:
   def first(names: tuple[str, ...], default: str) -> str:
     values = [row.get(name) for name in names]
     values = [v if whole_number(v) is None else whole_number(v) for v in values]
-    texts = [str(v) for v in values if isinstance(v, str | int) and v not in ("", True, False)]
+    texts = [
+      str(v) for v in values if isinstance(v, str | int) and v != "" and not isinstance(v, bool)
+    ]
     return clean(texts[0] if texts else default)
 
   return {

@@ -599,6 +599,7 @@ def test_conversations(tmp_path, store, case: str):
 MISSED = {
   "a near name": ({"convrsations": [USER, BOT]}, "is it 'convrsations'?"),
   "other keys": ({"prompt": "x", "answer": "y"}, "its keys are 'prompt', 'answer'; looked for"),
+  "a null": ({"conversations": None}, "'conversations' is null"),
   "no keys": ({}, "its keys are none"),
   "another type": ({"conversations": {"a": 1}}, "it is {'a': 1}"),
   "another role": ({"messages": [{"role": "tool", "content": "x"}, BOT]}, "tool"),
