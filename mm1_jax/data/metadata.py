@@ -96,8 +96,11 @@ def orientation_of(data: bytes) -> int:
 def orientation(image: PIL.Image.Image) -> int:
   """Returns 1 to 8, as EXIF or XMP of an opened picture has it; 1 if neither does.
 
-  What is kept of a picture in memory may be of any form, too: it is never an error.
+  What is kept of a picture in memory may be of any form, too: it is never an error. A TIFF is
+  upright: Pillow turns those itself, its size where it opens one and its pixels where it loads.
   """
+  if image.format == "TIFF":
+    return 1
   try:
     return _number(image.getexif().get(PIL.ExifTags.Base.Orientation)) or 1
   except Exception:  # Pillow's readers of metadata raise many types

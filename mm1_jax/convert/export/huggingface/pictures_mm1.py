@@ -73,6 +73,8 @@ class Picture:
 
 def _orientation(image):
   """Returns 1 to 8, as a picture's EXIF has it; 1, upright, if that is damaged or of no sense."""
+  if image.format == "TIFF":  # Pillow turns those itself
+    return 1
   try:
     value = image.getexif().get(PIL.ExifTags.Base.Orientation)
     return next((number for number in range(1, 9) if value == number), 1)
