@@ -136,7 +136,7 @@ def check(data: bytes, number: int) -> None:
   size = (WIDTH, HEIGHT) if turned else (HEIGHT, WIDTH)
   expected = np.rot90(SCENE, -1) if turned else SCENE
   assert image.read_header(data)[0] == size
-  assert images.measure(data, decode=False) == images.measure(data, decode=True) == size
+  assert images.measure(data, decode=False) == images.measure(data, decode=True) == size[::-1]
   assert image.count_pixels(data) == HEIGHT * WIDTH
   pixels = image.decode_image(data, size)
   np.testing.assert_allclose(pixels, expected, atol=6)

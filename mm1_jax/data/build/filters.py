@@ -102,7 +102,7 @@ class Refiner:
     if any(word in url for word in self._options.url_words):
       raise ImageFiltered("image filtered: word in its URL")
     data = self.fetch(image)
-    height, width = images.measure(data, decode=self._options.decode_images)
+    width, height = images.measure(data, decode=self._options.decode_images)
     self._check_shape(min(width, height), max(width, height))
     marks = image_marks(image, data)
     if not self._repeated.isdisjoint(marks):

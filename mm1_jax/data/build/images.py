@@ -224,7 +224,7 @@ def _local_copy(path: str) -> str:
 
 
 def measure(data: bytes, *, decode: bool) -> tuple[int, int]:
-  """Returns height and width in pixels, upright, of a picture that training will be able to decode.
+  """Returns width and height in pixels, upright, of a picture that training will be able to decode.
 
   Only its header is read, and whether its end is there; all of it if `decode` is set, or if the
   end is not where it should be.
@@ -234,12 +234,12 @@ def measure(data: bytes, *, decode: bool) -> tuple[int, int]:
   """
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # we have our own bound
-    size, kind = pixels.look_at(data)
-  if size[0] * size[1] > pixels.MAX_PIXELS:
+    (height, width), kind = pixels.look_at(data)
+  if height * width > pixels.MAX_PIXELS:
     raise ImageError(pixels.TOO_LARGE)
   if decode or not _has_end(data, kind):
     pixels.decode_image(data, (16, 16))
-  return size
+  return width, height
 
 
 def _has_end(data: bytes, kind: str) -> bool:
