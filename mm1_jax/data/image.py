@@ -9,17 +9,15 @@ to 8 bits after each.
 """
 
 import importlib.util
-import io
 import threading
 from typing import Literal
 
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 import simplejpeg
 
 from mm1_jax.config import DataConfig
+from mm1_jax.data import metadata
 
 # setup.py asks for it on the machines that it has a build for.
 HAS_CONVOLUTION = importlib.util.find_spec("cykooz_resizer") is not None
@@ -33,8 +31,6 @@ EMPTY = "empty image"
 UNREADABLE = "unreadable image"
 TRUNCATED = "truncated image"
 TOO_LARGE = "image too large"
-# Markers in a JPEG's header: of what may hold EXIF or XMP, and of where the pixels begin.
-_APP1, _START_OF_SCAN = 0xE1, 0xDA
 
 
 class _Decoded(threading.local):
@@ -102,30 +98,41 @@ def decode_image(
     raise ImageError(TRUNCATED if "truncated" in str(e).lower() else UNREADABLE) from e
 
 
-def read_header(data: bytes) -> tuple[tuple[int, int], str]:
-  """Returns height and width of an image, upright, and its format; (1, 1) and "" if damaged."""
-  try:
-    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) > 4
-      height, width = image.size if turned else (image.height, image.width)
-      return (height, width), str(image.format)
-  except Exception:  # Pillow's plugins raise many types; decoding tells what is wrong
-    return (1, 1), ""
-
-
-def count_pixels(data: bytes) -> int:
-  """Returns the pixels of an image by its header alone: `read_header` decodes PNGs for their EXIF.
+def look_at(data: bytes) -> tuple[tuple[int, int], str]:
+  """Returns height and width of an image, upright, and its format, by its header alone.
 
   Raises:
     ImageError: it has none that can be read.
   """
   try:
-    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      return image.width * image.height
+    image, orientation = metadata.open_image(data, FORMATS)
+    with image:
+      turned = orientation >= metadata.SIDEWAYS
+      return image.size if turned else (image.height, image.width), str(image.format)
   except PIL.Image.DecompressionBombError as e:
     raise ImageError(TOO_LARGE) from e
+  except MemoryError:
+    raise
   except Exception as e:  # Pillow's plugins raise many types
     raise ImageError(UNREADABLE if data else EMPTY) from e
+
+
+def read_header(data: bytes) -> tuple[tuple[int, int], str]:
+  """As `look_at`; (1, 1) and "" of a damaged one: decoding tells what is wrong."""
+  try:
+    return look_at(data)
+  except ImageError:
+    return (1, 1), ""
+
+
+def count_pixels(data: bytes) -> int:
+  """Returns the pixels of an image by its header alone.
+
+  Raises:
+    ImageError: it has none that can be read.
+  """
+  height, width = look_at(data)[0]
+  return height * width
 
 
 def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -179,24 +186,21 @@ def _is_upright_jpeg(data: bytes) -> bool:
   """
   if not data.startswith(b"\xff\xd8"):
     return False
-  at = 2
-  while at + 3 < len(data) and data[at] == 0xFF and data[at + 1] != 0xFF:
-    if data[at + 1] == _START_OF_SCAN:
-      return True
-    if data[at + 1] == _APP1:
-      with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
-    at += 2 + int.from_bytes(data[at + 2 : at + 4])
-  return False
+  segments = list(metadata.jpeg_segments(data))
+  scan = segments[-1][2] if segments else 2
+  if data[scan : scan + 2] != metadata.SCAN:
+    return False
+  may_turn = any(marker == metadata.MAY_TURN for marker, _, _ in segments)
+  return not may_turn or metadata.orientation_of(data) == 1
 
 
 def _decode_any(data: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray:
-  with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+  image, orientation = metadata.open_image(data, FORMATS)
+  with image:
     _check_pixels(image.height, image.width, max_pixels)
     least = _least_side(size)
     image.draft("RGB", (least, least))
-    PIL.ImageOps.exif_transpose(image, in_place=True)
-    return np.asarray(on_white(image))
+    return np.asarray(on_white(metadata.upright(image, orientation)))
 
 
 def _check_pixels(height: int, width: int, max_pixels: int) -> None:

@@ -7,10 +7,11 @@ Control symbols have an id but no text: `encode("<image>")` gives the ids of sev
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sentencepiece
+from absl import logging
 from etils import epath
 
 from mm1_jax import extras, untrusted
@@ -19,6 +20,19 @@ from mm1_jax.data.sources import DataError
 IMAGE, IMAGE_START, IMAGE_END = "<image>", "<image_start>", "<image_end>"
 # Beside a tokenizer.json: which of its tokens begin, end and pad a text.
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# Text that a tokenizer must give back: indentation, runs of spaces, line breaks, and characters
+# that normalisation would change or that no vocabulary has. It is in NFC, which some write.
+PROBE = (
+  "  def f(x):\n\treturn x  # two  spaces \u00bd \ufb01 \u2460\r\n\n\u65e5\u672c\u8a9e "
+  "\U0001f389 \U00012000 \U0010fffd   A "
+)
+# Flags of SentencePiece's trainer with which no text is changed and no character is unknown.
+LOSSLESS = {
+  "byte_fallback": True,
+  "normalization_rule_name": "identity",
+  "add_dummy_prefix": False,
+  "remove_extra_whitespaces": False,
+}
 # SentencePiece writes a space as this character, and so cannot tell the two apart in a text.
 _SPACE_MARK = "\u2581"
 
@@ -33,6 +47,9 @@ class _Files(NamedTuple):
 
 class Tokenizer:
   """Text to ids and back, without loss: `decode(encode(text)) == text`.
+
+  One that loses something of `PROBE` is used as it is, with a warning that says what and why:
+  models that were trained with it need it.
 
   Args:
     path: a SentencePiece model trained as in `build/sample.py`, or a `tokenizer.json` with its
@@ -70,6 +87,20 @@ class Tokenizer:
     self.image_id = self._control(IMAGE)
     self.image_start_id = self._control(IMAGE_START)
     self.image_end_id = self._control(IMAGE_END)
+    if lost := self.lost():
+      logging.warning("data.tokenizer '%s' %s", self.path, lost)
+
+  def lost(self) -> str:
+    """Returns what of `PROBE` is other text after encoding and decoding, and why; '' of nothing."""
+    back = self.decode(self.encode(PROBE))
+    if back == PROBE:
+      return ""
+    at = next((i for i, (a, b) in enumerate(zip(PROBE, back, strict=False)) if a != b), len(back))
+    start = max(0, at - 3)
+    return (
+      f"changes text: {PROBE[start : at + 9]!r} comes back as {back[start : at + 9]!r}. "
+      f"{self._backend.why_lossy()}"
+    )
 
   @property
   def model(self) -> bytes:
@@ -118,10 +149,10 @@ class Tokenizer:
   def _require(self, what: str, index: int) -> None:
     if index < 0:
       raise DataError(
-        f"data.tokenizer '{self.path}' has no {what}. Train it with control_symbols=['{IMAGE}', "
-        f"'{IMAGE_START}', '{IMAGE_END}'] and pad, bos and eos ids, as "
-        f"mm1_jax/data/build/sample.py does, or give another model's to `python -m "
-        f"mm1_jax.convert import`, which adds them."
+        f"data.tokenizer '{self.path}' has no {what}. Train it with pad_id=0, bos_id=1, eos_id=2, "
+        f"unk_id=3, control_symbols=['{IMAGE}', '{IMAGE_START}', '{IMAGE_END}'], "
+        f"{_flags(LOSSLESS)}, as mm1_jax/data/build/sample.py does, or give another model's to "
+        f"`python -m mm1_jax.convert import`, which adds them."
       )
 
 
@@ -146,6 +177,12 @@ class _SentencePiece:
     self._space_mark_ids = [
       processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()
     ]
+
+  def why_lossy(self) -> str:
+    """Returns the trainer's flags that may be the reason, and those to train it with."""
+    has = _trained_with(self._processor.serialized_model_proto())
+    odd = {name: value for name, value in has.items() if value != LOSSLESS[name]}
+    return f"It was trained with {_flags(odd)}. Train it with {_flags(LOSSLESS)}." if odd else ""
 
   def piece_to_id(self, piece: str) -> int:
     index = self._processor.piece_to_id(piece)
@@ -187,6 +224,12 @@ class _HuggingFace:
     added = self._tokenizer.get_added_tokens_decoder()
     self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
+  def why_lossy(self) -> str:
+    """Returns which of its parts may be the reason."""
+    parts = {name: getattr(self._tokenizer, name) for name in ("normalizer", "decoder")}
+    kinds = ", ".join(f"{name} {type(part).__name__}" for name, part in parts.items())
+    return f"Its tokenizer.json has {kinds}; it may lack tokens of bytes."
+
   def piece_to_id(self, piece: str) -> int:
     index = self._tokenizer.token_to_id(piece)
     return -1 if index is None else index
@@ -199,6 +242,51 @@ class _HuggingFace:
 
   def decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _trained_with(model: bytes) -> dict[str, Any]:
+  """Returns the flags of SentencePiece's trainer that a model has, which `LOSSLESS` names.
+
+  They are fields of ModelProto's trainer_spec and normalizer_spec; one that is at its default is
+  left out of them. SentencePiece's own classes need a newer protobuf than TensorFlow Datasets.
+  """
+  parts = dict(_fields(model))
+  trainer, normalizer = dict(_fields(parts.get(2, b""))), dict(_fields(parts.get(3, b"")))
+  return {
+    "byte_fallback": bool(trainer.get(35, False)),
+    "normalization_rule_name": normalizer.get(1, b"").decode("utf-8", "replace"),
+    "add_dummy_prefix": bool(normalizer.get(3, True)),
+    "remove_extra_whitespaces": bool(normalizer.get(4, True)),
+  }
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+  """Yields numbers and values of a serialised protocol buffer's fields."""
+  at = 0
+
+  def varint() -> int:
+    nonlocal at
+    value, shift = 0, 0
+    while True:
+      byte = data[at]
+      at += 1
+      value |= (byte & 127) << shift
+      shift += 7
+      if byte < 128:
+        return value
+
+  while at < len(data):
+    key = varint()
+    if key & 7 == 0:
+      yield key >> 3, varint()
+      continue
+    size = {1: 8, 5: 4}.get(key & 7) or varint()
+    yield key >> 3, data[at : at + size]
+    at += size
+
+
+def _flags(values: Mapping[str, Any]) -> str:
+  return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 def token_text(config: Mapping[str, Any], key: str) -> str:

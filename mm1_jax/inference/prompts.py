@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 from etils import epath
 
 from mm1_jax import untrusted
 from mm1_jax.config import RunConfig, UserError
 from mm1_jax.data import image as pixels
+from mm1_jax.data import metadata
 from mm1_jax.data.examples import Encoder
 from mm1_jax.data.image import TOO_LARGE, ImageError, on_white, read_header
 from mm1_jax.data.sources import ROLES
@@ -255,5 +255,5 @@ def _encoded(image: Image) -> bytes:
   if not isinstance(image, PIL.Image.Image):
     raise PromptError(f"a {type(image).__name__} is neither text nor an image.")
   data = io.BytesIO()
-  on_white(PIL.ImageOps.exif_transpose(image)).save(data, "PNG")
+  on_white(metadata.upright(image)).save(data, "PNG")
   return data.getvalue()

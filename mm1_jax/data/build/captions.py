@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures with captions: WebDataset tars, COCO's JSON, TFDS sets. A record is `[image, text]`."""
+"""Pictures with captions: COCO's JSON, TFDS sets. A record is `[image, text]`."""
 
 import dataclasses
 import functools
 import io
 import itertools
-import re
-import tarfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mm1_jax.config import ConfigError
-from mm1_jax.data.build import files, tars
-from mm1_jax.data.build.images import SUFFIXES
+from mm1_jax.data.build import files
+from mm1_jax.data.build.bounds import Bounds
 from mm1_jax.data.build.options import BuildOptions
 from mm1_jax.data.build.rows import (
   BrokenFile,
@@ -20,98 +18,13 @@ from mm1_jax.data.build.rows import (
   Image,
   Row,
   RowError,
-  clean,
   field,
   header,
+  missing,
   optional,
+  text_of,
 )
 from mm1_jax.data.sources import DataError, Record
-
-# --- WebDataset
-
-
-TWICE = "two members of one name"
-NO_DATA = "member too large or no regular file"
-
-
-class Member(NamedTuple):
-  """A file of a tar; `data` is None if it is of no use here, or too large."""
-
-  name: str
-  ending: str
-  data: bytes | None
-  problem: str = ""
-
-
-_NAME = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$", re.DOTALL)  # as WebDataset splits names
-
-
-def webdataset_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
-  """A tar is read whole, and becomes a shard."""
-  return [dataclasses.replace(file, rows=options.rows_per_shard)]
-
-
-def webdataset_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
-  """Yields samples: neighbours of one key, as dicts of their members by ending."""
-  broken: list[BrokenFile] = []
-  for key, members in itertools.groupby(_members(part.path, options, broken), key=_sample_key):
-    sample: dict[str, Member] = {}
-    for member in members:
-      twice = member.ending in sample
-      sample[member.ending] = member._replace(problem=TWICE) if twice else member
-    yield Row(part.path, clean(key), sample)
-  if broken:
-    raise broken[0]
-
-
-def webdataset_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
-  """Yields the record of a sample; its .json tells id, URL and licence, if there is one."""
-  members: dict[str, Member] = row
-  for member in members.values():
-    if member.problem:
-      raise RowError(member.problem)
-  images = [m for m in members.values() if f".{m.ending}" in SUFFIXES]
-  if not images:
-    raise RowError("no image")
-  if len(images) > 1:
-    raise RowError("several images")
-  facts = files.parse_json(members["json"].data or b"") if "json" in members else {}
-  if "txt" in members:
-    text = files.parse_text(members["txt"].data or b"")
-  else:
-    text = field(facts, "caption", str)
-  image = Image(data=images[0].data, url=optional(facts, "url", str) or "")
-  facts = {**facts, "id": default_id}  # img2dataset's keys are those of other sets too
-  yield {**header(facts, default_id, options), "content": [{"image": image}, {"text": text}]}
-
-
-def _members(path: str, options: BuildOptions, broken: list[BrokenFile]) -> Iterator[Member]:
-  """Yields the files of a tar; where it breaks off they end, and `broken` has the reason."""
-  max_image = int(options.max_image_mb * 1e6)
-
-  def wanted(info: tarfile.TarInfo) -> bool:
-    ending = _split_name(info.name)[1]
-    if f".{ending}" in SUFFIXES:
-      return info.size <= max_image
-    return ending in ("txt", "json") and info.size <= options.bounds.row
-
-  try:
-    for info, data in tars.tar_members(path, wanted, options.bounds):
-      ending = _split_name(info.name)[1]
-      useful = ending in ("txt", "json") or f".{ending}" in SUFFIXES
-      yield Member(info.name, ending, data, NO_DATA if useful and data is None else "")
-  except BrokenFile as e:
-    broken.append(e)
-
-
-def _split_name(name: str) -> tuple[str, str]:
-  match = _NAME.match(name)
-  return (match[1], match[2].lower()) if match else (name, "")
-
-
-def _sample_key(member: Member) -> str:
-  return _split_name(member.name)[0]
-
 
 # --- COCO
 
@@ -130,7 +43,7 @@ def coco_parts(file: FilePart, options: BuildOptions) -> list[FilePart]:
   try:
     coco = _read_coco(file, options)
   except BrokenFile as e:
-    return [dataclasses.replace(file, error=e.reason)]
+    return [dataclasses.replace(file, error=e.reason, cause=e.cause)]
   return _ranges(file, len(coco.annotations), options)
 
 
@@ -150,7 +63,9 @@ def coco_rows(part: FilePart, options: BuildOptions) -> Iterator[Row]:
 
 def coco_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[Record]:
   """Yields the record of one caption; an image with five captions has five."""
-  text = field(row["annotation"], "caption", str)
+  text = text_of(optional(row["annotation"], "caption", str | int | float))
+  if text is None:
+    raise RowError("no caption", missing(row["annotation"], ("caption",)))
   if row["image"] is None:
     raise RowError("caption of an image that is not listed")
   name = field(row["image"], "file_name", str)
@@ -166,18 +81,18 @@ def coco_records(row: Any, default_id: str, options: BuildOptions) -> Iterator[R
 
 def _read_coco(file: FilePart, options: BuildOptions) -> Coco:
   """Returns a parsed file; the last one is kept, for the next range of it."""
-  return _read_coco_once(file.path, file.size, file.mtime, options.bounds.file)
+  return _read_coco_once(file.path, file.size, file.mtime, options.bounds)
 
 
 @functools.lru_cache(1)
-def _read_coco_once(path: str, _size: int, _mtime: float, most: int) -> Coco:
-  raw = files.read_whole(path, most)
+def _read_coco_once(path: str, _size: int, _mtime: float, bounds: Bounds) -> Coco:
+  raw = files.read_whole(path, bounds)
   try:
     value = files.parse_json(raw)
     annotations, listed = field(value, "annotations", list), field(value, "images", list)
     licenses = optional(value, "licenses", list) or []
   except RowError as e:
-    raise BrokenFile(e.reason) from e
+    raise BrokenFile(e.reason, e.found) from e
   images = _by_id(listed)
   captioned = {
     a["image_id"] for a in annotations if isinstance(a, dict) and _is_id(a.get("image_id"))
@@ -197,7 +112,7 @@ def _look_up(table: dict, row: Any, name: str) -> Any:
 
 
 def _is_id(value: Any) -> bool:
-  return isinstance(value, int | str)
+  return isinstance(value, int | float | str)  # 1 and 1.0 are one key
 
 
 # --- TFDS

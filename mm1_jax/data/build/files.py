@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files, row by row, with bounded memory: JSON, JSON lines and text; plain, gzip or zstd.
+"""Files, row by row, with bounded memory: JSON, JSON lines and text; plain or compressed.
 
 Everything is opened through Beam's FileSystems, so gs:// and the like work where Beam has them
 installed. A file that breaks off gives the rows before the break, then a `BrokenFile`.
@@ -10,27 +10,33 @@ import dataclasses
 import gzip
 import io
 import itertools
+import lzma
 import os
-import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import zstandard
+from absl import logging
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from mm1_jax import untrusted
-from mm1_jax.data.build.bounds import BOUNDS, FILE_TOO_LARGE, ROW_TOO_LONG, Bounds
+from mm1_jax.data.build import containers, layouts
+from mm1_jax.data.build.bounds import (
+  BOUNDS,
+  FILE_TOO_LARGE,
+  ROW_TOO_LONG,
+  WINDOW_TOO_LARGE,
+  Bounds,
+)
 from mm1_jax.data.build.rows import SNIPPET_BYTES, BrokenFile, FilePart, Row, RowError
 from mm1_jax.data.sources import DataError
 
 CHUNK_BYTES = 1 << 20
-_COMPRESSED = (".gz", ".zst")
-# A whole string, or a character that matters outside of strings; a quote alone opens a string that
-# ends in a later chunk.
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 
 
 # --- files
@@ -52,7 +58,13 @@ def match(pattern: str, flag: str) -> list[FilePart]:
       f"{flag}={pattern}: no file matches. Quote the glob, and mind that ** is any folder and [ ] "
       f"a set of characters."
     )
-  return [FilePart(f.path, f.size_in_bytes, f.last_updated_in_seconds) for f in files]
+  used = [f for f in files if not containers.is_litter(f.path)]
+  if not used:
+    raise DataError(f"{flag}={pattern} matches only what an operating system put beside files.")
+  if len(used) < len(files):
+    left_out = len(files) - len(used)
+    logging.warning("%s: %d left out: %s", flag, left_out, containers.LITTER)
+  return [FilePart(f.path, f.size_in_bytes, f.last_updated_in_seconds) for f in used]
 
 
 def is_remote(path: str) -> bool:
@@ -67,10 +79,6 @@ def suffix(path: str) -> str:
   return os.path.splitext(name)[1]
 
 
-def is_compressed(path: str) -> bool:
-  return path.lower().endswith(_COMPRESSED)
-
-
 def open_raw(path: str) -> Any:
   return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
@@ -79,53 +87,59 @@ def create(path: str) -> Any:
   return FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
 
-def open_file(path: str, most: int = BOUNDS.file) -> BinaryIO:
-  """Opens a file for reading, decompressed if its name says so.
+def open_file(path: str, bounds: Bounds = BOUNDS) -> BinaryIO:
+  """Opens a file for reading, decompressed if it is compressed.
 
-  What is decompressed ends with a BrokenFile after `most` bytes: a few bytes of the file make
-  thousands of them.
+  What is decompressed ends with a BrokenFile after `bounds.file` bytes.
   """
   raw = open_raw(path)
-  if path.lower().endswith(".gz"):
-    return io.BufferedReader(_Decompressed(gzip.GzipFile(fileobj=raw), most), CHUNK_BYTES)
-  if path.lower().endswith(".zst"):
-    # pyarrow's reader reports a frame that is cut off; zstandard's own takes it for the end.
-    return io.BufferedReader(
-      _Decompressed(pa.CompressedInputStream(raw, "zstd"), most), CHUNK_BYTES
-    )
+  name = containers.compression(_head_of(raw))
+  if name:
+    return containers.decompressed(raw, name, bounds)
   return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
 
 
-class _Decompressed(io.RawIOBase):
-  """A stream that is counted as it is read, for Python's buffer."""
-
-  def __init__(self, stream: Any, most: int):
-    self._stream = stream
-    self._left = most
-
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, buffer: Any) -> int:
-    data = self._stream.read(len(buffer))
-    self._left -= len(data)
-    if self._left < 0:
-      raise BrokenFile(FILE_TOO_LARGE)
-    buffer[: len(data)] = data
-    return len(data)
+def is_compressed(path: str) -> bool:
+  with open_raw(path) as raw:
+    return bool(containers.compression(_head_of(raw)))
 
 
-def read_whole(path: str, most: int) -> bytearray:
+def kind_of(path: str, bounds: Bounds = BOUNDS) -> str:
+  """Returns what a file is, as `containers.kind`; '' of one that cannot be decompressed."""
+  try:
+    with reading(path), open_file(path, bounds) as stream:
+      return containers.kind(stream.read(containers.HEAD_BYTES))
+  except BrokenFile:
+    return ""
+
+
+def looks_like_json(path: str, bounds: Bounds = BOUNDS) -> bool:
+  """Returns whether a file begins as objects or a list do."""
+  try:
+    with reading(path), open_file(path, bounds) as stream:
+      head = stream.read(containers.HEAD_BYTES)
+  except BrokenFile:
+    return False
+  return head.lstrip(layouts.BLANK)[:1] in (b"{", b"[")
+
+
+def _head_of(raw: Any) -> bytes:
+  head = raw.read(containers.HEAD_BYTES)
+  raw.seek(0)
+  return head
+
+
+def read_whole(path: str, bounds: Bounds) -> bytearray:
   """Returns the bytes of a file, decompressed.
 
   Raises:
-    BrokenFile: there are more than `most`.
+    BrokenFile: there are more than `bounds.file`.
   """
   data = bytearray()
-  with reading(path), open_file(path, most) as stream:
+  with reading(path), open_file(path, bounds) as stream:
     while chunk := stream.read(CHUNK_BYTES):
       data += chunk
-      if len(data) > most:
+      if len(data) > bounds.file:
         raise BrokenFile(FILE_TOO_LARGE)
   return data
 
@@ -160,7 +174,7 @@ def text_rows(path: str, split: str, name: str, bounds: Bounds = BOUNDS) -> Iter
     BrokenFile: the file breaks off.
   """
   mark = split.encode()
-  with reading(path), open_file(path, bounds.file) as stream:
+  with reading(path), open_file(path, bounds) as stream:
     buffer, offset, too_long = b"", 0, False
     while True:
       chunk = stream.read(CHUNK_BYTES)
@@ -184,15 +198,27 @@ def text_rows(path: str, split: str, name: str, bounds: Bounds = BOUNDS) -> Iter
 # --- JSON and JSON lines
 
 
-def split_json(file: FilePart, rows_per_shard: int, bounds: Bounds = BOUNDS) -> list[FilePart]:
-  """Returns parts of about `rows_per_shard` rows of a JSON array, or of JSON lines."""
+def split_json(
+  file: FilePart, rows_per_shard: int, bounds: Bounds = BOUNDS, marks: Collection[str] = ()
+) -> list[FilePart]:
+  """Returns parts of about `rows_per_shard` rows of a file of JSON, however they lie in it.
+
+  Args:
+    file: whole.
+    rows_per_shard: of a part.
+    bounds: of what is read.
+    marks: fields of which a row has at least one.
+  """
   try:
     with reading(file.path):
-      if is_array(file.path) and not is_compressed(file.path):
-        return _split_array(file, rows_per_shard, bounds)
-      return _split_lines(file, rows_per_shard)
+      with open_file(file.path, bounds) as stream:
+        layout = layouts.detect(stream, marks, bounds)
+      found = dataclasses.replace(file, layout=layout.kind, start=layout.start)
+      if layout.kind in (layouts.ARRAY, layouts.WRAPPED) and not is_compressed(file.path):
+        return _split_array(found, rows_per_shard, bounds)
+      return _split_lines(found, rows_per_shard, bounds)
   except BrokenFile as e:
-    return [dataclasses.replace(file, error=e.reason)]
+    return [dataclasses.replace(file, error=e.reason, cause=e.cause)]
 
 
 def json_rows(part: FilePart, bounds: Bounds = BOUNDS) -> Iterator[Row]:
@@ -201,18 +227,17 @@ def json_rows(part: FilePart, bounds: Bounds = BOUNDS) -> Iterator[Row]:
   Raises:
     BrokenFile: the file breaks off.
   """
-  with reading(part.path), open_file(part.path, bounds.file) as stream:
-    array = is_array(part.path)
-    rows = _array_rows if array else line_rows
-    for offset, raw in rows(stream, part, bounds):
-      if raw is None or raw.strip() or array:
+  with reading(part.path), open_file(part.path, bounds) as stream:
+    in_list = part.layout in (layouts.ARRAY, layouts.WRAPPED)
+    if in_list:
+      rows = _array_rows(stream, part, bounds)
+    elif part.layout == layouts.VALUES:
+      rows = layouts.values(stream, bounds)
+    else:
+      rows = line_rows(stream, part, bounds)
+    for offset, raw in rows:
+      if raw is None or raw.strip(layouts.BLANK) or in_list:
         yield _parse(part.path, f"byte {offset}", raw)
-
-
-def is_array(path: str) -> bool:
-  """Returns whether a file begins with `[`."""
-  with open_file(path) as stream:
-    return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def parse_json(raw: bytes | bytearray) -> Any:
@@ -231,7 +256,9 @@ def _parse(path: str, place: str, raw: bytes | None) -> Row:
   if raw is None:
     return Row(path, place, None, error=ROW_TOO_LONG)
   try:
-    return Row(path, place, parse_json(raw), raw[:SNIPPET_BYTES])
+    # Lines may be elements of a list whose brackets are missing, or begin with a separator.
+    value = parse_json(raw.strip(layouts.BLANK).removesuffix(b","))
+    return Row(path, place, value, raw[:SNIPPET_BYTES])
   except RowError as e:
     return Row(path, place, None, raw[:SNIPPET_BYTES], e.reason)
 
@@ -267,12 +294,13 @@ def _skip_line(stream: BinaryIO) -> int:
   return total
 
 
-def _split_lines(file: FilePart, rows_per_shard: int) -> list[FilePart]:
+def _split_lines(file: FilePart, rows_per_shard: int, bounds: Bounds) -> list[FilePart]:
   """Cuts by bytes, after the mean length of the first lines: nothing is read but those."""
-  with open_file(file.path) as stream:
+  with open_file(file.path, bounds) as stream:
     head = stream.read(CHUNK_BYTES)
   mean = len(head) / max(1, head.count(b"\n"))
-  if is_compressed(file.path):  # cannot be entered in the middle
+  # These cannot be entered in the middle.
+  if file.layout != layouts.LINES or is_compressed(file.path):
     return [dataclasses.replace(file, rows=max(1, int(4 * file.size / max(1, mean))))]
   rows = max(1, round(file.size / max(1, mean)))
   num = max(1, round(rows / rows_per_shard))
@@ -287,9 +315,9 @@ def _split_array(file: FilePart, rows_per_shard: int, bounds: Bounds) -> list[Fi
   """Cuts between elements, which are found in one pass."""
   starts, stop, rows = [], 0, 0
   error = ""
-  with open_file(file.path) as stream:
+  with open_file(file.path, bounds) as stream:
     try:
-      for offset, raw in _elements(stream, _to_array(stream), bounds, closed=True):
+      for offset, raw in _all_elements(stream, file, bounds):
         if rows % rows_per_shard == 0:
           starts.append(offset)
         stop = offset + len(raw)
@@ -306,18 +334,19 @@ def _split_array(file: FilePart, rows_per_shard: int, bounds: Bounds) -> list[Fi
 
 def _array_rows(stream: BinaryIO, part: FilePart, bounds: Bounds) -> Iterator[tuple[int, bytes]]:
   if part.stop < 0:
-    yield from _elements(stream, _to_array(stream), bounds, closed=True)
+    yield from _all_elements(stream, part, bounds)
   else:
     stream.seek(part.start)
-    yield from _elements(_Range(stream, part.stop - part.start), part.start, bounds, closed=False)
+    yield from _elements(_Range(stream, part.stop - part.start), part.start, bounds)
 
 
-def _to_array(stream: BinaryIO) -> int:
-  """Reads through the `[` that begins an array; returns the number of bytes."""
-  total = 1
-  while stream.read(1) != b"[":
-    total += 1
-  return total
+def _all_elements(stream: BinaryIO, file: FilePart, bounds: Bounds) -> Iterator[tuple[int, bytes]]:
+  """Yields the elements of a list that begin at `file.start`."""
+  left = file.start
+  while left:
+    left -= len(stream.read(min(left, CHUNK_BYTES)))
+  end = layouts.WRAPPED if file.layout == layouts.WRAPPED else layouts.ARRAY
+  yield from _elements(stream, file.start, bounds, end=end)
 
 
 class _Range:
@@ -334,7 +363,7 @@ class _Range:
 
 
 def _elements(
-  stream: Any, offset: int, bounds: Bounds, *, closed: bool
+  stream: Any, offset: int, bounds: Bounds, *, end: str = ""
 ) -> Iterator[tuple[int, bytes]]:
   """Yields the elements of a JSON array, unparsed, with their place.
 
@@ -344,7 +373,7 @@ def _elements(
     stream: positioned after the `[`, or where an element begins.
     offset: its place.
     bounds: of an element.
-    closed: whether there must be a `]`.
+    end: of an array, with nothing after its `]`; of one that is wrapped; or '' of a piece of one.
 
   Raises:
     BrokenFile: an element is too long, or there is no `]`.
@@ -353,7 +382,7 @@ def _elements(
   while chunk := stream.read(max(CHUNK_BYTES, len(buffer))):
     buffer += chunk
     begin = 0
-    for token in _TOKEN.finditer(buffer, scanned):
+    for token in layouts.TOKEN.finditer(buffer, scanned):
       kind = token[0]
       if kind == b'"':
         break
@@ -368,19 +397,26 @@ def _elements(
           yield offset + begin, raw
         begin = scanned
       if depth < 0:
-        if (buffer[scanned:] + stream.read(CHUNK_BYTES)).strip():
+        rest = (buffer[scanned:] + stream.read(CHUNK_BYTES)).strip()
+        if rest and end != layouts.WRAPPED:
           raise BrokenFile("JSON array with something after its end")
         return
     buffer, offset, scanned = buffer[begin:], offset + begin, scanned - begin
     if len(buffer) > bounds.row:
       raise BrokenFile(ROW_TOO_LONG)
-  if closed:
+  if end:
     raise BrokenFile("JSON array without an end")
   if buffer.strip():
     yield offset, buffer
 
 
 # --- damage
+
+_OF_WINDOWS = (zstandard.ZstdError, lzma.LZMAError)
+_DAMAGE = (
+  *(EOFError, zlib.error, pa.ArrowException, tarfile.TarError, OverflowError),
+  *_OF_WINDOWS,
+)
 
 
 @contextlib.contextmanager
@@ -391,12 +427,14 @@ def reading(path: str) -> Iterator[None]:
   """
   try:
     yield
-  except (EOFError, zlib.error, pa.ArrowException, tarfile.TarError, OverflowError) as e:
-    raise BrokenFile(_broken(path)) from e
+  except _DAMAGE as e:
+    memory = "memory" in str(e).lower()
+    unread = WINDOW_TOO_LARGE if memory and isinstance(e, _OF_WINDOWS) else _broken(path)
+    raise BrokenFile(unread, f"{type(e).__name__}: {e}") from e
   except OSError as e:
     # gzip's and pyarrow's own; what the operating system raises has a number.
     if e.errno is None and type(e) in (OSError, gzip.BadGzipFile):
-      raise BrokenFile(_broken(path)) from e
+      raise BrokenFile(_broken(path), f"{type(e).__name__}: {e}") from e
     raise
 
 

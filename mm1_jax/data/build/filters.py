@@ -53,6 +53,7 @@ class Refiner:
       content = self._items(record["content"], seen, lost)
       record = {**record, "content": content}
     self._check(record, content)
+    record = _trimmed(record)
     check_record(record, draft.where)
     return record
 
@@ -62,6 +63,8 @@ class Refiner:
     Raises:
       ImageError: it is not there, or too large.
     """
+    if image.problem:
+      raise ImageError(image.problem)
     if image.data is None:
       if self._store is None:
         raise ImageError(images.MISSING)
@@ -141,6 +144,22 @@ class Refiner:
 def image_marks(image: Image, data: bytes) -> set[bytes]:
   """Returns what two copies of a picture have in common: URL or bytes."""
   return {digest(data), *([digest(image.url)] if image.url else ())}
+
+
+def _trimmed(record: Record) -> Record:
+  """Returns a record whose texts neither begin nor end with spaces or line breaks.
+
+  They are of the file that a text was in, and what is trained on them learns to write them.
+  """
+  if "turns" in record:
+    turns = [{**turn, "content": _without_edges(turn["content"])} for turn in record["turns"]]
+    return {**record, "turns": turns}
+  return {**record, "content": _without_edges(record["content"])}
+
+
+def _without_edges(items: Items) -> Items:
+  trimmed = [{"text": item["text"].strip()} if "text" in item else item for item in items]
+  return [item for item in trimmed if item.get("text", True)]
 
 
 def _check_texts(texts: list[str]) -> None:

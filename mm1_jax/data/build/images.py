@@ -13,7 +13,6 @@ or by URL:
 import errno
 import functools
 import hashlib
-import io
 import os
 import pathlib
 import posixpath
@@ -30,10 +29,12 @@ from absl import logging
 from apache_beam.io.filesystems import FileSystems
 
 from mm1_jax.data import image as pixels
-from mm1_jax.data.build import files, tars
+from mm1_jax.data import metadata
+from mm1_jax.data.build import containers, files, tars
 from mm1_jax.data.build.bounds import BOUNDS, Bounds
 from mm1_jax.data.build.rows import BrokenFile, FilePart, Image, RowError
 from mm1_jax.data.image import ImageError
+from mm1_jax.data.sources import DataError
 
 MISSING = "image not found"
 OUTSIDE = "image name leaves the store"
@@ -134,7 +135,11 @@ def relative(name: str) -> str:
 
 
 def index_tars(store: Iterable[FilePart], path: str, bounds: Bounds = BOUNDS) -> list[str]:
-  """Writes the index of a store of tars; returns those that are broken."""
+  """Writes the index of a store of tars; returns those that are broken.
+
+  Raises:
+    DataError: one is compressed, or another archive: pictures are read from their places in it.
+  """
   broken = []
   with tempfile.TemporaryDirectory() as folder:
     local = os.path.join(folder, "index.sqlite")
@@ -142,6 +147,7 @@ def index_tars(store: Iterable[FilePart], path: str, bounds: Bounds = BOUNDS) ->
     index.execute("PRAGMA journal_mode = OFF")
     index.execute("CREATE TABLE images (key BLOB PRIMARY KEY, tar TEXT, start INT, size INT)")
     for tar in store:
+      _check_tar(tar.path, bounds)
       try:
         for row in _index_rows(tar.path, bounds):
           index.execute("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", row)
@@ -155,10 +161,23 @@ def index_tars(store: Iterable[FilePart], path: str, bounds: Bounds = BOUNDS) ->
   return broken
 
 
+def _check_tar(path: str, bounds: Bounds) -> None:
+  kind = files.kind_of(path, bounds)
+  if files.is_compressed(path):
+    kind = "compressed"
+  if kind not in (containers.TAR, ""):
+    raise DataError(
+      f"--images: {path} is {kind}. Pictures are read from their places in uncompressed tars; "
+      f"unpack it, or into a folder, and give that."
+    )
+
+
 def _index_rows(path: str, bounds: Bounds) -> Iterator[tuple[bytes, str, int, int]]:
   """Yields the index rows of a tar's pictures; a picture and its .json are neighbours."""
   stem, url, place = "", "", None
   for member, data in tars.tar_members(path, _is_small_json, bounds):
+    if containers.is_litter(member.name):
+      continue
     name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if os.path.splitext(name)[0] != stem:
       stem, url, place = os.path.splitext(name)[0], "", None
@@ -205,7 +224,7 @@ def _local_copy(path: str) -> str:
 
 
 def measure(data: bytes, *, decode: bool) -> tuple[int, int]:
-  """Returns width and height in pixels, of a picture that training will be able to decode.
+  """Returns width and height in pixels, upright, of a picture that training will be able to decode.
 
   Only its header is read, and whether its end is there; all of it if `decode` is set, or if the
   end is not where it should be.
@@ -213,33 +232,23 @@ def measure(data: bytes, *, decode: bool) -> tuple[int, int]:
   Raises:
     ImageError: it cannot be decoded, or has too many pixels.
   """
-  if not data:
-    raise ImageError(pixels.EMPTY)
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # we have our own bound
-      with PIL.Image.open(io.BytesIO(data), formats=pixels.FORMATS) as image:
-        size, kind = image.size, image.format or ""
-  except PIL.Image.DecompressionBombError as e:
-    raise ImageError(pixels.TOO_LARGE) from e
-  except MemoryError:
-    raise
-  except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-    raise ImageError(pixels.UNREADABLE) from e
-  if size[0] * size[1] > pixels.MAX_PIXELS:
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # we have our own bound
+    (height, width), kind = pixels.look_at(data)
+  if height * width > pixels.MAX_PIXELS:
     raise ImageError(pixels.TOO_LARGE)
   if decode or not _has_end(data, kind):
     pixels.decode_image(data, (16, 16))
-  return size
+  return width, height
 
 
 def _has_end(data: bytes, kind: str) -> bool:
   """Returns whether a file that was cut off would look otherwise; False where we cannot tell."""
-  if kind in ("JPEG", "MPO"):
+  if kind == "JPEG":
     # Within a scan FF D9 marks nothing but the end; a thumbnail's end is before the last scan.
     return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
   if kind == "PNG":
-    return b"IEND" in data[-64:]
+    return metadata.is_whole_png(data)
   if kind == "WEBP":
     return len(data) >= 8 + int.from_bytes(data[4:8], "little")
   if kind == "GIF":

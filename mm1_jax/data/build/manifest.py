@@ -42,14 +42,23 @@ def judge(options: BuildOptions, total: Stats) -> None:
   if not total.records:
     raise DataError(
       f"none of {total.rows} rows is left: bad {dict(total.bad)}, filtered {dict(total.filtered)}."
+      f"{_first(total)}"
     )
   num_bad = total.bad.total()
   if num_bad > options.max_bad_fraction * total.rows:
     raise DataError(
       f"{num_bad} of {total.rows} rows cannot be used, more than --max-bad-fraction="
-      f"{options.max_bad_fraction} allows: {dict(total.bad.most_common(3))}. The others are built; "
+      f"{options.max_bad_fraction} allows: {dict(total.bad.most_common(3))}."
+      f"{_first(total)} The others are built; "
       f"look at {dead_letters_path(options)}, repair the input, or raise it."
     )
+
+
+def _first(total: Stats) -> str:
+  """Returns where the first row of the most frequent reason is, and what it has instead."""
+  reason = next(iter(total.bad.most_common(1)), ("", 0))[0]
+  first = total.first_bad.get(reason)
+  return f" The first with {reason}: {first}." if first else ""
 
 
 def manifest_path(options: BuildOptions) -> str:
@@ -82,6 +91,7 @@ def _manifest(
     "bad": _sorted(total.bad),
     "filtered": _sorted(total.filtered),
     "lost_images": _sorted(total.lost_images),
+    "skipped": _sorted(total.skipped),
     "repeated_ids": total.repeated_ids,
     "damaged_files": total.damaged_files,
     "shards": [
@@ -110,6 +120,7 @@ def _summary(options: BuildOptions, built: list[tuple[Job, dict[str, Any]]], tot
     *_reasons("bad", total.bad),
     *_reasons("filtered", total.filtered),
     *_reasons("lost images", total.lost_images),
+    *_reasons("left out", total.skipped),
   ]
   if total.repeated_ids:
     lines.append(_line("ids seen before", total.repeated_ids, "of other records; kept"))

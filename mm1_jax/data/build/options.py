@@ -67,11 +67,13 @@ class BuildOptions:
   max_header_kb: float = BOUNDS.header / 1e3
   max_page_mb: float = BOUNDS.page / 1e6
   max_file_gb: float = BOUNDS.file / 1e9
+  max_window_mb: float = BOUNDS.window / (1 << 20)
 
   @property
   def bounds(self) -> Bounds:
     row, page = int(self.max_row_mb * 1e6), int(self.max_page_mb * 1e6)
-    return Bounds(row, int(self.max_header_kb * 1e3), page, int(self.max_file_gb * 1e9))
+    header, file = int(self.max_header_kb * 1e3), int(self.max_file_gb * 1e9)
+    return Bounds(row, header, page, file, int(self.max_window_mb * (1 << 20)))
 
   def shard_key(self) -> str:
     """Returns what the bytes of a shard depend on, its input aside, as JSON."""
@@ -128,7 +130,7 @@ FORMATS = {
     interleaved=True,
   ),
   "text": FormatFlags(
-    "plain text: .jsonl, .json, .txt (one document a file) or .parquet; also .gz and .zst",
+    "plain text: .jsonl, .json, .txt (one document a file), .parquet; also compressed",
     "--input='books/*.jsonl.zst' --output=data/books --license='public domain'",
     max_chars=10_000_000,
     images=False,
@@ -141,7 +143,7 @@ FORMATS = {
 }
 
 
-_ABOVE_0 = ("max_row_mb", "max_header_kb", "max_page_mb", "max_file_gb")
+_ABOVE_0 = ("max_row_mb", "max_header_kb", "max_page_mb", "max_file_gb", "max_window_mb")
 
 
 def parse(argv: list[str], doc: str) -> tuple[BuildOptions, list[str]]:
@@ -247,6 +249,9 @@ def _add_bounds(add: Any, flags: FormatFlags) -> None:
   add("--max-page-mb", type=float, default=BOUNDS.page / 1e6, metavar="MB", help=page)
   file = f"drop what is after so much of a file, decompressed ({flags.max_file_gb:g})"
   add("--max-file-gb", type=float, default=flags.max_file_gb, metavar="GB", help=file)
+  window = "refuse zstd and xz with a larger window, which is kept in memory (2048)"
+  megabytes = BOUNDS.window / (1 << 20)
+  add("--max-window-mb", type=float, default=megabytes, metavar="MB", help=window)
 
 
 def _add_format_flags(add: Any, name: str) -> None:

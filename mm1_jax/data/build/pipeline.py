@@ -26,7 +26,7 @@ from mm1_jax.data.build.filters import Refiner, image_marks
 from mm1_jax.data.build.formats import Unit, list_units, read
 from mm1_jax.data.build.options import BuildOptions
 from mm1_jax.data.build.progress import Progress
-from mm1_jax.data.build.rows import Bad, Image
+from mm1_jax.data.build.rows import Draft, Image
 from mm1_jax.data.build.runner import beam_options
 from mm1_jax.data.build.shards import (
   TEMPORARY,
@@ -42,7 +42,8 @@ from mm1_jax.data.image import ImageError
 from mm1_jax.data.sources import DataError
 from mm1_jax.data.tokenizer import Tokenizer
 
-VERSION = 1  # raise it when the same input and options give other bytes
+VERSION = 2  # raise it when the same input and options give other bytes
+_TAR_NAMES = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".zip")
 _READERS = 16  # sidecars at once, where each is a request
 _LIMITED_SHARDS = 8  # of a try: enough to see more than the first file
 
@@ -225,7 +226,12 @@ def _index_store(options: BuildOptions) -> str:
 
 
 def _is_tars(options: BuildOptions) -> bool:
-  return options.images.endswith(".tar")
+  """Returns whether the store is no folder: a glob, or a file by any name."""
+  if files.is_remote(options.images):
+    return options.images.endswith(_TAR_NAMES)
+  return not os.path.isdir(options.images) and (
+    os.path.isfile(options.images) or options.images.endswith(_TAR_NAMES)
+  )
 
 
 def _index_path(options: BuildOptions) -> str:
@@ -270,7 +276,7 @@ class _ImageMarks(beam.DoFn):
 
   def process(self, unit: Unit) -> Iterator[bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
     for draft in read(unit, self._options):
-      if not isinstance(draft, Bad):
+      if isinstance(draft, Draft):
         yield from self._marks(item["image"] for item in content(draft.record) if "image" in item)
 
   def _marks(self, pictures: Iterable[Image]) -> set[bytes]:

@@ -30,8 +30,17 @@ from mm1_jax.data.build import files
 from mm1_jax.data.build.filters import Refiner
 from mm1_jax.data.build.formats import Unit, read
 from mm1_jax.data.build.options import BuildOptions
-from mm1_jax.data.build.rows import SNIPPET_BYTES, Bad, Draft, Filtered, RowError, digest, shorten
-from mm1_jax.data.build.stats import Stats, texts
+from mm1_jax.data.build.rows import (
+  SNIPPET_BYTES,
+  Bad,
+  Draft,
+  Filtered,
+  RowError,
+  Skipped,
+  digest,
+  shorten,
+)
+from mm1_jax.data.build.stats import MAX_KINDS, Stats, texts
 from mm1_jax.data.sources import WRITER_OPTIONS, Record
 from mm1_jax.data.tokenizer import Tokenizer
 
@@ -106,11 +115,14 @@ def _records(
   for row in read(job.unit, options):
     if stats.records == job.limit:
       return
+    if isinstance(row, Skipped):
+      stats.skipped[row.reason] += 1
+      continue
     stats.rows += 1
     try:
       if isinstance(row, Bad):
         stats.damaged_files += [row.where] if row.whole_file else []
-        raise RowError(row.reason)
+        raise RowError(row.reason, row.found)
       record = refiner.refine(row, stats.lost_images)
       packed = msgpack.packb(record) or b""
       if records.has(digest(packed)):
@@ -119,7 +131,9 @@ def _records(
       stats.filtered[e.reason] += 1
     except RowError as e:
       stats.bad[e.reason] += 1
-      dead.write(_letter(row, e.reason))
+      if len(stats.first_bad) < MAX_KINDS:
+        stats.first_bad.setdefault(e.reason, f"{row.where}: {e.found}" if e.found else row.where)
+      dead.write(_letter(row, e))
     else:
       stats.repeated_ids += ids.has(digest(record["id"]))
       yield record, packed
@@ -140,11 +154,12 @@ class _Recent:
     return False
 
 
-def _letter(row: Bad | Draft, reason: str) -> bytes:
+def _letter(row: Bad | Draft, error: RowError) -> bytes:
   """Returns the line of a row in the dead letters."""
   if isinstance(row, Draft):
-    row = Bad(reason, row.where, row.record["id"], shorten(row.record)[:SNIPPET_BYTES])
-  letter = {"reason": reason, "where": row.where, "id": row.id, "row": row.row}
+    row = Bad(error.reason, row.where, row.record["id"], shorten(row.record)[:SNIPPET_BYTES])
+  letter = {"reason": error.reason, "where": row.where, "id": row.id, "row": row.row}
+  letter |= {"found": error.found} if error.found else {}
   return json.dumps(letter).encode() + b"\n"
 
 

@@ -59,6 +59,8 @@ class Stats:
   bad: Counter = dataclasses.field(default_factory=Counter)  # rows by reason
   filtered: Counter = dataclasses.field(default_factory=Counter)
   lost_images: Counter = dataclasses.field(default_factory=Counter)  # out of documents, kept or not
+  skipped: Counter = dataclasses.field(default_factory=Counter)  # parts of rows, files of tars
+  first_bad: dict[str, str] = dataclasses.field(default_factory=dict)  # by reason: place, found
   damaged_files: list[str] = dataclasses.field(default_factory=list)
   sources: Counter = dataclasses.field(default_factory=Counter)
   licenses: Counter = dataclasses.field(default_factory=Counter)
@@ -94,6 +96,8 @@ class Stats:
       elif isinstance(mine, Counter):
         for key, count in theirs.items():
           _count(mine, key, count)
+      elif isinstance(mine, dict):
+        setattr(self, f.name, {**theirs, **mine})
       elif isinstance(mine, list):
         mine += [path for path in theirs if path not in mine]
       else:
@@ -108,7 +112,7 @@ class Stats:
     """Returns what `to_dict` was made of."""
     stats = cls(**values)
     for name, value in values.items():
-      if isinstance(value, dict):
+      if isinstance(value, dict) and name != "first_bad":
         made = Histogram(**value) if name in ("characters", "tokens") else Counter(value)
         setattr(stats, name, made)
     return stats

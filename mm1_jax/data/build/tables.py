@@ -12,6 +12,7 @@ from mm1_jax.data.build.bounds import BOUNDS, PAGE_TOO_LARGE, ROW_TOO_LONG, Boun
 from mm1_jax.data.build.files import open_raw, reading
 from mm1_jax.data.build.rows import BrokenFile, FilePart, Row
 
+PARQUET = "parquet"  # layout of a part
 ROWS_AT_ONCE = 16  # at most: a row of web text with embedded pictures may be large
 
 
@@ -21,7 +22,8 @@ def split_parquet(file: FilePart, rows_per_shard: int) -> list[FilePart]:
     with reading(file.path), pyarrow.parquet.ParquetFile(open_raw(file.path)) as table:
       sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
   except BrokenFile as e:
-    return [dataclasses.replace(file, error=e.reason)]
+    return [dataclasses.replace(file, error=e.reason, cause=e.cause)]
+  file = dataclasses.replace(file, layout=PARQUET)
   parts, start, rows = [], 0, 0
   for i, size in enumerate(sizes):
     if rows and rows + size > rows_per_shard:
@@ -46,7 +48,8 @@ def parquet_rows(
   ):
     present = [c for c in columns if c in table.schema_arrow.names]
     if not present:
-      raise BrokenFile(f"none of the columns {', '.join(columns)}")
+      found = ", ".join(table.schema_arrow.names)
+      raise BrokenFile(f"none of the columns {', '.join(columns)}", f"its columns are {found}")
     row = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
     for group in range(part.start, part.stop):
       num_rows = table.metadata.row_group(group).num_rows

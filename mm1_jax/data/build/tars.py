@@ -17,7 +17,6 @@ SPARSE = "tar with sparse members"
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 # Of no member, or of no use: what is global, and where a link leads.
 _PASSED_OVER = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
-_END = bytes(tarfile.BLOCKSIZE)
 _MAX_LENGTH_DIGITS = 20  # of a record's length, in a pax header
 _CODING = ("utf-8", "surrogateescape")  # of names
 
@@ -30,9 +29,14 @@ def tar_members(
   Raises:
     BrokenFile: it is none, breaks off, or has a header above the bound.
   """
-  with reading(path), open_file(path, bounds.file) as stream:
+  with reading(path), open_file(path, bounds) as stream:
     at, name, pax = 0, "", {}
-    while (head := stream.read(tarfile.BLOCKSIZE)) != _END:
+    ended = False
+    while (head := stream.read(tarfile.BLOCKSIZE)) or not ended:
+      if head and not head.strip(b"\0"):  # the end; `cat` puts another tar after it
+        ended, at = True, at + len(head)
+        continue
+      ended = False
       member = tarfile.TarInfo.frombuf(head, *_CODING)
       member.offset, at = at, at + len(head)
       if member.type in (*_PAX, *_PASSED_OVER, tarfile.GNUTYPE_LONGNAME):

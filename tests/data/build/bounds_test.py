@@ -204,7 +204,7 @@ MB = 1_000_000
 BOUNDS = BOUNDS._replace(row=20 * MB, page=50 * MB, file=80 * MB)
 OPTIONS = BuildOptions("coco", "", "", max_file_gb=0.05)
 
-def lines(file): return files.json_rows(file, BOUNDS)
+def lines(file): return files.json_rows(files.split_json(file, 9, BOUNDS)[0], BOUNDS)
 def texts(file): return files.text_rows(file.path, "", "text", BOUNDS)
 def table(file): return tables.parquet_rows(tables.split_parquet(file, 9)[0], ("text",), BOUNDS)
 def members(file): return tars.tar_members(file.path, lambda _: True, BOUNDS)

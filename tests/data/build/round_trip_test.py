@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -55,8 +56,18 @@ def read_back(prefix: pathlib.Path) -> list[Record]:
 
 
 def said(record: Record) -> bytes:
-  """What a record says, whatever its header."""
-  return json.dumps(record.get("content") or record.get("turns"), default=bytes.hex).encode()
+  """What a record says, whatever its header, and whatever spaces are at the edges of its texts."""
+  said = trimmed(record.get("content") or record.get("turns"))
+  return json.dumps(said, default=bytes.hex).encode()
+
+
+def trimmed(value: Any) -> Any:
+  """Items or turns whose texts have no spaces at their edges."""
+  if isinstance(value, list):
+    return [trimmed(inner) for inner in value]
+  if isinstance(value, dict):
+    return {key: trimmed(inner) for key, inner in value.items()}
+  return value.strip() if isinstance(value, str) else value
 
 
 @pytest.mark.parametrize(
@@ -91,7 +102,7 @@ def test_headers(flags, tmp_path):
   assert coco[7]["id"] == "1007"
   texts = {r["id"]: r for r in read_back(tmp_path / "text")}
   for record in raw_sample.read("text")[:-1]:  # the last is a .txt, which has no header
-    assert {**texts[record["id"]], "credit": ""} == {**record, "credit": ""}
+    assert {**texts[record["id"]], "credit": ""} == trimmed({**record, "credit": ""})
   assert texts["book.txt"]["license"] == "CC0"
   pages = read_back(tmp_path / "obelics")
   assert pages[3]["credit"] == f"https://example.org/{raw_sample.read('interleaved')[3]['id']}"
@@ -187,7 +198,7 @@ def test_short_answers_are_asked_for(tmp_path, jpeg):
     [{"text": "2"}],
     [{"text": "Cats"}],
   ]
-  assert second == [{"text": "Of what? "}, {"image": jpeg(9)}, {"text": "One word."}]
+  assert second == [{"text": "Of what?"}, {"image": jpeg(9)}, {"text": "One word."}]
 
 
 def test_limit(flags, tmp_path):
@@ -199,6 +210,7 @@ def test_limit(flags, tmp_path):
 def test_text_split(tmp_path):
   """Documents of one .txt file, with a mark that crosses the reader's chunks."""
   texts = [f"{i} " + "x" * (i * 977 % 5000) for i in range(1000)]
+  texts = [text.strip() for text in texts]
   with gzip.open(tmp_path / "all.txt.gz", "wt") as file:
     file.write("<|end|>".join(texts))
   flags = [f"--input={tmp_path}/all.txt.gz", "--txt_split=<|end|>", f"--output={tmp_path}/out"]

@@ -6,10 +6,20 @@ import io
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 
 PAD_COLOR = (123, 117, 104)  # CLIP's mean: 0 to the encoder
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000")
+# What makes a picture of each orientation upright (EXIF 2.32, tag 274).
+_TRANSPOSE = PIL.Image.Transpose
+_TURNS = {
+  2: _TRANSPOSE.FLIP_LEFT_RIGHT,
+  3: _TRANSPOSE.ROTATE_180,
+  4: _TRANSPOSE.FLIP_TOP_BOTTOM,
+  5: _TRANSPOSE.TRANSPOSE,
+  6: _TRANSPOSE.ROTATE_270,
+  7: _TRANSPOSE.TRANSVERSE,
+  8: _TRANSPOSE.ROTATE_90,
+}
 
 
 class Picture:
@@ -35,16 +45,17 @@ class Picture:
       raise ValueError(
         f"a picture of {opened.width} x {opened.height} is above {max_pixels} pixels."
       )
-    turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) > 4
-    self.size = opened.size if turned else opened.size[::-1]  # height, width
+    # height, width
+    self.size = opened.size if _orientation(opened) > 4 else opened.size[::-1]
 
   def decode(self, size, fit: str):
     """Returns uint8[H, W, 3], upright, on white, of `size`."""
     image = self._open()
+    turn = _TURNS.get(_orientation(image))
     if self._image is None:
       # A JPEG is read at a size that it is made smaller from, not at its own.
       image.draft("RGB", (2 * max(size),) * 2)
-    pixels = np.asarray(on_white(PIL.ImageOps.exif_transpose(image)))
+    pixels = np.asarray(on_white(image if turn is None else image.transpose(turn)))
     if fit == "squash":
       return resize(pixels, size)
     scale = min(size[0] / pixels.shape[0], size[1] / pixels.shape[1])
@@ -58,6 +69,17 @@ class Picture:
     if self._image is not None:
       return self._image
     return PIL.Image.open(io.BytesIO(self._data), formats=FORMATS)
+
+
+def _orientation(image):
+  """Returns 1 to 8, as a picture's EXIF has it; 1, upright, if that is damaged or of no sense."""
+  if image.format == "TIFF":  # Pillow turns those itself
+    return 1
+  try:
+    value = image.getexif().get(PIL.ExifTags.Base.Orientation)
+    return next((number for number in range(1, 9) if value == number), 1)
+  except Exception:  # Pillow's readers of EXIF raise many types
+    return 1
 
 
 def on_white(image):
