@@ -271,8 +271,8 @@ def imports_page() -> str:
     "# Settings of open weights\n",
     "What `mm1 convert import` makes of each key of a `config.json`, for all keys of the config\n"
     "classes of `transformers`, and some that older files have. A value of another type, or one\n"
-    "that our modules cannot express, is refused by the key's name. A key that is left out has its\n"
-    "default. Keys that are not here are not read, and named.\n",
+    "that our modules cannot express, is refused by the key's name. A key that is left out has\n"
+    "its default. Keys that are not here are not read, and named.\n",
   ]
   for kind, keys in settings.TABLES.items():
     rows = [
