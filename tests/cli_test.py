@@ -231,7 +231,9 @@ def test_ctrl_c_while_starting_is_one_line(module, seconds, tmp_path):
   flags = ["--config=mm1_debug", f"--workdir={tmp_path}"]
   flags = flags if module == "mm1_jax.main" else [f"--checkpoint={tmp_path}"]
   code = f"print('begun', flush=True); import runpy; runpy.run_module('{module}', None, '__main__')"
+  # Where the tests run in the background, SIGINT is ignored, and so it would be in the program.
   code = f"import sys; sys.argv[:1] = ['-m']; import mm1_jax; {code}"
+  code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
   with subprocess.Popen(
     [sys.executable, "-c", code, *flags],
     **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
