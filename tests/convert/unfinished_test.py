@@ -10,7 +10,10 @@ import pytest
 from mm1_jax.convert import ConvertError, unfinished
 
 PROGRAM = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+# Tests that run in the background ignore these, and so would the program.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from mm1_jax.convert import unfinished
 with unfinished.folder(pathlib.Path(sys.argv[1])) as working:
   (working / "a").write_text("a")
