@@ -11,7 +11,6 @@ import signal
 import threading
 import types
 
-import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,10 +133,8 @@ class Events:
 @pytest.fixture
 def on_gs(tmp_path, monkeypatch):
   """Returns a workdir on gs://."""
-  monkeypatch.setattr(Bucket, "folder", str(tmp_path))
-  monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: Bucket(auto_mkdir=True))
   monkeypatch.setitem(record_writer.REGISTERED_FACTORIES, "gs", Events)
-  return "gs://bucket/run"
+  return bucket.mount(monkeypatch, tmp_path, Bucket)
 
 
 class TestObjectStore:

@@ -4,7 +4,7 @@
 The tables have all keys of the config classes of `transformers`, with the values that these take
 where a file leaves a key out. A key is expressed by a config of ours, without effect on what the
 model computes, or bound to the values that our modules compute; another value is refused by name.
-`tests/convert/settings_test.py` compares the tables with the classes.
+`tests/convert/config_keys_test.py` compares the tables with the classes.
 """
 
 import pathlib

@@ -14,6 +14,7 @@ file at a beat ends.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -154,9 +155,10 @@ class Lock:
       time.sleep(SETTLE_SECONDS)
       self._check_mine()
     else:
-      if found is not None:
-        self._remove(found)
-      self._make()
+      with self._alone():
+        if found is not None:
+          self._remove(found)
+        self._make()
 
   def check(self) -> None:
     """Raises WorkdirInUse if another run has taken it over; reads no file."""
@@ -213,18 +215,25 @@ class Lock:
     with open(descriptor, "w") as file:
       file.write(self._text())
 
-  def _remove(self, found: str) -> None:
-    """Removes the local file of a run that has ended; of two that do so, one does."""
-    aside = self.path.with_name(f"{self.path.name}.{self._me.token}")
+  @contextlib.contextmanager
+  def _alone(self) -> Iterator[None]:
+    """Lets one run at a time remove a local file and make its own: of two, the second would remove
+    the first one's. The kernel holds the lock, so none is left by a run that is killed."""
+    folder = os.open(self.path.parent, os.O_RDONLY)
     try:
-      self.path.rename(aside)
-    except FileNotFoundError:
-      return
-    moved = aside.read_text()
-    if moved != found:  # another run's, made since it was looked at
-      aside.rename(self.path)
-      self._refuse(_owner(moved))
-    aside.unlink()
+      with contextlib.suppress(OSError):  # of file systems that have none
+        fcntl.flock(folder, fcntl.LOCK_EX)
+      yield
+    finally:
+      os.close(folder)
+
+  def _remove(self, found: str) -> None:
+    """Removes the local file of a run that has ended, unless another has taken its place."""
+    now = self._read()
+    if now is not None and now != found:
+      self._refuse(_owner(now))
+    if now is not None:
+      self.path.unlink()
 
   def _wait_for_its_end(self, found: str) -> None:
     """Returns when the file counts no longer; raises WorkdirInUse when its owner lives."""

@@ -126,7 +126,7 @@ def test_an_export(saved, tmp_path, capsys):
     f"  '{out}/new.txt' is not in its manifest.json",
   ]
   (out / "manifest.json").write_text(json.dumps({"files": 3})[:-1])
-  assert "manifest.json' is damaged" in verify(capsys, out)[1]
+  assert "manifest.json' is not JSON" in verify(capsys, out)[1]
 
 
 def test_what_there_is_nothing_to_compare_with(tmp_path, capsys):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes settings.json: the keys of `transformers`' config classes, with their defaults.
 
-`tests/convert/settings_test.py` compares `mm1_jax/convert/settings.py` with it, and, where
+`tests/convert/config_keys_test.py` compares `mm1_jax/convert/settings.py` with it, and, where
 `transformers` is installed, it with the classes. To see what a new release brings:
 
   python3 -m venv /tmp/torchenv

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """An object store, kept in a folder."""
 
+import pathlib
+
+import fsspec
+import pytest
+from etils.epath import backend
 from fsspec.implementations.local import LocalFileSystem
 
 
@@ -20,3 +25,13 @@ class Bucket(LocalFileSystem):
     if "a" in mode or "+" in mode:
       raise OSError(f"{path}: mode {mode!r} of an object")
     return super()._open(path, mode, **kwargs)
+
+
+def mount(
+  monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, kind: type[Bucket] = Bucket
+) -> str:
+  """Keeps gs:// in a folder for a test; returns a workdir there."""
+  monkeypatch.setattr(kind, "folder", str(folder))
+  monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: kind(auto_mkdir=True))
+  backend.fsspec_backend._get_filesystem.cache_clear()  # another test's
+  return "gs://bucket/run"

@@ -10,14 +10,13 @@ import sys
 import threading
 import time
 
-import fsspec
 import psutil
 import pytest
 
 from mm1_jax import distributed
 from mm1_jax.train import owner
 from mm1_jax.train.owner import Lock, Owner, WorkdirInUse, owning
-from tests.helpers.bucket import Bucket
+from tests.helpers import bucket
 
 OTHER_HOST = dataclasses.replace(Owner.me(), host="elsewhere", place="another boot", pid=7)
 
@@ -35,9 +34,7 @@ def quick(monkeypatch):
 def workdir(request, tmp_path, monkeypatch):
   if request.param == "local":
     return str(tmp_path / "run")
-  monkeypatch.setattr(Bucket, "folder", str(tmp_path))
-  monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: Bucket(auto_mkdir=True))
-  return "gs://bucket/run"
+  return bucket.mount(monkeypatch, tmp_path)
 
 
 def file_of(tmp_path: pathlib.Path, workdir: str) -> pathlib.Path:
@@ -162,7 +159,8 @@ def test_of_eight_at_once_one_gets_it(workdir, tmp_path, found):
       got.append(lock)
     except WorkdirInUse:
       refused.append(lock)
-    end.wait()
+    finally:
+      end.wait()
     lock.give_back()
 
   threads = [threading.Thread(target=take) for _ in range(8)]
