@@ -222,7 +222,7 @@ def test_mutations_differ_and_repeat():
   assert len(set(some(0))) > 50
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_quick_fault_harms(tmp_path):
   done = subprocess.run(
     [sys.executable, "-m", "tests.drill", "--quick", f"--out={tmp_path}"],
