@@ -19,7 +19,7 @@ import pytest
 from mm1_jax.goodput import read_goodput
 from mm1_jax.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ROOT = pathlib.Path(__file__).parents[2]
 SAMPLE = ROOT / "mm1_jax" / "data" / "sample"
