@@ -38,7 +38,8 @@ from mm1_jax.train.tally import Tally
 from mm1_jax.train.watchdog import Watchdog
 
 DEVICES = "the devices, or another process"
-OF_STATE = (TrainingDiverged, CheckpointError, owner.WorkdirInUse)  # no save can follow these
+# No save can follow these.
+OF_STATE = (TrainingDiverged, CheckpointError, replicas.ReplicaError, owner.WorkdirInUse)
 PROGRAMS = "programs"  # folder of compiled ones, in the workdir
 
 

@@ -131,6 +131,7 @@ from lab import measures
 from lab.documents import Named
 from lab.finding import Chart, Finding
 from lab.rules import all_above
+from lab.runs import Run
 
 CELLS = {
   "few steps": Run(((1.0, Named()),), 2, {"data.batch_size": "1"}),

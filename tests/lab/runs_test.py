@@ -15,7 +15,7 @@ import pytest
 
 from lab import measures, starts
 from lab.documents import Named, Strings
-from lab.runs import Lab, Run, train
+from lab.runs import Lab, Run
 from mm1_jax.inference.model import Model
 
 pytestmark = pytest.mark.compiles
@@ -77,17 +77,18 @@ def test_a_run_starts_from_another_with_some_parts_fresh(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_continues_bit_for_bit(tmp_path):
-  run = dataclasses.replace(RUN, steps=60)
-  train(run, 0, tmp_path / "whole", None)
-  code = f"""
-import pathlib
+  def start(name: str) -> subprocess.Popen:  # all alike: here programs are optimised less
+    code = f"""
+import dataclasses, pathlib
 from lab import runs
 from tests.lab.runs_test import RUN
-import dataclasses
 runs.SAVE_SECONDS = 0.0
-runs.train(dataclasses.replace(RUN, steps=60), 0, pathlib.Path({str(tmp_path / "killed")!r}), None)
+runs.train(dataclasses.replace(RUN, steps=60), 0, pathlib.Path({str(tmp_path / name)!r}), None)
 """
-  process = subprocess.Popen([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2])
+    return subprocess.Popen([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2])
+
+  assert start("whole").wait() == 0
+  process = start("killed")
   steps = tmp_path / "killed" / "checkpoints"
   for _ in range(1200):
     if steps.exists() and any(p.name.isdigit() and int(p.name) > 3 for p in steps.iterdir()):
@@ -96,7 +97,7 @@ runs.train(dataclasses.replace(RUN, steps=60), 0, pathlib.Path({str(tmp_path / "
   os.kill(process.pid, signal.SIGKILL)
   process.wait()
   assert not (tmp_path / "killed" / "trained.json").exists()
-  train(run, 0, tmp_path / "killed", None)
+  assert start("killed").wait() == 0
   whole, killed = (Model.load(tmp_path / name).params for name in ("whole", "killed"))
   same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole, killed)
   assert all(jax.tree.leaves(same))
