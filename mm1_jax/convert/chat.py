@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's own chat template, a Jinja program, in our form of templates where that can say it.
 
-The program is run on a few conversations of marked words. What stands between the words is read
+The program is run on a few conversations of marked words. The text between the words is read
 off, and the template made of it is kept if it writes the same texts.
 """
 

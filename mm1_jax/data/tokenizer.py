@@ -250,8 +250,11 @@ def _trained_with(model: bytes) -> dict[str, Any]:
   They are fields of ModelProto's trainer_spec and normalizer_spec; one that is at its default is
   left out of them. SentencePiece's own classes need a newer protobuf than TensorFlow Datasets.
   """
-  parts = dict(_fields(model))
-  trainer, normalizer = dict(_fields(parts.get(2, b""))), dict(_fields(parts.get(3, b"")))
+  parts = dict(protobuf_fields(model))
+  trainer, normalizer = (
+    dict(protobuf_fields(parts.get(2, b""))),
+    dict(protobuf_fields(parts.get(3, b""))),
+  )
   return {
     "byte_fallback": bool(trainer.get(35, False)),
     "normalization_rule_name": normalizer.get(1, b"").decode("utf-8", "replace"),
@@ -260,8 +263,11 @@ def _trained_with(model: bytes) -> dict[str, Any]:
   }
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-  """Yields numbers and values of a serialised protocol buffer's fields."""
+def protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
+  """Yields numbers and values of a serialised protocol buffer's fields.
+
+  SentencePiece's own classes need a newer protobuf than TensorFlow's data sets allow.
+  """
   at = 0
 
   def varint() -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between the network and the page: requests are counted before anything reads them.
+"""Bounds on the page's requests: they are counted before anything reads them.
 
 Gradio parses a request of any size, keeps what it held in the visitor's session, and keeps all
 files that are uploaded. Here each has a bound; requests above one are refused by their first bytes.
@@ -46,7 +46,7 @@ class Door:
   """ASGI middleware in front of Gradio's routes.
 
   Args:
-    app: what is behind it.
+    app: what it passes requests to.
     bounds: see above.
     folder: where uploads are.
     sessions: returns Gradio's holder of sessions; it is there once the page is served.
@@ -154,7 +154,7 @@ class Door:
       raise Refused(507, "there is no room for uploads now; try again in a minute")
 
   def _sweep_now_and_then(self) -> None:
-    """Removes old uploads, and sessions that nobody has used for long."""
+    """Removes old uploads, and sessions that were not used for long."""
     if time.monotonic() - self._swept < SECONDS_BETWEEN_SWEEPS:
       return
     self._swept = time.monotonic()

@@ -48,7 +48,7 @@ def _share(mesh: Mesh) -> dict[str, int]:
 class Feed:
   """The batches of a pipeline, taken by a thread, so that the main one can stop to wait for one.
 
-  A worker that stands still, or a file system that does not answer, would hold the main thread, and
+  A worker that hangs, or a file system that does not answer, would hold the main thread, and
   a run that is told to stop could save nothing. A batch is taken when it is asked for, not before.
 
   Attributes:

@@ -114,7 +114,7 @@ def train(
 
 
 class Control(NamedTuple):
-  """What may end a run early, and what tells why it stands still."""
+  """What may end a run early, and what tells what it waits for."""
 
   stop: Stop
   watch: Watchdog

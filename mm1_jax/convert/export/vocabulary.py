@@ -2,7 +2,6 @@
 """A run's tokenizer as tokenizer.json, which `transformers` reads without SentencePiece."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import sentencepiece
@@ -10,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from mm1_jax.convert import ConvertError
-from mm1_jax.data.tokenizer import TOKENIZER_CONFIG, Tokenizer, is_json
+from mm1_jax.data.tokenizer import TOKENIZER_CONFIG, Tokenizer, is_json, protobuf_fields
 
 SPACE_MARK = "\u2581"
 UNIGRAM, BPE = 1, 2  # TrainerSpec.model_type
@@ -85,13 +84,17 @@ def _compare(tokenizer: Tokenizer, built: tokenizers.Tokenizer) -> None:
 
 def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
   processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-  trainer, normalizer = (dict(_fields(part)) for part in _specs(data))
+  trainer, normalizer = (dict(protobuf_fields(part)) for part in _specs(data))
   kind = trainer.get(3, UNIGRAM)  # protocol buffers leave out what is at its default
   if kind not in (UNIGRAM, BPE):
     raise ConvertError(f"a SentencePiece model of type {kind} is neither Unigram (1) nor BPE (2).")
   pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
   scores = [processor.get_score(i) for i in range(processor.vocab_size())]
-  kinds = [dict(_fields(piece)).get(3, NORMAL) for number, piece in _fields(data) if number == 1]
+  kinds = [
+    dict(protobuf_fields(piece)).get(3, NORMAL)
+    for number, piece in protobuf_fields(data)
+    if number == 1
+  ]
   bytes_too = bool(trainer.get(35, 0))
   if kind == BPE:
     normal = {piece: i for i, piece in enumerate(pieces) if kinds[i] == NORMAL}
@@ -144,33 +147,5 @@ def _normalizer(spec: dict[int, Any], prefix: bool) -> Any:
 
 def _specs(data: bytes) -> tuple[bytes, bytes]:
   """Returns trainer_spec and normalizer_spec of a ModelProto."""
-  parts = {number: value for number, value in _fields(data) if number in (2, 3)}
+  parts = {number: value for number, value in protobuf_fields(data) if number in (2, 3)}
   return parts.get(2, b""), parts.get(3, b"")
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-  """Yields numbers and values of a serialised protocol buffer's fields.
-
-  SentencePiece's own classes need a newer protobuf than TensorFlow's data sets allow.
-  """
-  at = 0
-
-  def varint() -> int:
-    nonlocal at
-    value, shift = 0, 0
-    while True:
-      byte = data[at]
-      at += 1
-      value |= (byte & 127) << shift
-      shift += 7
-      if byte < 128:
-        return value
-
-  while at < len(data):
-    key = varint()
-    if key & 7 == 0:
-      yield key >> 3, varint()
-      continue
-    size = {1: 8, 5: 4}.get(key & 7) or varint()
-    yield key >> 3, data[at : at + size]
-    at += size
