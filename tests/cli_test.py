@@ -244,8 +244,10 @@ def test_ctrl_c_while_starting_is_one_line(module, seconds, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=600)
   assert "Traceback" not in said
-  # 0: a training run's --stopped-code; 1: of the chat, which has found that there is no run.
-  assert process.returncode in ((130, 0) if module == "mm1_jax.main" else (130, 1))
+  # 0: a training run's --stopped-code. 1: of the chat, which has found that there is no run; the
+  # signal ends it as the system does where Python is already closing.
+  others = (0,) if module == "mm1_jax.main" else (1, -signal.SIGINT)
+  assert process.returncode in (130, *others)
 
 
 # The door.
